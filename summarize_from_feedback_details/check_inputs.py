@@ -1,0 +1,314 @@
+"""Refuse bad input before any model is loaded: find datasets, checkpoints and tokenizers, and look at them.
+
+Every function names the argument, what was found and what was expected (see `run_folder.refuse`). They read
+configurations, headers and columns, never weights. Nothing here knows about losses or loops.
+"""
+
+import json
+import math
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from summarize_from_feedback_details.run_folder import refuse
+
+PAD_TOKEN = "[PAD]"
+KINDS = {
+    "policy": "a causal language model",
+    "reward": "a reward model (sequence classification with one label, or the original's ScalarModel)",
+}
+
+
+def _reason(error: Exception) -> str:
+    """The first line of a library's error, and whether the hub could not be reached at all."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    chain, names = error, ""
+    while chain is not None:
+        names, chain = names + type(chain).__name__ + str(chain), chain.__cause__ or chain.__context__
+    offline = any(w in names for w in ("Connect", "Offline", "resolve", "Max retries", "couldn't connect"))
+    return f"the hub cannot be reached (offline): {text}" if offline else text
+
+
+def check_sizes(args: Any, positive: tuple[str, ...] = (), at_least_zero: tuple[str, ...] = ()) -> None:
+    """Refuse arguments that are not positive (or not at least zero); None passes. `ppo.lam` style names work."""
+    for names, ok, expected in (
+        (positive, lambda v: v > 0, "more than 0"),
+        (at_least_zero, lambda v: v >= 0, "at least 0"),
+    ):
+        for name in names:
+            value = args
+            for part in name.split("."):
+                value = getattr(value, part)
+            if value is not None and not ok(value):
+                refuse(name, str(value), expected)
+
+
+def load_rows(argument: str, path: str, revision: str | None, kind: str, columns: list[str], splits: list[str]):
+    """Load a tokenised dataset from a folder or the hub and check its shape.
+
+    Args:
+        argument: the argument's name, for messages.
+        path: folder that `datasets.load_dataset` reads, or hub id.
+        revision: hub revision, or None.
+        kind: "sft" or "comparisons", for a message when the other one is given.
+        columns: needed columns; those ending in `_token` or `_label` must hold whole numbers of one length a column.
+        splits: splits that must exist and hold rows.
+
+    Returns:
+        datasets.DatasetDict
+    """
+    import datasets
+
+    if os.path.isfile(path):
+        refuse(argument, f"'{path}', which is a file", "a folder of parquet or jsonl files, or a hub id")
+    if os.path.isdir(path) and not any(f.is_file() for f in Path(path).rglob("*")):
+        refuse(argument, f"'{path}', an empty folder", "a folder of parquet or jsonl files, or a hub id")
+    if not os.path.isdir(path) and (path.count("/") != 1 or path.startswith((".", "/", "~"))):
+        refuse(argument, f"'{path}', which does not exist", "a folder of parquet or jsonl files, or a hub id")
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        found = datasets.load_dataset(path, revision=None if os.path.isdir(path) else revision)
+    except Exception as error:
+        where = "that cannot be read" if os.path.isdir(path) else "neither a folder here nor readable on the hub"
+        refuse(argument, f"'{path}', {where}: {_reason(error)}", "a folder of parquet or jsonl files, or a hub id")
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+    for split in splits:
+        if split not in found:
+            refuse(argument, f"'{path}' with the splits {', '.join(found)}", f"a split '{split}'")
+    other = {"sft": ("query_chosen_token", "comparisons", "SFT rows"),
+             "comparisons": ("query_reference_response_token", "SFT rows", "comparisons")}[kind]  # fmt: skip
+    first = found[splits[0]]
+    missing = [c for c in columns if c not in first.column_names]
+    if missing and other[0] in first.column_names:
+        refuse(argument, f"'{path}', which holds {other[1]}", other[2])
+    for split, rows in found.items():
+        missing = [c for c in columns if c not in rows.column_names]
+        if missing:
+            refuse(
+                argument, f"'{path}' whose split '{split}' has no column {', '.join(missing)}", "a tokenised dataset"
+            )
+        if split in splits and len(rows) == 0:
+            refuse(argument, f"'{path}' whose split '{split}' is empty", "at least one row")
+    return found
+
+
+def check_tokens(argument: str, rows_by_split, columns: list[str], vocab_size: int, pad_id: int) -> None:
+    """Refuse token columns that are not whole numbers, differ in length, or do not fit the model's vocabulary.
+
+    Args:
+        argument: the argument's name, for messages.
+        rows_by_split: datasets.DatasetDict.
+        columns: columns of token ids.
+        vocab_size: rows of the model's embedding; ids must be below (the pad id may be any).
+        pad_id: id of the pad token in the dataset.
+    """
+    import pyarrow
+    import pyarrow.compute as pc
+
+    for split, rows in rows_by_split.items():
+        for column in columns:
+            where = f"column '{column}' of split '{split}'"
+            data = rows.data.column(column)
+            kind = data.type
+            listed = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)
+            if not listed or not pyarrow.types.is_integer(kind.value_type):
+                refuse(argument, f"{where} of type {kind}", "lists of whole numbers (token ids)")
+            if len(rows) == 0:
+                continue
+            lengths = pc.min_max(pc.list_value_length(data)).as_py()
+            if data.null_count or lengths["min"] != lengths["max"]:
+                found = f"{where} with rows of {lengths['min']} to {lengths['max']} tokens"
+                refuse(argument, found, "rows padded to one length")
+            ids = pc.unique(pc.list_flatten(data)).to_pylist()
+            bad = [i for i in ids if i is None or i < 0 or (i >= vocab_size and i != pad_id)]
+            if bad:
+                found = f"{where} with token id {bad[0]}"
+                refuse(argument, found, f"ids below the model's vocabulary size {vocab_size}, or the pad id {pad_id}")
+
+
+def check_same_tokenizer(argument: str, row: dict, text_column: str, token_column: str, tokenizer) -> None:
+    """Refuse a dataset tokenised with another vocabulary: its first row must decode to its own text."""
+    ids = [i for i in row[token_column] if i != tokenizer.pad_token_id]
+    if tokenizer.decode(ids).strip() != row[text_column].strip():
+        found = f"rows whose '{token_column}' does not decode to '{text_column}'"
+        refuse(argument, found, "a dataset tokenised with the tokenizer of --base_model")
+
+
+def find_tokenizer(argument: str, path: str, revision: str | None = None):
+    """Load a tokenizer and give it a pad token of its own.
+
+    Detail: pad token - `[PAD]` is not the end-of-text token (or the model would never learn to stop) and is not
+    resized into the embedding: pads are masked, and replaced by id 0 before a model sees them.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=None if os.path.isdir(path) else revision)
+    except Exception as error:
+        refuse(argument, f"'{path}' without a readable tokenizer: {_reason(error)}", "a folder or hub id of a model")
+    if tokenizer.eos_token_id is None:
+        refuse(argument, f"'{path}', whose tokenizer has no end-of-text token", "a tokenizer with an eos_token")
+    tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def _check_weights(argument: str, folder: Path) -> None:
+    """Refuse a checkpoint folder whose weights are missing, torn, or only some of the shards."""
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("pytorch_model*.bin"))
+    for index in folder.glob("*.index.json"):
+        try:
+            names = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError):
+            refuse(argument, f"'{folder}' with an unreadable {index.name}", "a whole checkpoint")
+        absent = sorted(n for n in names if not (folder / n).exists())
+        if absent:
+            refuse(argument, f"'{folder}' without {', '.join(absent)}", "a whole checkpoint")
+    if not files:
+        refuse(argument, f"'{folder}' without model.safetensors", "a whole checkpoint")
+    for file in files:
+        try:
+            if file.suffix == ".safetensors":
+                with safe_open(file, framework="pt") as weights:  # reads the header and compares it with the size
+                    weights.keys()
+            elif not zipfile.is_zipfile(file):
+                raise ValueError("not a whole file")
+        except (SafetensorError, OSError, ValueError) as error:
+            refuse(argument, f"'{folder}' with a torn {file.name} ({_reason(error)})", "a whole checkpoint")
+
+
+def find_model(argument: str, path: str | None, revision: str | None, kind: str):
+    """Find a checkpoint, without loading its weights, and check what it is.
+
+    Args:
+        argument: the argument's name, for messages.
+        path: folder or hub id.
+        revision: hub revision, or None.
+        kind: "policy" (causal language model) or "reward" (sequence classification, or the original's ScalarModel).
+
+    Returns:
+        The configuration as a dict; for the original's ScalarModel it has the key `base_config`.
+    """
+    from transformers import PretrainedConfig
+
+    if not path:
+        refuse(argument, "nothing", f"a folder or hub id of {KINDS[kind]}")
+    if os.path.isfile(path):
+        refuse(argument, f"'{path}', which is a file", f"a folder or hub id of {KINDS[kind]}")
+    if os.path.isdir(path):
+        if not any(Path(path).iterdir()):
+            refuse(argument, f"'{path}', an empty folder", f"a checkpoint of {KINDS[kind]}")
+        if not (Path(path) / "config.json").exists():
+            refuse(argument, f"'{path}' without config.json", f"a checkpoint of {KINDS[kind]}")
+    elif path.count("/") > 1 or path.startswith((".", "/", "~")):
+        refuse(argument, f"'{path}', which does not exist", f"a folder or hub id of {KINDS[kind]}")
+    try:
+        config, _ = PretrainedConfig.get_config_dict(path, revision=None if os.path.isdir(path) else revision)
+    except Exception as error:
+        where = "with an unreadable config.json" if os.path.isdir(path) else "neither a folder here nor on the hub"
+        refuse(argument, f"'{path}', {where}: {_reason(error)}", f"a folder or hub id of {KINDS[kind]}")
+    architecture = (config.get("architectures") or ["?"])[0]
+    is_reward = architecture.endswith("ForSequenceClassification") or "base_config" in config
+    is_policy = architecture.endswith(("ForCausalLM", "LMHeadModel"))
+    if (kind == "reward" and not is_reward) or (kind == "policy" and not is_policy):
+        refuse(argument, f"'{path}', a {architecture}", KINDS[kind])
+    if os.path.isdir(path):
+        _check_weights(argument, Path(path))
+    if kind == "reward" and is_reward and "base_config" not in config and len(config.get("id2label", {0: 0})) != 1:
+        refuse(argument, f"'{path}', a classifier of {len(config['id2label'])} labels", KINDS[kind])
+    return config
+
+
+def check_same_vocabulary(argument: str, path: str, config: dict, partner: str, partner_config: dict) -> None:
+    """Refuse two checkpoints of different vocabularies: sizes, and the tokenizers where both have one."""
+    size = config.get("vocab_size") or config.get("base_config", {}).get("vocab_size")
+    partner_size = partner_config.get("vocab_size") or partner_config.get("base_config", {}).get("vocab_size")
+    if size != partner_size:
+        refuse(argument, f"'{path}' with a vocabulary of {size}", f"{partner_size}, as --{partner}")
+
+
+def tokenizer_vocabulary(path: str) -> dict[str, int] | None:
+    """Token -> id of a local checkpoint's tokenizer, without [PAD]; None where it has none."""
+    file = Path(path) / "tokenizer.json"
+    if not file.exists():
+        return None
+    from tokenizers import Tokenizer
+
+    vocabulary = Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
+    vocabulary.pop(PAD_TOKEN, None)
+    return vocabulary
+
+
+def check_push(args: Any) -> None:
+    """Refuse --push_to_hub without a login."""
+    if args.push_to_hub:
+        from huggingface_hub import get_token
+
+        if get_token() is None:
+            refuse("push_to_hub", "no hub login on this machine", "`hf auth login`, or HF_TOKEN in the environment")
+
+
+def check_batch_sizes(args, world_size: int, default_batch_size: int) -> None:
+    """Fill in the batch sizes that were left out; refuse those that contradict each other.
+
+    micro batch (one forward pass) <= batch (one update); `local_` is per process.
+    Deviates: the global batch is what stays the same on another number of processes, so it is the default, and
+    --gradient_accumulation_steps follows from it (the original kept the accumulation: 1 GPU trained on an eighth).
+    """
+    if args.world_size not in (None, world_size):
+        refuse("world_size", str(args.world_size), f"{world_size}, the number of processes launched")
+    args.world_size = world_size
+    positive = "local_micro_batch_size gradient_accumulation_steps micro_batch_size local_batch_size batch_size"
+    check_sizes(args, positive=tuple(positive.split()))
+    micro = args.local_micro_batch_size * world_size
+    if args.gradient_accumulation_steps is None:
+        batch_size = args.batch_size or (args.local_batch_size or 0) * world_size or default_batch_size
+        if batch_size % micro:
+            expected = f"a multiple of {micro} (--local_micro_batch_size {args.local_micro_batch_size} x {world_size}"
+            refuse("batch_size", str(batch_size), f"{expected} processes)")
+        args.gradient_accumulation_steps = batch_size // micro
+    local = args.local_micro_batch_size * args.gradient_accumulation_steps
+    for name, value in (("micro_batch_size", micro), ("local_batch_size", local), ("batch_size", local * world_size)):
+        if getattr(args, name) not in (None, value):
+            how = (
+                f"micro {args.local_micro_batch_size} x accumulation {args.gradient_accumulation_steps} x {world_size}"
+            )
+            refuse(name, str(getattr(args, name)), f"{value} ({how} processes)")
+        setattr(args, name, value)
+
+
+def check_scheduler(args) -> None:
+    """Refuse a learning rate schedule that transformers does not know, or that needs more than a name."""
+    known = ["linear", "cosine", "constant", "constant_with_warmup", "polynomial"]
+    if args.scheduler not in known:
+        refuse("scheduler", args.scheduler, f"one of {', '.join(known)}")
+
+
+def fill_episodes(args, rows: int) -> None:
+    """Fill in how many rows and updates there will be; refuse more than the data can serve."""
+    available = rows * args.num_train_epochs
+    if args.total_episodes is None:
+        args.total_episodes = min(available, (args.num_updates or available) * args.batch_size)
+    if args.total_episodes > available:
+        found = f"at most {available} ({rows} rows x {args.num_train_epochs} epochs)"
+        refuse("total_episodes", str(args.total_episodes), found)
+    updates = math.ceil(args.total_episodes / args.batch_size)
+    if args.num_updates not in (None, updates):
+        refuse("num_updates", str(args.num_updates), f"{updates} ({args.total_episodes} episodes / {args.batch_size})")
+    args.num_updates = updates
+
+
+def find_stop_id(truncate_token: str, tokenizer) -> int:
+    """Id of the token that ends a response: `eos`, or a text that is one token."""
+    if truncate_token == "eos":
+        return tokenizer.eos_token_id
+    ids = tokenizer.encode(truncate_token)
+    if len(ids) != 1:
+        refuse("truncate_token", f"{truncate_token!r}, which is {len(ids)} tokens", "`eos` or the text of one token")
+    return ids[0]

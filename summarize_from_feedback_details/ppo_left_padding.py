@@ -1,0 +1,1107 @@
+"""PPO: queries, an SFT policy and a reward model -> a policy whose summaries score higher.
+
+Reads   the SFT dataset's queries (`tldr_dataset.py`), an SFT policy (`sft.py`), a reward model (`reward.py`, or one of
+        the original code)
+Writes  a policy (`AutoModelForCausalLM`, tokenizer included) in --output_dir; metrics and a table of validation
+        responses with scores in runs/<run_name>
+Paper   section 6 (PPO): left-padded queries, EOS trick, KL in the reward, separate policy and value networks
+
+Laptop  python summarize_from_feedback_details/ppo_left_padding.py --base_model models/toy/small \
+            --sft_model_path models/sft_policy --reward_model_path models/reward --query_dataset data/toy_tokenized/sft
+1 GPU   python summarize_from_feedback_details/ppo_left_padding.py --local_micro_batch_size 4 --gradient_checkpointing
+8 GPUs  accelerate launch --config_file deepspeed.yaml summarize_from_feedback_details/ppo_left_padding.py --deepspeed
+
+Dimensions: B rows, Q query tokens, R response tokens, T = Q + R, V vocabulary, D hidden.
+
+One update: every process samples its share of the batch; the rollouts (a few MB) are gathered, so that rewards,
+whitening and mini-batches are those of the whole batch on any number of processes; then the mini-batches are dealt out.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, gather_object
+from rich.console import Console
+from rich.table import Table
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DynamicCache,
+    GenerationConfig,
+    get_scheduler,
+)
+
+from summarize_from_feedback_details.check_inputs import (
+    check_push,
+    check_same_tokenizer,
+    check_same_vocabulary,
+    check_scheduler,
+    check_sizes,
+    check_tokens,
+    find_model,
+    find_stop_id,
+    find_tokenizer,
+    load_rows,
+)
+from summarize_from_feedback_details.run_folder import (
+    Progress,
+    RunFolder,
+    memory_gb,
+    push,
+    refuse,
+    refuse_dropped,
+    refuse_unwritable,
+    save_model,
+)
+
+STATISTICS = ("loss/policy", "loss/value", "policy/ratio", "policy/clipfrac", "policy/approxkl", "value/clipfrac",
+              "policy/entropy")  # fmt: skip
+CLOSING_METRICS = ("objective/scores", "objective/kl", "objective/eos_rate", "objective/response_length",
+                   "policy/first_pass_ratio_error", "value/explained_variance")  # fmt: skip
+INVALID_LOGPROB = 1.0  # stands at positions without a real token; masked wherever numbers are taken
+DROPPED = {
+    "cuda": "CUDA_VISIBLE_DEVICES, or ACCELERATE_USE_CPU=true for the CPU",
+    "load_from_cache_file": "nothing: the tokenised dataset is read as it is",
+    "label_dataset": "reward.py, where comparisons are read",
+    "num_train_epochs": "--total_episodes: the queries are reshuffled at each pass",
+    "num_eval_samples": "--num_eval_rows",
+}
+
+
+@dataclass
+class PpoHParams:
+    noptepochs: int = 4
+    """passes over each batch"""
+    vf_coef: float = 0.1
+    """weight of the value loss"""
+    cliprange: float = 0.2
+    """the policy's ratio is clipped to 1 +- this"""
+    cliprange_value: float = 0.2
+    """value predictions are clipped to the old ones +- this"""
+    gamma: float = 1.0
+    """discount per token"""
+    lam: float = 0.95
+    """lambda of generalised advantage estimation"""
+    whiten_rewards: bool = False
+    """divide the rewards by their standard deviation"""
+    kl_coef: float = 0.05
+    """beta, weight of the KL penalty in the reward"""
+
+
+@dataclass
+class Args:
+    # the run
+    exp_name: str = "ppo_left_padding"
+    """name of the experiment, the first part of the run's name"""
+    seed: int = 44413
+    """seed of the order of queries and of the sampling noise"""
+    run_name: str | None = None
+    """folder of the run below `runs/`; default `<exp_name>__<seed>__<time>`"""
+    track: bool = False
+    """also log to Weights & Biases"""
+    wandb_project_name: str = "tldr_summarize"
+    """project on Weights & Biases"""
+    wandb_entity: str | None = None
+    """team or user on Weights & Biases"""
+    deepspeed: bool = False
+    """insist on DeepSpeed: refuse to run when not launched with it"""
+    print_sample_output_freq: int = 10
+    """print a few validation responses every so many updates (0: never)"""
+    run_eval: bool = True
+    """evaluate on validation after training: a table of responses with their scores"""
+    eval_freq: int = 0
+    """also evaluate every so many updates (0: only at the end)"""
+    num_eval_rows: int | None = None
+    """rows of the validation split to evaluate on (default: the whole split)"""
+
+    # optimisation
+    eps: float = 1e-5
+    """epsilon of the optimiser"""
+    lr: float = 3e-6
+    """peak learning rate"""
+    weight_decay: float = 0.01
+    """decoupled weight decay (with --optimizer adam: L2)"""
+    max_grad_norm: float | None = None
+    """clip the global gradient norm, policy and value network together, to this (default: no clipping)"""
+    optimizer: Literal["adam", "adamw"] = "adamw"
+    """optimiser"""
+    scheduler: str = "linear"
+    """learning rate schedule over all updates: linear, cosine, polynomial (to 0), constant, constant_with_warmup"""
+    warm_up_steps: int = 0
+    """updates of linear warm-up"""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 where the hardware multiplies in it, else fp32"""
+    gradient_checkpointing: bool = False
+    """compute activations again in the backward pass: less memory, about a third more time"""
+    offload: bool = False
+    """keep the reference policy and the reward model in host memory while the policy trains"""
+
+    # sizes, in episodes; those left out are derived
+    world_size: int | None = None
+    """number of processes; refused when another number was launched"""
+    total_episodes: int | None = None
+    """episodes in all (default: 1,000,000, the paper's; those that do not fill a last batch are left out)"""
+    num_updates: int | None = None
+    """updates (default: total_episodes // batch_size)"""
+    nminibatches: int = 1
+    """mini-batches that a batch is cut into; one optimiser step each"""
+    local_micro_batch_size: int = 16
+    """episodes of one forward pass on one process"""
+    gradient_accumulation_steps: int | None = None
+    """forward passes per mini-batch (default: what makes up batch_size)"""
+    micro_batch_size: int | None = None
+    """episodes of one forward pass on all processes"""
+    local_mini_batch_size: int | None = None
+    """episodes of one mini-batch on one process"""
+    mini_batch_size: int | None = None
+    """episodes of one mini-batch on all processes"""
+    local_batch_size: int | None = None
+    """episodes of one update on one process"""
+    batch_size: int | None = None
+    """episodes of one update on all processes (default: 512, the paper's)"""
+    local_rollout_forward_batch_size: int = 64
+    """episodes that one process samples at a time"""
+    local_eval_batch_size: int = 16
+    """rows that one process samples at a time in evaluation"""
+
+    # task
+    base_model: str = "EleutherAI/pythia-1b-deduped"
+    """base model of the policy: folder or hub id; its tokenizer is used"""
+    base_model_revision: str | None = None
+    """hub revision of the base model"""
+    sft_model_path: str = "vwxyzjn/EleutherAI_pythia-1b-deduped__sft__tldr"
+    """SFT policy to start from: folder or hub id (default: a released one)"""
+    sft_model_revision: str | None = "sft__44413__1708611267"
+    """hub revision of the SFT policy (a folder has none)"""
+    reward_model_path: str = "vwxyzjn/EleutherAI_pythia-1b-deduped__reward__tldr"
+    """reward model, ours or the original's: folder or hub id (default: a released one)"""
+    reward_model_revision: str | None = "reward__44413__1708628552"
+    """hub revision of the reward model (a folder has none)"""
+    query_dataset: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered_oai_preprocessing_1706381144"
+    """tokenised SFT dataset, whose queries are the prompts: folder or hub id"""
+    dataset_revision: str | None = None
+    """hub revision of the dataset"""
+    response_length: int = 53
+    """tokens sampled at most per response"""
+    truncate_token: str = "eos"
+    """responses end after this token: `eos`, or the text of a single token"""
+    temperature: float = 0.7
+    """divides the logits of old, new and reference log-probabilities alike"""
+    eval_temperature: float = 0.01
+    """sampling temperature in evaluation (0: greedy)"""
+    penalty_reward_value: float = -1.0
+    """score of a response without the truncate token"""
+    non_eos_penalty: bool = True
+    """whether a response without the truncate token gets that score"""
+    ppo: PpoHParams = field(default_factory=PpoHParams)
+
+    # results
+    output_dir: str = "models/ppo_policy"
+    """folder of the trained policy"""
+    push_to_hub: bool = False
+    """also upload the policy"""
+    hf_entity: str | None = None
+    """user or organisation on the hub (default: the one logged in)"""
+    hf_repo_id: str | None = None
+    """repository on the hub (default `<base model>__ppo_left_padding__tldr`)"""
+    hf_repo_revision: str | None = None
+    """branch on the hub (default `ppo_left_padding__<seed>__<time>`)"""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# sizes and processes
+
+
+def check_ppo_batch_sizes(args: Args, world_size: int) -> None:
+    """Fill in the batch sizes that were left out; refuse those that contradict each other.
+
+    micro batch (one forward pass) <= mini-batch (one optimiser step) <= batch (one update); `local_` is per process.
+    """
+    if args.world_size not in (None, world_size):
+        refuse("world_size", str(args.world_size), f"{world_size}, the number of processes launched")
+    args.world_size = world_size
+    names = "micro_batch_size local_mini_batch_size mini_batch_size local_batch_size batch_size"
+    given = "local_micro_batch_size gradient_accumulation_steps nminibatches local_rollout_forward_batch_size"
+    check_sizes(args, positive=tuple(f"{names} {given} total_episodes num_updates".split()))
+    unit = args.local_micro_batch_size * world_size * args.nminibatches
+    if args.gradient_accumulation_steps is None:
+        batch_size = args.batch_size or (args.local_batch_size or 0) * world_size
+        batch_size = batch_size or (args.mini_batch_size or 0) * args.nminibatches or 512
+        if batch_size % unit:
+            how = f"--local_micro_batch_size {args.local_micro_batch_size} x {world_size} processes"
+            refuse("batch_size", str(batch_size), f"a multiple of {unit} ({how} x --nminibatches {args.nminibatches})")
+        args.gradient_accumulation_steps = batch_size // unit
+    micro, steps = args.local_micro_batch_size, args.gradient_accumulation_steps
+    values = [micro * world_size, micro * steps, micro * steps * world_size]
+    values += [micro * steps * args.nminibatches, micro * steps * args.nminibatches * world_size]
+    for name, value in zip(names.split(), values):
+        if getattr(args, name) not in (None, value):
+            how = f"micro {micro} x accumulation {steps} x {args.nminibatches} mini-batches x {world_size} processes"
+            refuse(name, str(getattr(args, name)), f"{value} ({how})")
+        setattr(args, name, value)
+    if args.total_episodes is None:
+        args.total_episodes = args.num_updates * args.batch_size if args.num_updates else 1_000_000
+    updates = args.total_episodes // args.batch_size
+    if updates == 0:
+        refuse("total_episodes", str(args.total_episodes), f"at least one batch of {args.batch_size}")
+    if args.num_updates not in (None, updates):
+        refuse("num_updates", str(args.num_updates), f"{updates} ({args.total_episodes} // {args.batch_size})")
+    args.num_updates = updates
+
+
+def choose_precision(wanted: str) -> str:
+    """Name of accelerate's mixed precision ("bf16" or "no") for `auto`, `bf16` or `fp32` on this hardware."""
+    if torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if wanted == "bf16" and not native:
+        times = []
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.ones(128, 128, dtype=dtype)
+            start = time.perf_counter()
+            x @ x
+            times.append(time.perf_counter() - start)
+        print(f"warning: no native bf16 here; a product took {times[1] / times[0]:.0f} times that of fp32", flush=True)
+    return "bf16" if wanted == "bf16" or (wanted == "auto" and native) else "no"
+
+
+def make_accelerator(args) -> Accelerator:
+    """The processes of this run. Refuses a launch that is not what the arguments say."""
+    # without this, DeepSpeed on CPU leaves each process alone
+    handlers = [] if torch.cuda.is_available() else [InitProcessGroupKwargs(backend="gloo")]
+    accelerator = Accelerator(mixed_precision=choose_precision(args.precision), kwargs_handlers=handlers)
+    if accelerator.num_processes != args.world_size:
+        refuse("world_size", f"{accelerator.num_processes} connected processes", f"{args.world_size}, as launched")
+    plugin = accelerator.state.deepspeed_plugin
+    if args.deepspeed and plugin is None:
+        refuse("deepspeed", "a launch without DeepSpeed", "`accelerate launch --config_file deepspeed.yaml`")
+    if plugin is not None:
+        if plugin.zero_stage == 3:
+            refuse("deepspeed", "ZeRO stage 3", "stage 0, 1 or 2: sampling needs whole weights")
+        # the loops accumulate by hand, so that a short last batch is scaled right
+        plugin.deepspeed_config["gradient_accumulation_steps"] = 1
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.local_micro_batch_size
+        plugin.deepspeed_config["gradient_clipping"] = args.max_grad_norm or 0.0
+    return accelerator
+
+
+def epoch_order(rows: int, episodes: int, seed: int) -> np.ndarray:
+    """One global permutation per pass over the data, the same on every process: [episodes] row numbers."""
+    # Deviates: the original shuffled with a per-rank seed and then sharded: rows came twice, others never
+    rng = np.random.default_rng(seed)
+    passes = [rng.permutation(rows) for _ in range(math.ceil(episodes / rows))]
+    return np.concatenate(passes)[:episodes]
+
+
+def deal(lengths: list[int], micro: int, rank: int, world_size: int) -> list[list[int]]:
+    """Cut a batch into this rank's micro batches, rows of similar length together, longest first.
+
+    Every rank gets the same number of micro batches (so that collectives match); those of a batch that does not fill
+    may be empty.
+
+    >>> deal([5, 9, 7], micro=1, rank=1, world_size=2)
+    [[2], []]
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    steps = math.ceil(math.ceil(len(order) / world_size) / micro)
+    mine = order[rank::world_size]
+    return [mine[i * micro : (i + 1) * micro] for i in range(steps)]
+
+
+def train_step(accelerator, model, optimizer, micro_batches, loss_of, max_grad_norm, on_bad) -> float:
+    """One optimiser update from this rank's micro batches; returns the global gradient norm.
+
+    Args:
+        micro_batches: this rank's part of the batch, as `deal` cut it.
+        loss_of: micro batch -> this micro batch's part of the loss over the GLOBAL batch (a sum over ranks and micro
+            batches gives the loss).
+        max_grad_norm: clip to this norm, or None.
+        on_bad: called with (what, micro batch) where a loss or the gradient is not finite; must raise.
+    """
+    ddp = isinstance(model, torch.nn.parallel.DistributedDataParallel)
+    for i, micro in enumerate(micro_batches):
+        last = i == len(micro_batches) - 1
+        accelerator.sync_gradients = last
+        with model.no_sync() if ddp and not last else nullcontext():
+            loss = loss_of(micro) * accelerator.num_processes  # gradients are averaged over ranks: undo it
+            if not torch.isfinite(loss):
+                on_bad("loss", micro)
+            accelerator.backward(loss)  # with DeepSpeed, the last one also steps
+    norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
+    norm = float(norm if norm is not None else math.nan)
+    if not math.isfinite(norm):
+        on_bad("gradient", micro_batches[-1])
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# tensors
+
+
+def pad_rows(rows: list[list[int]], pad_id: int, side: str) -> torch.Tensor:
+    """Lists of token ids -> [B, longest], padded on one side only as far as needed."""
+    longest = max(map(len, rows))
+    if side == "left":
+        return torch.tensor([[pad_id] * (longest - len(row)) + row for row in rows], dtype=torch.long)
+    return torch.tensor([row + [pad_id] * (longest - len(row)) for row in rows], dtype=torch.long)
+
+
+def strip_pads(row, pad_id: int) -> list[int]:
+    """The real tokens of a padded row."""
+    row = np.asarray(row)
+    return row[row != pad_id].tolist()
+
+
+def model_inputs(tokens: torch.Tensor, pad_id: int) -> dict[str, torch.Tensor]:
+    """What a model needs to read [B, T] tokens so that padding, left or right, changes nothing.
+
+    Pads are masked and replaced by id 0 (theirs may lie outside the embedding); positions count real tokens only, for
+    models with absolute positions.
+    """
+    mask = tokens != pad_id  # [B, T]
+    positions = (mask.long().cumsum(1) - 1).clamp(min=0)  # [B, T]
+    return {"input_ids": tokens.masked_fill(~mask, 0), "attention_mask": mask.long(), "position_ids": positions}
+
+
+def first_true_indices(bools: torch.Tensor) -> torch.Tensor:
+    """Index of the first True along the last axis, or its length where there is none: [..., N] -> [...]."""
+    n = bools.shape[-1]
+    return torch.where(bools, torch.arange(n, device=bools.device), n).min(dim=-1).values
+
+
+def truncate_response(responses: torch.Tensor, stop_id: int, pad_id: int) -> torch.Tensor:
+    """Replace everything after the first stop token by pads: [B, R] -> [B, R]."""
+    # Detail: EOS trick - all tokens are sampled with EOS allowed, what stands after it is cut off
+    ends = first_true_indices(responses == stop_id).unsqueeze(-1)  # [B, 1]
+    after = torch.arange(responses.shape[1], device=responses.device) > ends
+    return responses.masked_fill(after, pad_id)
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    """Set every dropout probability to 0."""
+    # Detail: dropout off [7] - or the first-pass ratio of PPO is not 1, and the KL not reproducible
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    for name in ("attention_dropout", "hidden_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "dropout"):
+        if isinstance(getattr(model.config, name, None), float):
+            setattr(model.config, name, 0.0)
+    for module in model.modules():  # some attention layers keep the probability as a number
+        for name in ("attention_dropout", "dropout_prob"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of the values where `mask` is True: [...], [...] -> []."""
+    return (values * mask).sum() / mask.sum()
+
+
+def masked_var(values: torch.Tensor, mask: torch.Tensor, unbiased: bool = True) -> torch.Tensor:
+    """Variance of the values where `mask` is True: [...], [...] -> []."""
+    variance = masked_mean((values - masked_mean(values, mask)) ** 2, mask)
+    return variance * mask.sum() / (mask.sum() - 1) if unbiased else variance
+
+
+def masked_whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) -> torch.Tensor:
+    """Values with variance 1 (biased estimate) and, with `shift_mean`, mean 0 over `mask`: [...] -> [...]."""
+    mean = masked_mean(values, mask)
+    whitened = (values - mean) * torch.rsqrt(masked_var(values, mask, unbiased=False) + 1e-8)
+    return whitened if shift_mean else whitened + mean
+
+
+def episode_noise(seed: int, episodes: list[int], device: torch.device) -> list[torch.Generator]:
+    """One random generator per episode: token t of episode i gets the t-th draw of (seed, i)."""
+    keys = [int(np.random.SeedSequence([seed, int(i)]).generate_state(1, np.uint64)[0] >> 1) for i in episodes]
+    return [torch.Generator(device).manual_seed(key) for key in keys]
+
+
+@torch.no_grad()
+def sample_responses(model, queries, noise, pad_id, stop_id, response_length, temperature, vocab_size):
+    """Sample a response to each query over the KV cache, one forward pass per position.
+
+    Args:
+        model: a causal language model, in eval mode.
+        queries: [B, Q] token ids, left-padded with `pad_id`.
+        noise: B generators, see `episode_noise`.
+        pad_id, stop_id: id of the pad; id of the token that ends a response.
+        response_length: R, tokens at most.
+        temperature: divides the logits; 0 takes the most likely token.
+        vocab_size: ids from here on are not in the tokenizer and never drawn.
+
+    Returns:
+        responses [B, R], pads after the first stop token, and the log-probabilities [B, R] of the drawn tokens at this
+        temperature (over all ids, as `response_logprobs` computes them), INVALID_LOGPROB at pads.
+    """
+    inputs = model_inputs(queries, pad_id)
+    mask, positions = inputs["attention_mask"], inputs["position_ids"]
+    tokens, cache = inputs["input_ids"], DynamicCache(config=model.config)
+    B = len(queries)
+    responses = queries.new_full((B, response_length), pad_id)  # [B, R]
+    logprobs = torch.full((B, response_length), INVALID_LOGPROB, device=queries.device)  # [B, R]
+    alive = torch.ones(B, dtype=torch.bool, device=queries.device)
+    for t in range(response_length):
+        logits = model(
+            input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1].float()  # fmt: skip  # [B, V]
+        logits = logits / (temperature or 1.0)
+        allowed = logits.clone()
+        # Deviates: the original could draw the pad or an id outside the tokenizer, and took it for padding
+        allowed[:, vocab_size:] = -math.inf
+        if pad_id < logits.shape[1]:
+            allowed[:, pad_id] = -math.inf
+        if temperature > 0:  # argmax(logits + Gumbel noise) is a draw from the softmax; Gumbel = -log(exponential)
+            for i in alive.nonzero()[:, 0].tolist():
+                exponential = torch.empty(logits.shape[1], device=logits.device).exponential_(generator=noise[i])
+                allowed[i] -= exponential.log()
+        drawn = allowed.argmax(-1)  # [B]
+        responses[:, t] = torch.where(alive, drawn, responses[:, t])
+        drawn_logprobs = logits.log_softmax(-1).gather(1, drawn[:, None])[:, 0]
+        logprobs[:, t] = torch.where(alive, drawn_logprobs, logprobs[:, t])
+        # tokens after EOS influence nothing that is kept: sampling may stop there
+        alive &= drawn != stop_id
+        if not alive.any():
+            break
+        tokens = drawn[:, None]
+        mask = torch.cat([mask, mask.new_ones(B, 1)], dim=1)
+        positions = positions[:, -1:] + 1
+    return responses, logprobs
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# models
+
+
+class PolicyAndValue(torch.nn.Module):
+    """The two trained networks as one module: one optimiser, one DeepSpeed engine.
+
+    Detail: separate networks - the policy starts from SFT, the value network is a full copy of the reward model, head
+    and bias included.
+
+    Args:
+        policy: causal language model.
+        value_model: sequence-classification model with one label.
+        bias: the reward model's normalising constant, where the value head's bias starts.
+    """
+
+    def __init__(self, policy, value_model, bias: float):
+        super().__init__()
+        self.policy, self.value_model = policy, value_model
+        self.value_bias = torch.nn.Parameter(torch.tensor([bias]))
+
+    def forward(self, query_responses, R: int, pad_id: int):
+        """[B, Q + R] tokens -> logits [B, R, V] that predict the response, values [B, R] before each token."""
+        inputs = model_inputs(query_responses, pad_id)
+        logits = self.policy(**inputs, logits_to_keep=R + 1, use_cache=False).logits[:, :-1]
+        return logits, self.values(inputs, R)
+
+    def values(self, inputs, R: int):
+        """values[t] is read at the token BEFORE response token t: it has seen the query and the tokens < t."""
+        trunk = getattr(self.value_model, self.value_model.base_model_prefix)
+        hidden = trunk(**inputs, use_cache=False).last_hidden_state[:, -R - 1 : -1]  # [B, R, D]
+        return self.value_model.score(hidden)[..., 0].float() + self.value_bias.float()
+
+
+def response_logprobs(logits: torch.Tensor, responses: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Log-probabilities of the responses at this temperature: [B, R, V], [B, R] -> [B, R] nats."""
+    # Detail: temperature - divides the logits of old, new and reference log-probs alike
+    targets = responses.clamp(max=logits.shape[2] - 1)  # pads may lie outside; what stands there is masked later
+    return -F.cross_entropy((logits.float() / temperature).transpose(1, 2), targets, reduction="none")
+
+
+def read_rewards(model, bias: float, query_responses: torch.Tensor, pad_id: int) -> torch.Tensor:
+    """Reward of each row, read at its last real token, normalised: [B, T] -> [B] reward units."""
+    inputs = model_inputs(query_responses, pad_id)
+    hidden = getattr(model, model.base_model_prefix)(**inputs, use_cache=False).last_hidden_state  # [B, T, D]
+    T = query_responses.shape[1]
+    last = T - 1 - first_true_indices((query_responses != pad_id).flip(1))  # [B]
+    # Detail: reward at the EOS token [12]
+    return model.score(hidden[torch.arange(len(last), device=last.device), last])[:, 0].float() + bias
+
+
+def load_reward_model(path: str, revision: str | None = None):
+    """Load a reward model of ours, or of the original code (`ScalarModel`).
+
+    A `ScalarModel` checkpoint holds `lm_backbone.*`, `scalar_head.{weight,bias}`, and in its config the base model's
+    configuration (`base_config`) and a `bias` to subtract; paths of the training machine in it are not used.
+
+    Args:
+        path: folder or hub id.
+        revision: hub revision, or None.
+
+    Returns:
+        (sequence-classification model in float32, bias): reward = logit at the last real token + bias.
+    """
+    revision = None if os.path.isdir(path) else revision
+    config_file = find_file(path, revision, ["config.json"])
+    config = json.loads(Path(config_file).read_text())
+    if "base_config" not in config:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            path, revision=revision, num_labels=1, dtype=torch.float32
+        )
+        return model, float(getattr(model.config, "reward_bias", 0.0))
+    base_config = AutoConfig.for_model(**config["base_config"])
+    base_config.num_labels = 1
+    model = AutoModelForSequenceClassification.from_config(base_config, dtype=torch.float32)
+    file = find_file(path, revision, ["model.safetensors", "pytorch_model.bin"])
+    if file.endswith(".safetensors"):
+        from safetensors.torch import load_file
+
+        saved = load_file(file)
+    else:
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+    saved = {name: weight.float() for name, weight in saved.items()}
+    state = {"score.weight": saved.pop("scalar_head.weight")}
+    bias = float(saved.pop("scalar_head.bias")) - float(config.get("bias", 0.0))
+    trunk = set(getattr(model, model.base_model_prefix).state_dict())
+    for name, weight in saved.items():
+        name = name.removeprefix("lm_backbone.")
+        if name in trunk:  # old checkpoints hold buffers (rotary frequencies, causal masks) that are computed today
+            state[f"{model.base_model_prefix}.{name}"] = weight
+    model.load_state_dict(state, strict=True)
+    return model, bias
+
+
+def find_file(path: str, revision: str | None, names: list[str]) -> str:
+    """The first of these files that a checkpoint has, in a folder or on the hub."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    for name in names:
+        if os.path.isdir(path):
+            if os.path.exists(os.path.join(path, name)):
+                return os.path.join(path, name)
+        else:
+            try:
+                return hf_hub_download(path, name, revision=revision)
+            except EntryNotFoundError:
+                continue
+    raise FileNotFoundError(f"{path} has none of {', '.join(names)}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# rollout
+
+
+class Rollout(NamedTuple):
+    """What was sampled and computed for the episodes of a batch, in the order of episodes."""
+
+    query_rows: torch.Tensor  # [B] row of the dataset
+    responses: torch.Tensor  # [B, R] token ids, pads after the stop token
+    logprobs: torch.Tensor  # [B, R] of the policy that sampled, nats
+    ref_logprobs: torch.Tensor  # [B, R] of the reference policy, nats
+    values: torch.Tensor  # [B, R] before each token, reward units
+    scores: torch.Tensor  # [B] of the reward model
+
+
+class Advantages(NamedTuple):
+    """What a rollout comes to, see `compute_advantages`; [B, R] each but where stated."""
+
+    padding_mask: torch.Tensor  # True after the last token of the response
+    padding_mask_p1: torch.Tensor  # the same, one position later
+    sequence_lengths: torch.Tensor  # [B] index of the last token
+    contains_stop: torch.Tensor  # [B] whether the response ends with the stop token
+    logprobs: torch.Tensor
+    ref_logprobs: torch.Tensor
+    values: torch.Tensor
+    scores: torch.Tensor  # [B]
+    kl: torch.Tensor
+    non_score_rewards: torch.Tensor
+    rewards: torch.Tensor
+    advantages: torch.Tensor
+    returns: torch.Tensor
+
+
+def generalised_advantages(rewards, values, gamma: float, lam: float) -> torch.Tensor:
+    """Generalised advantage estimation (Schulman et al. 2016): [B, R], [B, R] -> [B, R]."""
+    advantages, after = torch.zeros_like(values), torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.shape[1])):
+        next_values = values[:, t + 1] if t + 1 < values.shape[1] else 0.0
+        after = rewards[:, t] + gamma * next_values - values[:, t] + gamma * lam * after
+        advantages[:, t] = after
+    return advantages
+
+
+def compute_advantages(responses, logprobs, ref_logprobs, values, scores, pad_id, stop_id, args) -> Advantages:
+    """From what was sampled to what is learned: masks, rewards, advantages, returns over the WHOLE batch.
+
+    Args:
+        responses: [B, R], pads after the stop token.
+        logprobs, ref_logprobs, values: [B, R].
+        scores: [B].
+        args: has `ppo`, `non_eos_penalty` and `penalty_reward_value`.
+    """
+    R = responses.shape[1]
+    # a response always has a first token, so that index is at least 0
+    sequence_lengths = first_true_indices(responses == pad_id) - 1  # [B]
+    contains_stop = (responses == stop_id).any(1)  # [B]
+    if args.non_eos_penalty:
+        # Detail: no EOS - the score IS SET to -1 (TRL subtracts instead: not the same)
+        scores = torch.where(contains_stop, scores, torch.full_like(scores, args.penalty_reward_value))
+    columns = torch.arange(R, device=responses.device)
+    padding_mask = columns > sequence_lengths[:, None]  # [B, R]
+    # Detail: where the score lands - at the position right after EOS when there is room, else at the last token; so
+    # that position is kept in values and returns, too. Its value has seen EOS and nothing later.
+    sequence_lengths_p1 = sequence_lengths + 1
+    padding_mask_p1 = columns > sequence_lengths_p1[:, None]
+    logprobs = logprobs.masked_fill(padding_mask, INVALID_LOGPROB)
+    ref_logprobs = ref_logprobs.masked_fill(padding_mask, INVALID_LOGPROB)
+    values = values.masked_fill(padding_mask_p1, 0.0)
+    # Detail: KL in the reward - per token -beta * (logprob - ref_logprob), the k1 estimate, fixed beta
+    kl = logprobs - ref_logprobs
+    non_score_rewards = -args.ppo.kl_coef * kl
+    rewards = non_score_rewards.clone()
+    ends = torch.where(sequence_lengths_p1 < R, sequence_lengths_p1, sequence_lengths)
+    rewards[torch.arange(len(rewards), device=ends.device), ends] += scores
+    if args.ppo.whiten_rewards:
+        # Detail: reward whitening - no mean shift; off in the released runs
+        rewards = masked_whiten(rewards, ~padding_mask_p1, shift_mean=False).masked_fill(padding_mask_p1, 0.0)
+    advantages = generalised_advantages(rewards, values, args.ppo.gamma, args.ppo.lam)
+    returns = advantages + values
+    # Detail: advantage whitening - biased variance, over real tokens
+    # Deviates: over the whole batch of all processes; the original whitened on each GPU
+    advantages = masked_whiten(advantages, ~padding_mask).masked_fill(padding_mask, 0.0)
+    return Advantages(padding_mask, padding_mask_p1, sequence_lengths, contains_stop, logprobs, ref_logprobs, values,
+                      scores, kl, non_score_rewards, rewards, advantages, returns)  # fmt: skip
+
+
+def ppo_losses(new_logprobs, vpreds, logprobs, values, advantages, returns, cliprange: float, cliprange_value: float):
+    """Clipped policy loss and clipped value loss of each token (Schulman et al. 2017; value clipping of the baselines).
+
+    Args:
+        new_logprobs, logprobs: [B, R] nats, of the policy now and when it sampled.
+        vpreds, values: [B, R] value predictions now and then.
+        advantages, returns: [B, R].
+
+    Returns:
+        dict of [B, R]: `pg` and `vf` (with its factor 0.5) losses, to be averaged over real tokens by the caller;
+        `ratio`; `pg_clipped` and `vf_clipped` (bool, where the clipped term is the larger).
+    """
+    ratio = torch.exp(new_logprobs - logprobs)
+    pg_losses, pg_losses2 = -advantages * ratio, -advantages * ratio.clamp(1.0 - cliprange, 1.0 + cliprange)
+    clipped = torch.clamp(vpreds, values - cliprange_value, values + cliprange_value)
+    vf_losses1, vf_losses2 = (vpreds - returns) ** 2, (clipped - returns) ** 2
+    return {
+        "pg": torch.max(pg_losses, pg_losses2), "vf": 0.5 * torch.max(vf_losses1, vf_losses2), "ratio": ratio,
+        "pg_clipped": pg_losses2 > pg_losses, "vf_clipped": vf_losses2 > vf_losses1,
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def token_entropies(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Entropy of each next-token distribution: [B, R, V] -> [B, R] nats."""
+    logprobs = (logits.float() / temperature).log_softmax(-1)
+    return -(logprobs.exp() * logprobs).sum(-1)
+
+
+def micro_batch_loss(model, query_tokens, responses, adv: Advantages, mb, counts, pad_id: int, args):
+    """One micro batch's part of the loss over its mini-batch, and of the statistics.
+
+    Args:
+        model: `PolicyAndValue`, wrapped or not.
+        query_tokens: [b, Q], left-padded; responses: [b, R], pads after the stop token.
+        adv: of the whole batch; mb: [b] numbers of these episodes in it.
+        counts: real tokens of the whole mini-batch, and those of the value loss (one more where there is room).
+
+    Returns:
+        loss []; STATISTICS [7], to be added up over micro batches; largest |ratio - 1| [].
+    """
+    responses = trim_responses(responses, pad_id)  # [b, K]
+    K = responses.shape[1]
+    logits, vpreds = model(torch.cat([query_tokens, responses], 1), K, pad_id)  # [b, K, V], [b, K]
+    mask, mask_p1 = ~adv.padding_mask[mb, :K], ~adv.padding_mask_p1[mb, :K]
+    new_logprobs = response_logprobs(logits, responses, args.temperature).masked_fill(~mask, INVALID_LOGPROB)
+    then = (c[mb, :K] for c in (adv.logprobs, adv.values, adv.advantages, adv.returns))
+    losses = ppo_losses(
+        new_logprobs, vpreds.masked_fill(~mask_p1, 0.0), *then, args.ppo.cliprange, args.ppo.cliprange_value
+    )
+    # Deviates: means over the real tokens of the whole mini-batch; the original averaged each micro batch by itself,
+    # and its statistics over pads
+    mean = lambda values: (values * mask).sum() / counts[0]
+    mean_p1 = lambda values: (values * mask_p1).sum() / counts[1]
+    pg_loss, vf_loss = mean(losses["pg"]), mean_p1(losses["vf"])
+    with torch.no_grad():
+        approx_kl = 0.5 * (new_logprobs - adv.logprobs[mb, :K]) ** 2
+        statistics = [pg_loss, vf_loss, mean(losses["ratio"]), mean(losses["pg_clipped"]), mean(approx_kl),
+                      mean_p1(losses["vf_clipped"]), mean(token_entropies(logits, args.temperature))]  # fmt: skip
+        ratio_error = ((losses["ratio"] - 1.0) * mask).abs().max()
+    return pg_loss + args.ppo.vf_coef * vf_loss, torch.stack(statistics), ratio_error
+
+
+def trim_responses(responses: torch.Tensor, pad_id: int) -> torch.Tensor:
+    """Cut columns that are pads in all rows, but keep the one after the longest, which holds the score: [B, R']."""
+    longest = int((responses != pad_id).sum(1).max())
+    return responses[:, : min(longest + 1, responses.shape[1])]
+
+
+def restore(columns: torch.Tensor, R: int, fill: float) -> torch.Tensor:
+    """Undo a trim: [B, R'] -> [B, R]."""
+    return F.pad(columns, (0, R - columns.shape[1]), value=fill)
+
+
+@torch.no_grad()
+def make_rollout(
+    policy_and_value, ref_policy, reward_model, reward_bias, queries, query_rows, episodes, resample, ids, args
+):
+    """Sample a response to each query and compute what PPO needs of it.
+
+    Args:
+        queries: list of B token lists; query_rows, episodes: their rows in the dataset and numbers of episodes.
+        resample: compute the policy's log-probs again by the forward pass of training instead of taking those of
+            sampling: in bf16 the two differ by rounding, and the first-pass ratio has to be 1.
+        ids: (pad, stop, size of the tokenizer).
+    """
+    pad_id, stop_id, tokenizer_size = ids
+    device, R = policy_and_value.value_bias.device, args.response_length
+    # Detail: left padding - queries are left-padded, responses right-padded
+    query_tokens = pad_rows(queries, pad_id, "left").to(device)  # [B, Q]
+    noise = episode_noise(args.seed, episodes, device)
+    policy = policy_and_value.policy
+    responses, logprobs = sample_responses(
+        policy, query_tokens, noise, pad_id, stop_id, R, args.temperature, tokenizer_size
+    )
+    short = trim_responses(responses, pad_id)  # [B, R']
+    K = short.shape[1]
+    query_responses = torch.cat([query_tokens, short], 1)  # [B, Q + R']
+    inputs = model_inputs(query_responses, pad_id)
+    ref_logits = ref_policy(**inputs, logits_to_keep=K + 1, use_cache=False).logits[:, :-1]
+    ref_logprobs = response_logprobs(ref_logits, short, args.temperature)
+    if resample:
+        logits = policy(**inputs, logits_to_keep=K + 1, use_cache=False).logits[:, :-1]
+        logprobs = response_logprobs(logits, short, args.temperature)
+    # the critic may see the truncated response: values[t] has seen the tokens < t only, and those that are kept are
+    # read at EOS at the latest
+    values = policy_and_value.values(inputs, K)
+    scores = read_rewards(reward_model, reward_bias, query_responses, pad_id)
+    columns = (
+        restore(logprobs, R, INVALID_LOGPROB),
+        restore(ref_logprobs, R, INVALID_LOGPROB),
+        restore(values, R, 0.0),
+    )
+    return Rollout(torch.tensor(query_rows, device=device), responses, *columns, scores)
+
+
+@torch.no_grad()
+def evaluate_policy(
+    accelerator, policy_and_value, reward_model, reward_bias, rows, tokenizer, stop_id, args, what: str
+):
+    """A response to each row of a split with its score, and the reference's score; each row once.
+
+    Returns:
+        columns `query, response, reference, score, reference_score, response_length, has_eos`, on every rank.
+    """
+    pad_id, device = tokenizer.pad_token_id, accelerator.device
+    lengths = np.asarray([len(strip_pads(q, pad_id)) for q in rows["query_token"]])
+    mine = np.argsort(-lengths, kind="stable")[accelerator.process_index :: accelerator.num_processes].tolist()
+    progress, found = Progress(f"{what} rows", len(mine), accelerator.is_main_process), []
+    for start in range(0, len(mine), args.local_eval_batch_size):
+        part = mine[start : start + args.local_eval_batch_size]
+        batch = rows[part]
+        queries = pad_rows([strip_pads(q, pad_id) for q in batch["query_token"]], pad_id, "left").to(device)
+        references = [strip_pads(r, pad_id) for r in batch["reference_response_token"]]
+        references = pad_rows(references, pad_id, "right").to(device)
+        with accelerator.autocast():
+            responses, _ = sample_responses(
+                policy_and_value.policy, queries, episode_noise(args.seed, part, device), pad_id, stop_id,
+                args.response_length, args.eval_temperature, len(tokenizer),
+            )  # fmt: skip
+            scores, reference_scores = (
+                read_rewards(reward_model, reward_bias, torch.cat([queries, r], 1), pad_id).tolist()
+                for r in (responses, references)
+            )
+        texts = tokenizer.batch_decode(responses.tolist(), skip_special_tokens=True)
+        for i, row in enumerate(part):
+            length, ended = int((responses[i] != pad_id).sum()), bool((responses[i] == stop_id).any())
+            reference = batch["reference_response"][i].replace(tokenizer.eos_token, "").strip()
+            texts_of_row = (batch["query"][i], texts[i].strip(), reference)
+            found.append((row, *texts_of_row, scores[i], reference_scores[i], length, ended))
+        progress.step(len(part))
+    found = sorted(gather_object(found))
+    names = ["query", "response", "reference", "score", "reference_score", "response_length", "has_eos"]
+    return {name: [row[1 + i] for row in found] for i, name in enumerate(names)}
+
+
+def report(found: dict[str, list]) -> dict[str, float]:
+    """Metrics `eval/ppo/validation/...` of an evaluated split."""
+    score, reference = np.array(found["score"]), np.array(found["reference_score"])
+    return {
+        "eval/ppo/validation/score": float(score.mean()),
+        "eval/ppo/validation/reference_score": float(reference.mean()),
+        "eval/ppo/validation/scores_above_reference": float((score > reference).mean()),
+        "eval/ppo/validation/response_length": float(np.mean(found["response_length"])),
+        "eval/ppo/validation/eos_rate": float(np.mean(found["has_eos"])),
+    }
+
+
+def rollout_metrics(adv: Advantages) -> dict[str, float]:
+    """Metrics of a batch of episodes; means are over all episodes, or all real tokens."""
+    mask, mask_p1 = ~adv.padding_mask, ~adv.padding_mask_p1
+    kl = (adv.kl * mask).sum(1)  # [B] nats per episode
+    errors = adv.returns - adv.values
+    unexplained = masked_var(errors, mask_p1, unbiased=False) / masked_var(adv.returns, mask_p1, unbiased=False)
+    non_score = (adv.non_score_rewards * mask).sum(1)
+    metrics = {
+        "objective/scores": adv.scores.mean(), "objective/scores_std": adv.scores.std(unbiased=False),
+        "objective/kl": kl.mean(), "objective/kl_standard_error": kl.std(unbiased=False) / math.sqrt(len(kl)),
+        "objective/entropy": (-adv.logprobs * mask).sum(1).mean(),
+        "objective/non_score_reward": non_score.mean(), "objective/score_total": (adv.scores + non_score).mean(),
+        "objective/eos_rate": adv.contains_stop.float().mean(),
+        "objective/response_length": mask.sum(1).float().mean(),
+        "value/error": masked_mean(errors.abs(), mask_p1), "value/explained_variance": 1.0 - unexplained,
+        "value/mean": masked_mean(adv.values, mask_p1), "value/returns": masked_mean(adv.returns, mask_p1),
+    }  # fmt: skip
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def training_metrics(stats: torch.Tensor, ratio_error: float) -> dict[str, float]:
+    """Metrics of the passes over a batch, [passes, STATISTICS]: means over passes, the first and the last one apart."""
+    metrics = {name: float(stats[:, i].mean()) for i, name in enumerate(STATISTICS)}
+    metrics["policy/entropy"] = float(stats[0, STATISTICS.index("policy/entropy")])  # of the policy that sampled
+    metrics["policy/approxkl_last_pass"] = float(stats[-1, STATISTICS.index("policy/approxkl")])
+    return metrics | {"policy/first_pass_ratio_error": ratio_error}
+
+
+def warn(update: int, metrics: dict[str, float], exact: bool) -> None:
+    """Say loudly that a number is impossible for correct code: ratio not 1 at the first pass, or negative KL.
+
+    Args:
+        exact: whether everything is computed in float32; bf16 has a wider tolerance.
+    """
+    error, tolerance = metrics["policy/first_pass_ratio_error"], 1e-3 if exact else 0.1
+    if error > tolerance:
+        print(f"WARNING: update {update}: the first-pass ratio is off 1 by {error:.2g} (> {tolerance})", flush=True)
+    kl, noise = metrics["objective/kl"], 4 * metrics["objective/kl_standard_error"] + (1e-4 if exact else 0.05)
+    if kl < -noise:
+        print(f"WARNING: update {update}: KL {kl:.4f} is negative beyond its noise of {noise:.4f}", flush=True)
+
+
+def check_args(args: Args):
+    """Refuse what cannot work; fill in what was left out. Returns (tokenizer, dataset, id of the stop token)."""
+    check_sizes(
+        args,
+        positive=("eps", "response_length", "temperature", "max_grad_norm", "local_eval_batch_size", "num_eval_rows",
+                  "ppo.noptepochs", "ppo.cliprange", "ppo.cliprange_value"),
+        at_least_zero=("lr", "weight_decay", "eval_temperature", "warm_up_steps", "eval_freq",
+                       "print_sample_output_freq", "ppo.vf_coef", "ppo.kl_coef"),
+    )  # fmt: skip
+    for name in ("gamma", "lam"):
+        if not 0 <= getattr(args.ppo, name) <= 1:
+            refuse(f"ppo.{name}", str(getattr(args.ppo, name)), "a number from 0 to 1")
+    check_scheduler(args)
+    check_ppo_batch_sizes(args, int(os.environ.get("WORLD_SIZE", 1)))
+    RunFolder.refuse_taken(args)
+    refuse_unwritable("output_dir", args.output_dir)
+    check_push(args)
+    base = find_model("base_model", args.base_model, args.base_model_revision, "policy")
+    sft = find_model("sft_model_path", args.sft_model_path, args.sft_model_revision, "policy")
+    check_same_vocabulary("sft_model_path", args.sft_model_path, sft, "base_model", args.base_model, base)
+    reward = find_model("reward_model_path", args.reward_model_path, args.reward_model_revision, "reward")
+    check_same_vocabulary(
+        "reward_model_path", args.reward_model_path, reward, "sft_model_path", args.sft_model_path, sft
+    )
+    tokenizer = find_tokenizer("base_model", args.base_model, args.base_model_revision)
+    tokens = ["query_token", "reference_response_token"]
+    columns = [*tokens, "query", "reference_response"]
+    splits = ["train", "validation"]
+    dataset = load_rows("query_dataset", args.query_dataset, args.dataset_revision, "sft", columns, splits)
+    check_tokens("query_dataset", dataset, tokens, base["vocab_size"], tokenizer.pad_token_id)
+    check_same_tokenizer("query_dataset", dataset["train"][0], "query", "query_token", tokenizer)
+    return tokenizer, dataset, find_stop_id(args.truncate_token, tokenizer)
+
+
+def main(args: Args) -> dict[str, float]:
+    """Run the stage; returns the final metrics."""
+    # ------------------------------------------------------------------------------------------------------------------
+    # sizes
+    stamp = int(time.time())
+    args.run_name = args.run_name or f"{args.exp_name}__{args.seed}__{stamp}"
+    tokenizer, dataset, stop_id = check_args(args)
+    accelerator = make_accelerator(args)
+    is_main, device, pad_id = accelerator.is_main_process, accelerator.device, tokenizer.pad_token_id
+    rank, world_size = accelerator.process_index, args.world_size
+    ids = (pad_id, stop_id, len(tokenizer))
+    if is_main:
+        print(f"{world_size} process(es) on {device}, precision {accelerator.mixed_precision}")
+        cut = f"{world_size} x {args.nminibatches} x {args.gradient_accumulation_steps} x {args.local_micro_batch_size}"
+        print(f"batch {args.batch_size} episodes = {cut} (processes x mini-batches x accumulation x micro batch)")
+        print(f"{args.num_updates} updates, {args.ppo.noptepochs} passes each", flush=True)
+    assert (
+        args.batch_size
+        == world_size * args.nminibatches * args.gradient_accumulation_steps * args.local_micro_batch_size
+    )
+
+    with RunFolder(args, "ppo_left_padding", is_main) as run:
+        # --------------------------------------------------------------------------------------------------------------
+        # data
+        train = dataset["train"].with_format("numpy", columns=["query_token"])
+        validation = dataset["validation"]
+        validation = validation.select(range(min(len(validation), args.num_eval_rows or len(validation))))
+        # Detail: prompts [21] - the SFT queries, reshuffled at each pass
+        order = epoch_order(len(train), args.num_updates * args.batch_size, args.seed)
+
+        # --------------------------------------------------------------------------------------------------------------
+        # models, optimiser
+        torch.manual_seed(args.seed)
+        revision = None if os.path.isdir(args.sft_model_path) else args.sft_model_revision
+        load = lambda: AutoModelForCausalLM.from_pretrained(args.sft_model_path, revision=revision, dtype=torch.float32)
+        policy, ref_policy = load(), load()
+        reward_model, reward_bias = load_reward_model(args.reward_model_path, args.reward_model_revision)
+        value_model, _ = load_reward_model(args.reward_model_path, args.reward_model_revision)
+        for model in (policy, ref_policy, reward_model, value_model):
+            disable_dropout(model)
+        if args.gradient_checkpointing:
+            policy.gradient_checkpointing_enable({"use_reentrant": False})
+            value_model.gradient_checkpointing_enable({"use_reentrant": False})
+        model = PolicyAndValue(policy, value_model, reward_bias)
+        make = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
+        optimizer = make(model.parameters(), lr=args.lr, eps=args.eps, weight_decay=args.weight_decay)
+        scheduler = get_scheduler(args.scheduler, optimizer, args.warm_up_steps, args.num_updates)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        whole = accelerator.unwrap_model(model)
+        # the frozen models compute in the precision of the trained ones, so that KL starts at 0
+        frozen = [
+            m.to(next(whole.policy.parameters()).dtype).eval().requires_grad_(False) for m in (ref_policy, reward_model)
+        ]
+        ref_policy, reward_model = (m if args.offload else m.to(device) for m in frozen)
+
+        def move_frozen(to) -> None:
+            if args.offload:
+                for frozen_model in frozen:
+                    frozen_model.to(to)
+
+        def evaluate(rows, what: str):
+            move_frozen(device)
+            model.eval()
+            found = evaluate_policy(accelerator, whole, reward_model, reward_bias, rows, tokenizer, stop_id, args, what)
+            move_frozen("cpu")
+            return found
+
+        # --------------------------------------------------------------------------------------------------------------
+        # loop
+        progress = Progress("ppo updates", args.num_updates, is_main)
+        for update in range(1, args.num_updates + 1):
+            start = time.time()
+            # rollout: each rank samples its share of the batch, rows of similar length together
+            episodes = np.arange((update - 1) * args.batch_size, update * args.batch_size)
+            queries = [strip_pads(q, pad_id) for q in train[order[episodes]]["query_token"]]
+            parts = deal([len(q) for q in queries], args.local_rollout_forward_batch_size, rank, world_size)
+            move_frozen(device)
+            model.eval()
+            rollouts = []
+            for part in parts:
+                with accelerator.autocast():
+                    rollouts.append(make_rollout(
+                        whole, ref_policy, reward_model, reward_bias, [queries[i] for i in part], order[episodes[part]],
+                        episodes[part], accelerator.mixed_precision == "bf16", ids, args,
+                    ))  # fmt: skip
+            move_frozen("cpu")
+            local = [torch.cat(columns) for columns in zip(*rollouts)]
+            numbers = torch.tensor([i for part in parts for i in part], device=device)
+            back = accelerator.gather(numbers).argsort()  # from the order of ranks to that of episodes
+            rollout = Rollout(*(accelerator.gather(column)[back] for column in local))
+            assert torch.equal(rollout.query_rows.cpu(), torch.from_numpy(order[episodes]))
+            adv = compute_advantages(*rollout[1:], pad_id, stop_id, args)
+            rollout_seconds = time.time() - start
+
+            # optimisation: passes over the whole batch, cut into the same mini-batches on any number of ranks
+            model.train()
+            stats = torch.zeros(args.ppo.noptepochs, len(STATISTICS), device=device, dtype=torch.float64)
+            ratio_error = torch.zeros(
+                1, device=device
+            )  # of the first pass over the first mini-batch, where it is noise
+            total_lengths = [len(q) + int(n) + 1 for q, n in zip(queries, adv.sequence_lengths.tolist())]
+            for epoch in range(args.ppo.noptepochs):
+                shuffled = np.random.default_rng([args.seed, update, epoch]).permutation(args.batch_size)
+                for i, mini_batch in enumerate(shuffled.reshape(args.nminibatches, args.mini_batch_size)):
+                    counts = [int((~m[mini_batch]).sum()) for m in (adv.padding_mask, adv.padding_mask_p1)]
+
+                    def loss_of(part):
+                        mb = mini_batch[part]
+                        query_tokens = pad_rows([queries[j] for j in mb], pad_id, "left").to(device)
+                        found = micro_batch_loss(
+                            model, query_tokens, rollout.responses[mb], adv, mb, counts, pad_id, args
+                        )
+                        loss, values, error = found
+                        stats[epoch] += values
+                        if epoch == i == 0:
+                            ratio_error.copy_(torch.max(ratio_error, error))
+                        return loss
+
+                    def on_bad(what, part):
+                        mb = mini_batch[part]
+                        columns = {name: column[mb].cpu() for name, column in adv._asdict().items()}
+                        columns |= {"responses": rollout.responses[mb].cpu(), "queries": [queries[j] for j in mb]}
+                        run.stop_on_bad_numbers(update, what, columns)
+
+                    parts = deal([total_lengths[j] for j in mini_batch], args.local_micro_batch_size, rank, world_size)
+                    norm = train_step(accelerator, model, optimizer, parts, loss_of, args.max_grad_norm, on_bad)
+            lr = scheduler.get_last_lr()[0]
+            scheduler.step()
+            stats = accelerator.reduce(stats, "sum") / args.nminibatches
+            ratio_error = float(accelerator.gather(ratio_error).max())
+
+            # what happened
+            seconds = time.time() - start
+            metrics = rollout_metrics(adv) | training_metrics(stats, ratio_error)
+            metrics |= {
+                "train/ppo/lr": lr, "train/ppo/grad_norm": norm, "train/ppo/episode": update * args.batch_size,
+                "time/ppo/rollout_seconds": rollout_seconds, "time/ppo/training_seconds": seconds - rollout_seconds,
+                "time/ppo/episodes_per_second": args.batch_size / seconds,
+                "time/ppo/sampled_tokens_per_second": int((~adv.padding_mask).sum()) / rollout_seconds,
+                "memory/ppo/peak_gb": memory_gb(device),
+            }  # fmt: skip
+            if is_main:
+                warn(update, metrics, exact=accelerator.mixed_precision == "no")
+            if args.run_eval and args.eval_freq and update % args.eval_freq == 0 and update < args.num_updates:
+                metrics |= report(evaluate(validation, f"update {update}, validation"))
+            if args.print_sample_output_freq and update % args.print_sample_output_freq == 0:
+                found = evaluate(validation.select(range(min(len(validation), 2 * world_size))), "samples")
+                run.table(f"samples_{update}", found)
+                if is_main:
+                    for query, text, score in zip(found["query"], found["response"], found["score"]):
+                        print(f"{query[-300:]}\n  policy ({score:+.2f}): {text}", flush=True)
+            run.log(update, metrics)
+            progress.step(note=f"score {metrics['objective/scores']:.3f} kl {metrics['objective/kl']:.3f}")
+
+        # --------------------------------------------------------------------------------------------------------------
+        # evaluation and saving
+        final = dict(metrics)
+        if args.run_eval:
+            found = evaluate(validation, "policy, validation")
+            final |= report(found)
+            table = run.table("validation", found)
+            run.log(args.num_updates + 1, report(found))
+        policy.generation_config = GenerationConfig.from_model_config(policy.config)
+        save_model(accelerator, model, policy, tokenizer, args)
+        if is_main:
+            shown = Table("PPO", "last value")
+            for name in (*CLOSING_METRICS, *(k for k in final if k.startswith("eval/"))):
+                shown.add_row(name, f"{final[name]:.4f}")
+            Console().print(shown)
+            paths = f"policy: {args.output_dir}" + (f"\ntable:  {table}" if args.run_eval else "")
+            print(f"{paths}\nrun:    {run.path}", flush=True)
+            if args.push_to_hub:
+                push(args, "ppo_left_padding", stamp)
+    return final
+
+
+if __name__ == "__main__":
+    refuse_dropped(sys.argv[1:], DROPPED)
+    main(tyro.cli(Args, use_underscores=True))

@@ -1,0 +1,681 @@
+"""Reward model: human comparisons and an SFT policy -> a model that scores summaries.
+
+Reads   comparisons and the SFT dataset (`tldr_dataset.py`), an SFT policy (`sft.py`)
+Writes  a reward model (`AutoModelForSequenceClassification`, one label) in --output_dir; accuracies in runs/<run_name>
+Paper   section 5 (reward model): -log sigmoid(chosen - rejected) at the EOS token, then normalised on demonstrations
+
+Laptop  python summarize_from_feedback_details/reward.py --base_model models/toy/small \
+            --sft_model_path models/sft_policy --query_dataset data/toy_tokenized/sft \
+            --label_dataset data/toy_tokenized/comparisons
+1 GPU   python summarize_from_feedback_details/reward.py --local_micro_batch_size 8
+8 GPUs  accelerate launch --config_file deepspeed.yaml summarize_from_feedback_details/reward.py --deepspeed
+
+Dimensions: B pairs, T tokens, D hidden.
+
+The saved model's `config.reward_bias` makes the mean reward of demonstrations 0: reward = logit + reward_bias.
+"""
+
+import math
+import os
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, gather_object
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForSequenceClassification, get_scheduler
+
+from summarize_from_feedback_details.check_inputs import (
+    check_batch_sizes,
+    check_push,
+    check_same_tokenizer,
+    check_same_vocabulary,
+    check_scheduler,
+    check_sizes,
+    check_tokens,
+    fill_episodes,
+    find_model,
+    find_tokenizer,
+    load_rows,
+)
+from summarize_from_feedback_details.run_folder import (
+    Progress,
+    RunFolder,
+    memory_gb,
+    push,
+    refuse,
+    refuse_dropped,
+    refuse_unwritable,
+    save_model,
+)
+
+DROPPED = {
+    "cuda": "CUDA_VISIBLE_DEVICES, or ACCELERATE_USE_CPU=true for the CPU",
+    "load_from_cache_file": "nothing: the tokenised dataset is read as it is",
+    "reward_model_path": "--output_dir, where the trained reward model goes",
+    "response_length": "nothing: the reward model samples nothing",
+    "truncate_token": "nothing: the reward model samples nothing",
+    "temperature": "nothing: the reward model samples nothing",
+    "num_eval_samples": "--num_eval_rows",
+    "local_normalize_batch_size": "--local_eval_batch_size",
+}
+
+
+@dataclass
+class Args:
+    # the run
+    exp_name: str = "reward"
+    """name of the experiment, the first part of the run's name"""
+    seed: int = 44413
+    """seed of the data order and of the head's initial weights"""
+    run_name: str | None = None
+    """folder of the run below `runs/`; default `<exp_name>__<seed>__<time>`"""
+    track: bool = False
+    """also log to Weights & Biases"""
+    wandb_project_name: str = "tldr_summarize"
+    """project on Weights & Biases"""
+    wandb_entity: str | None = None
+    """team or user on Weights & Biases"""
+    deepspeed: bool = False
+    """insist on DeepSpeed: refuse to run when not launched with it"""
+    print_sample_output_freq: int = 200
+    """print a few scored pairs every so many updates (0: never)"""
+    run_eval: bool = True
+    """evaluate on validation and validation_cnndm, before and after training"""
+    eval_freq: int = 0
+    """also evaluate every so many updates (0: only before and after training)"""
+    num_eval_rows: int | None = None
+    """pairs of each split to evaluate on (default: the whole split)"""
+    num_normalization_rows: int | None = None
+    """demonstrations whose mean reward becomes 0 (default: the whole train split)"""
+
+    # optimisation
+    eps: float = 1e-5
+    """epsilon of the optimiser"""
+    lr: float = 3e-6
+    """peak learning rate"""
+    weight_decay: float = 0.01
+    """decoupled weight decay (with --optimizer adam: L2)"""
+    max_grad_norm: float | None = None
+    """clip the global gradient norm to this (default: no clipping, as in the paper)"""
+    optimizer: Literal["adam", "adamw"] = "adamw"
+    """optimiser"""
+    scheduler: str = "cosine"
+    """learning rate schedule, over all updates: linear, cosine, polynomial (to 0), constant, constant_with_warmup"""
+    warm_up_steps: int = 0
+    """updates of linear warm-up"""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 where the hardware multiplies in it, else fp32"""
+    gradient_checkpointing: bool = False
+    """compute activations again in the backward pass: less memory, about a third more time"""
+    shared_prefix: bool = True
+    """read what chosen and rejected have in common once (checked on one pair at the start; same numbers, less work)"""
+
+    # sizes, in pairs; those left out are derived
+    world_size: int | None = None
+    """number of processes; refused when another number was launched"""
+    num_train_epochs: int = 1
+    """passes over the data"""
+    total_episodes: int | None = None
+    """pairs to train on (default: all pairs times --num_train_epochs)"""
+    num_updates: int | None = None
+    """optimiser updates (default: total_episodes / batch_size, the short last batch included)"""
+    local_micro_batch_size: int = 1
+    """pairs of one forward pass on one process"""
+    gradient_accumulation_steps: int | None = None
+    """forward passes per update (default: batch_size / (local_micro_batch_size * world_size))"""
+    micro_batch_size: int | None = None
+    """pairs of one forward pass on all processes"""
+    local_batch_size: int | None = None
+    """pairs of one update on one process"""
+    batch_size: int | None = None
+    """pairs of one update on all processes (default: 64, the paper's)"""
+    local_eval_batch_size: int = 8
+    """pairs that one process scores at a time in evaluation"""
+
+    # task
+    base_model: str = "EleutherAI/pythia-1b-deduped"
+    """base model of the policy: folder or hub id; its tokenizer is used"""
+    base_model_revision: str | None = None
+    """hub revision of the base model"""
+    sft_model_path: str = "vwxyzjn/EleutherAI_pythia-1b-deduped__sft__tldr"
+    """SFT policy to start from: folder or hub id (default: a released one)"""
+    sft_model_revision: str | None = "sft__44413__1708611267"
+    """hub revision of the SFT policy (a folder has none)"""
+    label_dataset: str = "vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144"
+    """tokenised comparisons: folder or hub id"""
+    query_dataset: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered_oai_preprocessing_1706381144"
+    """tokenised SFT dataset, whose references are the demonstrations of the normalisation: folder or hub id"""
+    dataset_revision: str | None = None
+    """hub revision of the comparisons"""
+    query_dataset_revision: str | None = None
+    """hub revision of the SFT dataset"""
+
+    # results
+    output_dir: str = "models/reward"
+    """folder of the trained reward model"""
+    push_to_hub: bool = False
+    """also upload the reward model"""
+    hf_entity: str | None = None
+    """user or organisation on the hub (default: the one logged in)"""
+    hf_repo_id: str | None = None
+    """repository on the hub (default `<base model>__reward__tldr`)"""
+    hf_repo_revision: str | None = None
+    """branch on the hub (default `reward__<seed>__<time>`)"""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# sizes and processes
+
+
+def choose_precision(wanted: str) -> str:
+    """Name of accelerate's mixed precision ("bf16" or "no") for `auto`, `bf16` or `fp32` on this hardware."""
+    if torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if wanted == "bf16" and not native:
+        times = []
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.ones(128, 128, dtype=dtype)
+            start = time.perf_counter()
+            x @ x
+            times.append(time.perf_counter() - start)
+        print(f"warning: no native bf16 here; a product took {times[1] / times[0]:.0f} times that of fp32", flush=True)
+    return "bf16" if wanted == "bf16" or (wanted == "auto" and native) else "no"
+
+
+def make_accelerator(args) -> Accelerator:
+    """The processes of this run. Refuses a launch that is not what the arguments say."""
+    # without this, DeepSpeed on CPU leaves each process alone
+    handlers = [] if torch.cuda.is_available() else [InitProcessGroupKwargs(backend="gloo")]
+    accelerator = Accelerator(mixed_precision=choose_precision(args.precision), kwargs_handlers=handlers)
+    if accelerator.num_processes != args.world_size:
+        refuse("world_size", f"{accelerator.num_processes} connected processes", f"{args.world_size}, as launched")
+    plugin = accelerator.state.deepspeed_plugin
+    if args.deepspeed and plugin is None:
+        refuse("deepspeed", "a launch without DeepSpeed", "`accelerate launch --config_file deepspeed.yaml`")
+    if plugin is not None:
+        if plugin.zero_stage == 3:
+            refuse("deepspeed", "ZeRO stage 3", "stage 0, 1 or 2: sampling needs whole weights")
+        # the loops accumulate by hand, so that a short last batch is scaled right
+        plugin.deepspeed_config["gradient_accumulation_steps"] = 1
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.local_micro_batch_size
+        plugin.deepspeed_config["gradient_clipping"] = args.max_grad_norm or 0.0
+    return accelerator
+
+
+def epoch_order(rows: int, episodes: int, seed: int) -> np.ndarray:
+    """One global permutation per pass over the data, the same on every process: [episodes] row numbers."""
+    # Deviates: the original shuffled with a per-rank seed and then sharded: rows came twice, others never
+    rng = np.random.default_rng(seed)
+    passes = [rng.permutation(rows) for _ in range(math.ceil(episodes / rows))]
+    return np.concatenate(passes)[:episodes]
+
+
+def deal(lengths: list[int], micro: int, rank: int, world_size: int) -> list[list[int]]:
+    """Cut a batch into this rank's micro batches, rows of similar length together, longest first.
+
+    Every rank gets the same number of micro batches (so that collectives match); those of a batch that does not fill
+    may be empty.
+
+    >>> deal([5, 9, 7], micro=1, rank=1, world_size=2)
+    [[2], []]
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    steps = math.ceil(math.ceil(len(order) / world_size) / micro)
+    mine = order[rank::world_size]
+    return [mine[i * micro : (i + 1) * micro] for i in range(steps)]
+
+
+def train_step(accelerator, model, optimizer, micro_batches, loss_of, max_grad_norm, on_bad) -> float:
+    """One optimiser update from this rank's micro batches; returns the global gradient norm.
+
+    Args:
+        micro_batches: this rank's part of the batch, as `deal` cut it.
+        loss_of: micro batch -> this micro batch's part of the loss over the GLOBAL batch (a sum over ranks and micro
+            batches gives the loss).
+        max_grad_norm: clip to this norm, or None.
+        on_bad: called with (what, micro batch) where a loss or the gradient is not finite; must raise.
+    """
+    ddp = isinstance(model, torch.nn.parallel.DistributedDataParallel)
+    for i, micro in enumerate(micro_batches):
+        last = i == len(micro_batches) - 1
+        accelerator.sync_gradients = last
+        with model.no_sync() if ddp and not last else nullcontext():
+            loss = loss_of(micro) * accelerator.num_processes  # gradients are averaged over ranks: undo it
+            if not torch.isfinite(loss):
+                on_bad("loss", micro)
+            accelerator.backward(loss)  # with DeepSpeed, the last one also steps
+    norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
+    norm = float(norm if norm is not None else math.nan)
+    if not math.isfinite(norm):
+        on_bad("gradient", micro_batches[-1])
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# tensors
+
+
+def pad_rows(rows: list[list[int]], pad_id: int, side: str) -> torch.Tensor:
+    """Lists of token ids -> [B, longest], padded on one side only as far as needed."""
+    longest = max(map(len, rows))
+    if side == "left":
+        return torch.tensor([[pad_id] * (longest - len(row)) + row for row in rows], dtype=torch.long)
+    return torch.tensor([row + [pad_id] * (longest - len(row)) for row in rows], dtype=torch.long)
+
+
+def strip_pads(row, pad_id: int) -> list[int]:
+    """The real tokens of a padded row."""
+    row = np.asarray(row)
+    return row[row != pad_id].tolist()
+
+
+def model_inputs(tokens: torch.Tensor, pad_id: int) -> dict[str, torch.Tensor]:
+    """What a model needs to read [B, T] tokens so that padding, left or right, changes nothing.
+
+    Pads are masked and replaced by id 0 (theirs may lie outside the embedding); positions count real tokens only, for
+    models with absolute positions.
+    """
+    mask = tokens != pad_id  # [B, T]
+    positions = (mask.long().cumsum(1) - 1).clamp(min=0)  # [B, T]
+    return {"input_ids": tokens.masked_fill(~mask, 0), "attention_mask": mask.long(), "position_ids": positions}
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    """Set every dropout probability to 0."""
+    # Detail: dropout off [7] - or the first-pass ratio of PPO is not 1, and the KL not reproducible
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    for name in ("attention_dropout", "hidden_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "dropout"):
+        if isinstance(getattr(model.config, name, None), float):
+            setattr(model.config, name, 0.0)
+    for module in model.modules():  # some attention layers keep the probability as a number
+        for name in ("attention_dropout", "dropout_prob"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# model and loss
+
+
+class RewardModel(torch.nn.Module):
+    """A sequence-classification model read at chosen positions of its rows."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask, position_ids, ends):
+        """[B, T] tokens and [B, N] positions -> [B, N] rewards (logits: the normalising constant is not in them)."""
+        trunk = getattr(self.model, self.model.base_model_prefix)
+        hidden = trunk(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        ).last_hidden_state  # [B, T, D]
+        rows = torch.arange(len(ends), device=ends.device)[:, None]
+        # Detail: reward at the EOS token [12] - the last real token; scores elsewhere are meaningless
+        return self.model.score(hidden[rows, ends])[..., 0].float()
+
+
+def init_head(model) -> None:
+    """Initialise the scalar head in place."""
+    # Detail: head initialisation [11] - weights N(0, 1/sqrt(d+1)); a bias would have zero gradient: there is none
+    torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.config.hidden_size + 1))
+
+
+def preference_losses(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    """-log sigmoid(r_chosen - r_rejected): [B], [B] -> [B] nats (Stiennon et al. 2020, section 3.4)."""
+    return -F.logsigmoid(chosen - rejected)
+
+
+def separate_rows(rows: list[list[int]], pad_id: int, device) -> dict[str, torch.Tensor]:
+    """Whole sequences, right-padded, each read at its last token: inputs of `RewardModel` with N = 1."""
+    tokens = pad_rows(rows, pad_id, "right").to(device)  # [B, T]
+    ends = torch.tensor([[len(row) - 1] for row in rows], device=device)  # [B, 1]
+    return model_inputs(tokens, pad_id) | {"ends": ends}
+
+
+def shared_prefix_rows(
+    pairs: list[tuple[list[int], list[int]]], device, dtype=torch.float32
+) -> dict[str, torch.Tensor]:
+    """Pairs as one row each, [common prefix | rest of chosen | rest of rejected], `rejected` blind to `chosen`.
+
+    The positions of `rejected` restart after the prefix, so both score as if they stood alone ("Accelerating Direct
+    Preference Optimization with Prefix Sharing", arXiv 2410.20305). Returns inputs of `RewardModel` with N = 2; the
+    mask is additive, [B, 1, T, T].
+    """
+    tokens, segments, positions, ends = [], [], [], []
+    for chosen, rejected in pairs:
+        p = 0  # the common prefix leaves each at least one token of its own
+        while p < min(len(chosen), len(rejected)) - 1 and chosen[p] == rejected[p]:
+            p += 1
+        c, r = len(chosen) - p, len(rejected) - p
+        tokens.append(chosen + rejected[p:])
+        segments.append([0] * p + [1] * c + [2] * r)
+        positions.append([*range(p + c), *range(p, p + r)])
+        ends.append([p + c - 1, p + c + r - 1])
+    T = max(map(len, tokens))
+    tokens, segments, positions = (
+        pad_rows(rows, fill, "right").to(device) for rows, fill in ((tokens, 0), (segments, 3), (positions, 0))
+    )  # [B, T] each
+    sees = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+    sees = sees & ((segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None]))  # [B, T, T]
+    mask = torch.zeros(sees.shape, dtype=dtype, device=device).masked_fill(~sees, torch.finfo(dtype).min)
+    ends = torch.tensor(ends, device=device)  # [B, 2]
+    return {"input_ids": tokens, "attention_mask": mask[:, None], "position_ids": positions, "ends": ends}
+
+
+def read_pairs(rows, pad_id: int) -> list[tuple[list[int], list[int]]]:
+    """Rows of the dataset -> (query + chosen, query + rejected) without pads."""
+    both = zip(rows["query_chosen_token"], rows["query_rejected_token"])
+    return [(strip_pads(chosen, pad_id), strip_pads(rejected, pad_id)) for chosen, rejected in both]
+
+
+def pair_rewards(model, pairs, pad_id: int, device, shared_prefix: bool, dtype=torch.float32):
+    """Rewards of chosen and rejected: ([B], [B])."""
+    if shared_prefix:
+        rewards = model(**shared_prefix_rows(pairs, device, dtype))  # [B, 2]
+        return rewards[:, 0], rewards[:, 1]
+    chosen, rejected = zip(*pairs)
+    rewards = model(**separate_rows([*chosen, *rejected], pad_id, device))[:, 0]  # [2B]
+    return rewards[: len(pairs)], rewards[len(pairs) :]
+
+
+@torch.no_grad()
+def prefix_can_be_shared(model, pairs, pad_id: int, device, dtype) -> bool:
+    """Whether this architecture gives the same rewards with the prefix read once; tried on a few pairs."""
+    shared = torch.cat(pair_rewards(model, pairs, pad_id, device, True, dtype))
+    apart = torch.cat(pair_rewards(model, pairs, pad_id, device, False, dtype))
+    return torch.allclose(shared, apart, rtol=0, atol=1e-3 if dtype == torch.float32 else 0.2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# evaluation
+
+
+@torch.no_grad()
+def evaluate_pairs(accelerator, model, rows, pad_id: int, args, shared_prefix: bool, dtype, what: str):
+    """Rewards of every pair of a split, each row once: ([rows], [rows]) chosen and rejected, on every rank."""
+    was_training = model.training
+    model.eval()
+    lengths = np.asarray(rows["query_chosen_token_len"]) + np.asarray(rows["query_rejected_token_len"])
+    mine = np.argsort(-lengths, kind="stable")[accelerator.process_index :: accelerator.num_processes].tolist()
+    progress, found = Progress(f"{what} pairs", len(mine), accelerator.is_main_process), []
+    whole = accelerator.unwrap_model(model)
+    for start in range(0, len(mine), args.local_eval_batch_size):
+        part = mine[start : start + args.local_eval_batch_size]
+        with accelerator.autocast():
+            pairs = read_pairs(rows[part], pad_id)
+            chosen, rejected = pair_rewards(whole, pairs, pad_id, accelerator.device, shared_prefix, dtype)
+        found += zip(part, chosen.tolist(), rejected.tolist())
+        progress.step(len(part))
+    model.train(was_training)
+    found = sorted(gather_object(found))
+    return np.array([c for _, c, _ in found]), np.array([r for _, _, r in found])
+
+
+@torch.no_grad()
+def score_demonstrations(accelerator, model, rows, pad_id: int, args, what: str) -> np.ndarray:
+    """Reward of each row's reference, read at its last token: [rows], on every rank."""
+    model.eval()
+    lengths = np.asarray(rows["query_reference_response_token_len"])
+    mine = np.argsort(-lengths, kind="stable")[accelerator.process_index :: accelerator.num_processes].tolist()
+    progress, found = Progress(f"{what} rows", len(mine), accelerator.is_main_process), []
+    whole = accelerator.unwrap_model(model)
+    for start in range(0, len(mine), args.local_eval_batch_size):
+        part = mine[start : start + args.local_eval_batch_size]
+        tokens = [strip_pads(row, pad_id) for row in rows[part]["query_reference_response_token"]]
+        with accelerator.autocast():
+            rewards = whole(**separate_rows(tokens, pad_id, accelerator.device))[:, 0]
+        found += zip(part, rewards.tolist())
+        progress.step(len(part))
+    return np.array([reward for _, reward in sorted(gather_object(found))])
+
+
+def group_columns(rows) -> dict[str, list]:
+    """What accuracies are reported by: batch, split, confidence, policy pair; those that the dataset has."""
+    groups = {name: list(rows[name]) for name in ("batch", "split") if name in rows.column_names}
+    if "extra" in rows.column_names:
+        groups["confidence"] = [(extra or {}).get("confidence") for extra in rows["extra"]]
+    if {"chosen_policy", "rejected_policy"} <= set(rows.column_names):
+        both = zip(rows["chosen_policy"], rows["rejected_policy"])
+        groups["policies"] = ["--".join(sorted(map(str, pair))) for pair in both]
+    return groups
+
+
+def report(split: str, rows, chosen: np.ndarray, rejected: np.ndarray):
+    """Metrics `eval/rm/<split>/...` and a table (split, group, value, pairs, accuracy) of one evaluated split."""
+    correct = chosen > rejected
+    losses = preference_losses(torch.tensor(chosen), torch.tensor(rejected))
+    metrics = {
+        f"eval/rm/{split}/accuracy": float(correct.mean()),
+        f"eval/rm/{split}/loss": float(losses.mean()),
+        f"eval/rm/{split}/margin": float((chosen - rejected).mean()),
+        f"eval/rm/{split}/pairs": float(len(correct)),
+    }
+    table = [(split, "all", "", len(correct), float(correct.mean()))]
+    for group, values in group_columns(rows).items():
+        values = np.array(["?" if v is None else str(v) for v in values])
+        for value in sorted(set(values)):
+            among = correct[values == value]
+            table.append((split, group, value, len(among), float(among.mean())))
+    return metrics, table
+
+
+def check_args(args: Args):
+    """Refuse what cannot work; fill in what was left out. Returns (tokenizer, comparisons, SFT dataset)."""
+    check_sizes(
+        args,
+        positive=("eps", "num_train_epochs", "total_episodes", "num_updates", "max_grad_norm",
+                  "local_eval_batch_size", "num_eval_rows", "num_normalization_rows"),
+        at_least_zero=("lr", "weight_decay", "warm_up_steps", "eval_freq", "print_sample_output_freq"),
+    )  # fmt: skip
+    check_scheduler(args)
+    check_batch_sizes(args, int(os.environ.get("WORLD_SIZE", 1)), default_batch_size=64)
+    RunFolder.refuse_taken(args)
+    refuse_unwritable("output_dir", args.output_dir)
+    check_push(args)
+    base = find_model("base_model", args.base_model, args.base_model_revision, "policy")
+    sft = find_model("sft_model_path", args.sft_model_path, args.sft_model_revision, "policy")
+    check_same_vocabulary("sft_model_path", args.sft_model_path, sft, "base_model", args.base_model, base)
+    tokenizer = find_tokenizer("base_model", args.base_model, args.base_model_revision)
+    tokens = ["query_chosen_token", "query_rejected_token"]
+    columns = [*tokens, "query", "query_token", "query_chosen_token_len", "query_rejected_token_len"]
+    splits = ["train", "validation"] if args.run_eval else ["train"]
+    pairs = load_rows("label_dataset", args.label_dataset, args.dataset_revision, "comparisons", columns, splits)
+    check_tokens("label_dataset", pairs, tokens, base["vocab_size"], tokenizer.pad_token_id)
+    check_same_tokenizer("label_dataset", pairs["train"][0], "query", "query_token", tokenizer)
+    tokens = ["query_reference_response_token"]
+    columns = [*tokens, "query", "query_token", "query_reference_response_token_len"]
+    sft_rows = load_rows("query_dataset", args.query_dataset, args.query_dataset_revision, "sft", columns, ["train"])
+    check_tokens("query_dataset", sft_rows, tokens, base["vocab_size"], tokenizer.pad_token_id)
+    check_same_tokenizer("query_dataset", sft_rows["train"][0], "query", "query_token", tokenizer)
+    fill_episodes(args, len(pairs["train"]))
+    return tokenizer, pairs, sft_rows
+
+
+def main(args: Args) -> dict[str, float]:
+    """Run the stage; returns the final metrics."""
+    # ------------------------------------------------------------------------------------------------------------------
+    # sizes
+    stamp = int(time.time())
+    args.run_name = args.run_name or f"{args.exp_name}__{args.seed}__{stamp}"
+    tokenizer, dataset, sft_dataset = check_args(args)
+    accelerator = make_accelerator(args)
+    is_main, device, pad_id = accelerator.is_main_process, accelerator.device, tokenizer.pad_token_id
+    train = dataset["train"].with_format("numpy", columns=["query_chosen_token", "query_rejected_token"])
+    if is_main:
+        print(f"{args.world_size} process(es) on {device}, precision {accelerator.mixed_precision}")
+        cut = f"{args.world_size} x {args.gradient_accumulation_steps} x {args.local_micro_batch_size}"
+        print(f"batch {args.batch_size} pairs = {cut} (processes x accumulation x micro batch)")
+        print(f"{args.num_updates} updates over {args.total_episodes} of {len(train)} pairs", flush=True)
+    assert args.batch_size == args.world_size * args.gradient_accumulation_steps * args.local_micro_batch_size
+
+    with RunFolder(args, "reward", is_main) as run:
+        # --------------------------------------------------------------------------------------------------------------
+        # data, model, optimiser
+        order = epoch_order(len(train), args.total_episodes, args.seed)
+        lengths = np.asarray(dataset["train"]["query_chosen_token_len"]) + np.asarray(
+            dataset["train"]["query_rejected_token_len"]
+        )
+        torch.manual_seed(args.seed)
+        revision = None if os.path.isdir(args.sft_model_path) else args.sft_model_revision
+        scorer = AutoModelForSequenceClassification.from_pretrained(
+            args.sft_model_path, revision=revision, num_labels=1, dtype=torch.float32
+        )
+        init_head(scorer)
+        disable_dropout(scorer)
+        if args.gradient_checkpointing:
+            scorer.gradient_checkpointing_enable({"use_reentrant": False})
+        model = RewardModel(scorer)
+        make = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
+        optimizer = make(model.parameters(), lr=args.lr, eps=args.eps, weight_decay=args.weight_decay)
+        scheduler = get_scheduler(args.scheduler, optimizer, args.warm_up_steps, args.num_updates)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        bf16_weights = accelerator.state.deepspeed_plugin is not None and accelerator.mixed_precision == "bf16"
+        dtype = torch.bfloat16 if bf16_weights else torch.float32
+        shared = args.shared_prefix
+        if shared:
+            with accelerator.autocast():
+                some = read_pairs(train[: min(4, len(train))], pad_id)
+                shared = prefix_can_be_shared(accelerator.unwrap_model(model), some, pad_id, device, dtype)
+            if is_main:
+                how = "read once for each pair" if shared else "read twice: this architecture scores differently else"
+                print(f"the prefix that chosen and rejected share is {how}", flush=True)
+        splits = {s: dataset[s] for s in ("validation", "validation_cnndm") if s in dataset and len(dataset[s])}
+        splits = {s: rows.select(range(min(len(rows), args.num_eval_rows or len(rows)))) for s, rows in splits.items()}
+
+        def evaluate_splits(when: str):
+            metrics, table = {}, []
+            for split, rows in splits.items():
+                chosen, rejected = evaluate_pairs(
+                    accelerator, model, rows, pad_id, args, shared, dtype, f"{when}, {split}"
+                )
+                found, lines = report(split, rows, chosen, rejected)
+                metrics, table = metrics | found, table + lines
+                texts = {c: list(rows[c]) for c in ("query", "chosen", "rejected") if c in rows.column_names}
+                run.table(split, texts | group_columns(rows) | {"chosen_reward": chosen, "rejected_reward": rejected})
+            return metrics, table
+
+        if args.run_eval:
+            run.log(0, evaluate_splits("before training")[0])
+
+        # --------------------------------------------------------------------------------------------------------------
+        # loop
+        progress = Progress("reward updates", args.num_updates, is_main)
+        model.train()
+        for update in range(1, args.num_updates + 1):
+            start = time.time()
+            rows = order[(update - 1) * args.batch_size : update * args.batch_size]
+            parts = deal(
+                lengths[rows].tolist(), args.local_micro_batch_size, accelerator.process_index, args.world_size
+            )
+            sums = torch.zeros(3, device=device, dtype=torch.float64)  # loss, accuracy, tokens
+
+            def loss_of(part):
+                pairs = read_pairs(train[rows[part or [0]]], pad_id)
+                chosen, rejected = pair_rewards(model, pairs, pad_id, device, shared, dtype)
+                losses = preference_losses(chosen, rejected)
+                loss = losses.sum() / len(rows) if part else 0.0 * losses.sum()
+                right = (chosen > rejected).sum() / len(rows)
+                tokens = torch.tensor(sum(len(c) + len(r) for c, r in pairs), device=device)
+                sums.add_(torch.stack([loss.detach(), right, tokens]) * bool(part))
+                return loss
+
+            def on_bad(what, part):
+                numbers = rows[part or [0]]
+                run.stop_on_bad_numbers(update, what, {"rows": numbers, "pairs": read_pairs(train[numbers], pad_id)})
+
+            norm = train_step(accelerator, model, optimizer, parts, loss_of, args.max_grad_norm, on_bad)
+            lr = scheduler.get_last_lr()[0]
+            scheduler.step()
+            loss, accuracy, tokens = accelerator.reduce(sums, "sum").tolist()
+            seconds = time.time() - start
+            metrics = {
+                "train/rm/loss": loss, "train/rm/accuracy": accuracy, "train/rm/lr": lr, "train/rm/grad_norm": norm,
+                "train/rm/episode": min(update * args.batch_size, args.total_episodes),
+                "time/rm/samples_per_second": len(rows) / seconds, "time/rm/tokens_per_second": tokens / seconds,
+                "memory/rm/peak_gb": memory_gb(device),
+            }  # fmt: skip
+            if args.run_eval and args.eval_freq and update % args.eval_freq == 0 and update < args.num_updates:
+                metrics |= evaluate_splits(f"update {update}")[0]
+            if args.print_sample_output_freq and update % args.print_sample_output_freq == 0:
+                print_pairs(accelerator, model, dataset["train"][rows[:2]], tokenizer, shared, dtype)
+            run.log(update, metrics)
+            progress.step(note=f"loss {loss:.3f} accuracy {accuracy:.2f}")
+
+        # --------------------------------------------------------------------------------------------------------------
+        # evaluation, normalisation and saving
+        final, table = {"train/rm/loss": loss, "train/rm/accuracy": accuracy}, []
+        if args.run_eval:
+            found, table = evaluate_splits("after training")
+            final |= found
+            columns = zip(*table)
+            run.table("accuracy", dict(zip(("split", "group", "value", "pairs", "accuracy"), map(list, columns))))
+        # Detail: normalise [15] - the mean reward over demonstrations becomes 0, by a constant in the config
+        demonstrations = sft_dataset["train"]
+        demonstrations = demonstrations.select(
+            range(min(len(demonstrations), args.num_normalization_rows or len(demonstrations)))
+        )
+        before = score_demonstrations(accelerator, model, demonstrations, pad_id, args, "demonstrations")
+        scorer.config.reward_bias = -float(before.mean())
+        after = before + scorer.config.reward_bias
+        for name, values in (("before", before), ("after", after)):
+            for statistic in ("mean", "std", "min", "max"):
+                final[f"eval/rm/demonstrations/{name}/{statistic}"] = float(getattr(values, statistic)())
+        run.log(args.num_updates + 1, final)
+        scorer.config.pad_token_id = pad_id  # where the plain class looks for the last real token
+        scorer.config.id2label, scorer.config.label2id = {0: "reward"}, {"reward": 0}
+        save_model(accelerator, model, scorer, tokenizer, args)
+        if is_main:
+            print_tables(table, before, after)
+            print(f"reward model: {args.output_dir}\ntables: {run.path / 'tables'}\nrun:    {run.path}", flush=True)
+            if args.push_to_hub:
+                push(args, "reward", stamp)
+    return final
+
+
+@torch.no_grad()
+def print_pairs(accelerator, model, rows, tokenizer, shared_prefix: bool, dtype) -> None:
+    """Print the texts and rewards of a few training pairs."""
+    pairs = read_pairs(rows, tokenizer.pad_token_id)
+    with accelerator.autocast():
+        rewards = pair_rewards(
+            accelerator.unwrap_model(model), pairs, tokenizer.pad_token_id, accelerator.device, shared_prefix, dtype
+        )
+    if accelerator.is_main_process:
+        for (chosen, rejected), good, bad in zip(pairs, *(r.tolist() for r in rewards)):
+            for name, tokens, reward in (("chosen", chosen, good), ("rejected", rejected, bad)):
+                print(f"{name:8} {reward:+.2f}  ...{tokenizer.decode(tokens)[-300:]!r}", flush=True)
+
+
+def print_tables(table, before: np.ndarray, after: np.ndarray) -> None:
+    """The closing tables: accuracies with counts, and the rewards of demonstrations before and after."""
+    shown = Table("split", "by", "value", "pairs", "accuracy", title="Reward model accuracy")
+    for split, group, value, pairs, accuracy in table:
+        if group != "policies" or pairs >= max(20, 0.02 * table[0][3]):
+            shown.add_row(split, group, value, str(pairs), f"{accuracy:.3f}")
+    Console().print(shown)
+    shown = Table("rewards of demonstrations", "mean", "std", "min", "max")
+    for name, values in (("before normalisation", before), ("after", after)):
+        numbers = (values.mean(), values.std(), values.min(), values.max())
+        shown.add_row(name, *(f"{number:.3f}" for number in numbers))
+    Console().print(shown)
+
+
+if __name__ == "__main__":
+    refuse_dropped(sys.argv[1:], DROPPED)
+    main(tyro.cli(Args, use_underscores=True))

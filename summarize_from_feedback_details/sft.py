@@ -1,0 +1,647 @@
+"""SFT: a base model and reference summaries -> a policy that writes summaries.
+
+Reads   an SFT dataset (`tldr_dataset.py`), a base model
+Writes  a policy (`AutoModelForCausalLM`, tokenizer included) in --output_dir; ROUGE and samples in runs/<run_name>
+Paper   section 4 (SFT): cross entropy over query and response, one epoch, cosine schedule, ROUGE of sampled summaries
+
+Laptop  python summarize_from_feedback_details/sft.py --base_model models/toy/small \
+            --query_dataset data/toy_tokenized/sft
+1 GPU   python summarize_from_feedback_details/sft.py --local_micro_batch_size 8
+8 GPUs  accelerate launch --config_file deepspeed.yaml summarize_from_feedback_details/sft.py --deepspeed
+
+Dimensions: B rows, Q query tokens, R response tokens, T = Q + R, V vocabulary.
+"""
+
+import math
+import os
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+import evaluate
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, gather_object
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, get_scheduler
+
+from summarize_from_feedback_details.check_inputs import (
+    check_batch_sizes,
+    check_push,
+    check_same_tokenizer,
+    check_scheduler,
+    check_sizes,
+    check_tokens,
+    fill_episodes,
+    find_model,
+    find_stop_id,
+    find_tokenizer,
+    load_rows,
+)
+from summarize_from_feedback_details.run_folder import (
+    Progress,
+    RunFolder,
+    memory_gb,
+    push,
+    refuse,
+    refuse_dropped,
+    refuse_unwritable,
+    save_model,
+)
+
+INVALID_LOGPROB = 1.0  # stands at positions without a real token; masked wherever numbers are taken
+DROPPED = {
+    "cuda": "CUDA_VISIBLE_DEVICES, or ACCELERATE_USE_CPU=true for the CPU",
+    "load_from_cache_file": "nothing: the tokenised dataset is read as it is",
+    "label_dataset": "reward.py, where comparisons are read",
+    "reward_model_path": "ppo_left_padding.py, where the reward model is read",
+    "sft_model_path": "--base_model, which may be any policy",
+    "num_eval_samples": "--num_eval_rows",
+}
+
+
+@dataclass
+class Args:
+    # the run
+    exp_name: str = "sft"
+    """name of the experiment, the first part of the run's name"""
+    seed: int = 44413
+    """seed of the data order and of the sampling noise"""
+    run_name: str | None = None
+    """folder of the run below `runs/`; default `<exp_name>__<seed>__<time>`"""
+    track: bool = False
+    """also log to Weights & Biases"""
+    wandb_project_name: str = "tldr_summarize"
+    """project on Weights & Biases"""
+    wandb_entity: str | None = None
+    """team or user on Weights & Biases"""
+    deepspeed: bool = False
+    """insist on DeepSpeed: refuse to run when not launched with it"""
+    print_sample_output_freq: int = 200
+    """print a few sampled summaries every so many updates (0: never)"""
+    run_eval: bool = True
+    """evaluate the base model before and the policy after training, on validation and test"""
+    eval_freq: int = 0
+    """also evaluate on validation every so many updates (0: only at the end)"""
+    num_eval_rows: int | None = None
+    """rows of each split to evaluate on (default: the whole split)"""
+
+    # optimisation
+    eps: float = 1e-5
+    """epsilon of the optimiser"""
+    lr: float = 3e-6
+    """peak learning rate"""
+    weight_decay: float = 0.01
+    """decoupled weight decay (with --optimizer adam: L2)"""
+    max_grad_norm: float | None = None
+    """clip the global gradient norm to this (default: no clipping, as in the paper)"""
+    optimizer: Literal["adam", "adamw"] = "adamw"
+    """optimiser"""
+    scheduler: str = "cosine"
+    """learning rate schedule, over all updates: linear, cosine, polynomial (to 0), constant, constant_with_warmup"""
+    warm_up_steps: int = 0
+    """updates of linear warm-up"""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 where the hardware multiplies in it, else fp32"""
+    gradient_checkpointing: bool = False
+    """compute activations again in the backward pass: less memory, about a third more time"""
+    query_loss_weight: float = 1.0
+    """weight of the query's tokens in the loss (0: response tokens only)"""
+
+    # sizes, in rows; those left out are derived
+    world_size: int | None = None
+    """number of processes; refused when another number was launched"""
+    num_train_epochs: int = 1
+    """passes over the data"""
+    total_episodes: int | None = None
+    """rows to train on (default: all rows times --num_train_epochs)"""
+    num_updates: int | None = None
+    """optimiser updates (default: total_episodes / batch_size, the short last batch included)"""
+    local_micro_batch_size: int = 1
+    """rows of one forward pass on one process"""
+    gradient_accumulation_steps: int | None = None
+    """forward passes per update (default: batch_size / (local_micro_batch_size * world_size))"""
+    micro_batch_size: int | None = None
+    """rows of one forward pass on all processes"""
+    local_batch_size: int | None = None
+    """rows of one update on one process"""
+    batch_size: int | None = None
+    """rows of one update on all processes (default: 128, the paper's)"""
+    local_eval_batch_size: int = 8
+    """rows that one process samples at a time in evaluation"""
+
+    # task
+    base_model: str = "EleutherAI/pythia-1b-deduped"
+    """base model: folder or hub id; its tokenizer is used"""
+    base_model_revision: str | None = None
+    """hub revision of the base model"""
+    query_dataset: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered_oai_preprocessing_1706381144"
+    """tokenised SFT dataset: folder or hub id"""
+    dataset_revision: str | None = None
+    """hub revision of the dataset"""
+    response_length: int = 53
+    """tokens sampled at most per summary"""
+    truncate_token: str = "eos"
+    """summaries end after this token: `eos`, or the text of a single token"""
+    temperature: float = 0.01
+    """sampling temperature in evaluation (0: greedy)"""
+
+    # results
+    output_dir: str = "models/sft_policy"
+    """folder of the trained policy"""
+    push_to_hub: bool = False
+    """also upload the policy"""
+    hf_entity: str | None = None
+    """user or organisation on the hub (default: the one logged in)"""
+    hf_repo_id: str | None = None
+    """repository on the hub (default `<base model>__sft__tldr`)"""
+    hf_repo_revision: str | None = None
+    """branch on the hub (default `sft__<seed>__<time>`)"""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# sizes and processes
+
+
+def choose_precision(wanted: str) -> str:
+    """Name of accelerate's mixed precision ("bf16" or "no") for `auto`, `bf16` or `fp32` on this hardware."""
+    if torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if wanted == "bf16" and not native:
+        times = []
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.ones(128, 128, dtype=dtype)
+            start = time.perf_counter()
+            x @ x
+            times.append(time.perf_counter() - start)
+        print(f"warning: no native bf16 here; a product took {times[1] / times[0]:.0f} times that of fp32", flush=True)
+    return "bf16" if wanted == "bf16" or (wanted == "auto" and native) else "no"
+
+
+def make_accelerator(args) -> Accelerator:
+    """The processes of this run. Refuses a launch that is not what the arguments say."""
+    # without this, DeepSpeed on CPU leaves each process alone
+    handlers = [] if torch.cuda.is_available() else [InitProcessGroupKwargs(backend="gloo")]
+    accelerator = Accelerator(mixed_precision=choose_precision(args.precision), kwargs_handlers=handlers)
+    if accelerator.num_processes != args.world_size:
+        refuse("world_size", f"{accelerator.num_processes} connected processes", f"{args.world_size}, as launched")
+    plugin = accelerator.state.deepspeed_plugin
+    if args.deepspeed and plugin is None:
+        refuse("deepspeed", "a launch without DeepSpeed", "`accelerate launch --config_file deepspeed.yaml`")
+    if plugin is not None:
+        if plugin.zero_stage == 3:
+            refuse("deepspeed", "ZeRO stage 3", "stage 0, 1 or 2: sampling needs whole weights")
+        # the loops accumulate by hand, so that a short last batch is scaled right
+        plugin.deepspeed_config["gradient_accumulation_steps"] = 1
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.local_micro_batch_size
+        plugin.deepspeed_config["gradient_clipping"] = args.max_grad_norm or 0.0
+    return accelerator
+
+
+def epoch_order(rows: int, episodes: int, seed: int) -> np.ndarray:
+    """One global permutation per pass over the data, the same on every process: [episodes] row numbers."""
+    # Deviates: the original shuffled with a per-rank seed and then sharded: rows came twice, others never
+    rng = np.random.default_rng(seed)
+    passes = [rng.permutation(rows) for _ in range(math.ceil(episodes / rows))]
+    return np.concatenate(passes)[:episodes]
+
+
+def deal(lengths: list[int], micro: int, rank: int, world_size: int) -> list[list[int]]:
+    """Cut a batch into this rank's micro batches, rows of similar length together, longest first.
+
+    Every rank gets the same number of micro batches (so that collectives match); those of a batch that does not fill
+    may be empty.
+
+    >>> deal([5, 9, 7], micro=1, rank=1, world_size=2)
+    [[2], []]
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    steps = math.ceil(math.ceil(len(order) / world_size) / micro)
+    mine = order[rank::world_size]
+    return [mine[i * micro : (i + 1) * micro] for i in range(steps)]
+
+
+def train_step(accelerator, model, optimizer, micro_batches, loss_of, max_grad_norm, on_bad) -> float:
+    """One optimiser update from this rank's micro batches; returns the global gradient norm.
+
+    Args:
+        micro_batches: this rank's part of the batch, as `deal` cut it.
+        loss_of: micro batch -> this micro batch's part of the loss over the GLOBAL batch (a sum over ranks and micro
+            batches gives the loss).
+        max_grad_norm: clip to this norm, or None.
+        on_bad: called with (what, micro batch) where a loss or the gradient is not finite; must raise.
+    """
+    ddp = isinstance(model, torch.nn.parallel.DistributedDataParallel)
+    for i, micro in enumerate(micro_batches):
+        last = i == len(micro_batches) - 1
+        accelerator.sync_gradients = last
+        with model.no_sync() if ddp and not last else nullcontext():
+            loss = loss_of(micro) * accelerator.num_processes  # gradients are averaged over ranks: undo it
+            if not torch.isfinite(loss):
+                on_bad("loss", micro)
+            accelerator.backward(loss)  # with DeepSpeed, the last one also steps
+    norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
+    norm = float(norm if norm is not None else math.nan)
+    if not math.isfinite(norm):
+        on_bad("gradient", micro_batches[-1])
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# tensors
+
+
+def pad_rows(rows: list[list[int]], pad_id: int, side: str) -> torch.Tensor:
+    """Lists of token ids -> [B, longest], padded on one side only as far as needed."""
+    longest = max(map(len, rows))
+    if side == "left":
+        return torch.tensor([[pad_id] * (longest - len(row)) + row for row in rows], dtype=torch.long)
+    return torch.tensor([row + [pad_id] * (longest - len(row)) for row in rows], dtype=torch.long)
+
+
+def strip_pads(row, pad_id: int) -> list[int]:
+    """The real tokens of a padded row."""
+    row = np.asarray(row)
+    return row[row != pad_id].tolist()
+
+
+def model_inputs(tokens: torch.Tensor, pad_id: int) -> dict[str, torch.Tensor]:
+    """What a model needs to read [B, T] tokens so that padding, left or right, changes nothing.
+
+    Pads are masked and replaced by id 0 (theirs may lie outside the embedding); positions count real tokens only, for
+    models with absolute positions.
+    """
+    mask = tokens != pad_id  # [B, T]
+    positions = (mask.long().cumsum(1) - 1).clamp(min=0)  # [B, T]
+    return {"input_ids": tokens.masked_fill(~mask, 0), "attention_mask": mask.long(), "position_ids": positions}
+
+
+def first_true_indices(bools: torch.Tensor) -> torch.Tensor:
+    """Index of the first True along the last axis, or its length where there is none: [..., N] -> [...]."""
+    n = bools.shape[-1]
+    return torch.where(bools, torch.arange(n, device=bools.device), n).min(dim=-1).values
+
+
+def truncate_response(responses: torch.Tensor, stop_id: int, pad_id: int) -> torch.Tensor:
+    """Replace everything after the first stop token by pads: [B, R] -> [B, R]."""
+    # Detail: EOS trick - all tokens are sampled with EOS allowed, what stands after it is cut off
+    ends = first_true_indices(responses == stop_id).unsqueeze(-1)  # [B, 1]
+    after = torch.arange(responses.shape[1], device=responses.device) > ends
+    return responses.masked_fill(after, pad_id)
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    """Set every dropout probability to 0."""
+    # Detail: dropout off [7] - or the first-pass ratio of PPO is not 1, and the KL not reproducible
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    for name in ("attention_dropout", "hidden_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "dropout"):
+        if isinstance(getattr(model.config, name, None), float):
+            setattr(model.config, name, 0.0)
+    for module in model.modules():  # some attention layers keep the probability as a number
+        for name in ("attention_dropout", "dropout_prob"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def episode_noise(seed: int, episodes: list[int], device: torch.device) -> list[torch.Generator]:
+    """One random generator per episode: token t of episode i gets the t-th draw of (seed, i)."""
+    keys = [int(np.random.SeedSequence([seed, int(i)]).generate_state(1, np.uint64)[0] >> 1) for i in episodes]
+    return [torch.Generator(device).manual_seed(key) for key in keys]
+
+
+@torch.no_grad()
+def sample_responses(model, queries, noise, pad_id, stop_id, response_length, temperature, vocab_size):
+    """Sample a response to each query over the KV cache, one forward pass per position.
+
+    Args:
+        model: a causal language model, in eval mode.
+        queries: [B, Q] token ids, left-padded with `pad_id`.
+        noise: B generators, see `episode_noise`.
+        pad_id, stop_id: id of the pad; id of the token that ends a response.
+        response_length: R, tokens at most.
+        temperature: divides the logits; 0 takes the most likely token.
+        vocab_size: ids from here on are not in the tokenizer and never drawn.
+
+    Returns:
+        responses [B, R], pads after the first stop token, and the log-probabilities [B, R] of the drawn tokens at this
+        temperature (over all ids, as `response_logprobs` computes them), INVALID_LOGPROB at pads.
+    """
+    inputs = model_inputs(queries, pad_id)
+    mask, positions = inputs["attention_mask"], inputs["position_ids"]
+    tokens, cache = inputs["input_ids"], DynamicCache(config=model.config)
+    B = len(queries)
+    responses = queries.new_full((B, response_length), pad_id)  # [B, R]
+    logprobs = torch.full((B, response_length), INVALID_LOGPROB, device=queries.device)  # [B, R]
+    alive = torch.ones(B, dtype=torch.bool, device=queries.device)
+    for t in range(response_length):
+        logits = model(
+            input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1].float()  # fmt: skip  # [B, V]
+        logits = logits / (temperature or 1.0)
+        allowed = logits.clone()
+        # Deviates: the original could draw the pad or an id outside the tokenizer, and took it for padding
+        allowed[:, vocab_size:] = -math.inf
+        if pad_id < logits.shape[1]:
+            allowed[:, pad_id] = -math.inf
+        if temperature > 0:  # argmax(logits + Gumbel noise) is a draw from the softmax; Gumbel = -log(exponential)
+            for i in alive.nonzero()[:, 0].tolist():
+                exponential = torch.empty(logits.shape[1], device=logits.device).exponential_(generator=noise[i])
+                allowed[i] -= exponential.log()
+        drawn = allowed.argmax(-1)  # [B]
+        responses[:, t] = torch.where(alive, drawn, responses[:, t])
+        drawn_logprobs = logits.log_softmax(-1).gather(1, drawn[:, None])[:, 0]
+        logprobs[:, t] = torch.where(alive, drawn_logprobs, logprobs[:, t])
+        # tokens after EOS influence nothing that is kept: sampling may stop there
+        alive &= drawn != stop_id
+        if not alive.any():
+            break
+        tokens = drawn[:, None]
+        mask = torch.cat([mask, mask.new_ones(B, 1)], dim=1)
+        positions = positions[:, -1:] + 1
+    return responses, logprobs
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# loss
+
+
+def token_weights(tokens, response_mask, pad_id: int, query_loss_weight: float) -> torch.Tensor:
+    """Weight of each token in the loss: 1 in the response, `query_loss_weight` in the query, 0 at pads: [B, T]."""
+    return torch.where(response_mask, 1.0, query_loss_weight) * (tokens != pad_id)
+
+
+def sft_losses(logits: torch.Tensor, tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Cross entropy of each row, the weighted mean over its tokens.
+
+    Detail: SFT loss [9] - over query and response, mean per sequence, then over sequences (the released runs used micro
+    batch 1, which is that).
+
+    Args:
+        logits: [B, K, V], those that predict the last K tokens.
+        tokens: [B, T] token ids, T >= K.
+        weights: [B, T], see `token_weights`; only the last K are used.
+
+    Returns:
+        [B] nats per token.
+    """
+    K = logits.shape[1]
+    nll = F.cross_entropy(logits.transpose(1, 2), tokens[:, -K:].clamp(max=logits.shape[2] - 1), reduction="none")
+    return (nll * weights[:, -K:]).sum(1) / weights[:, -K:].sum(1).clamp(min=1e-8)
+
+
+def make_batch(rows, pad_id: int, device) -> SimpleNamespace:
+    """Rows of the dataset -> left-padded tokens [B, T], trimmed, so that responses end in the last column.
+
+    `response_mask` is True at the response's tokens, EOS included; `response_len` the most of them in a row.
+    """
+    joined = [strip_pads(row, pad_id) for row in rows["query_reference_response_token"]]
+    responses = [len(strip_pads(row, pad_id)) for row in rows["query_reference_response_token_response_label"]]
+    tokens = pad_rows(joined, pad_id, "left").to(device)  # [B, T]
+    T, lengths = tokens.shape[1], torch.tensor(responses, device=device)
+    response_mask = torch.arange(T, device=device) >= (T - lengths)[:, None]  # [B, T]
+    return SimpleNamespace(tokens=tokens, response_mask=response_mask, response_len=max(responses))
+
+
+def batch_losses(model, batch, pad_id: int, query_loss_weight: float) -> torch.Tensor:
+    """Loss of each row of a batch: [B]. Logits are computed only where a weight is not 0."""
+    weights = token_weights(batch.tokens, batch.response_mask, pad_id, query_loss_weight)
+    keep = batch.tokens.shape[1] if query_loss_weight > 0 else batch.response_len + 1
+    logits = model(**model_inputs(batch.tokens, pad_id), logits_to_keep=keep, use_cache=False).logits
+    return sft_losses(logits[:, :-1], batch.tokens, weights)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# evaluation
+
+
+def decode(tokenizer, rows: torch.Tensor) -> list[str]:
+    """Token ids [B, R] -> texts without special tokens."""
+    return tokenizer.batch_decode(rows.tolist(), skip_special_tokens=True)
+
+
+@torch.no_grad()
+def evaluate_policy(accelerator, model, rows, tokenizer, args, stop_id: int, what: str) -> dict[str, list]:
+    """Loss and a sampled summary for each row of a split; every rank reads its share, each row once.
+
+    Returns:
+        columns `query, response, reference, loss, response_length, has_eos`, in the rows' order, on every rank.
+    """
+    pad_id, device = tokenizer.pad_token_id, accelerator.device
+    model = accelerator.unwrap_model(model)
+    was_training = model.training
+    model.eval()
+    lengths = rows["query_reference_response_token_len"]
+    mine = sorted(range(len(rows)), key=lambda i: -lengths[i])[accelerator.process_index :: accelerator.num_processes]
+    progress, found = Progress(f"{what} rows", len(mine), accelerator.is_main_process), []
+    for start in range(0, len(mine), args.local_eval_batch_size):
+        chosen = mine[start : start + args.local_eval_batch_size]
+        batch = rows[chosen]
+        losses = batch_losses(model, make_batch(batch, pad_id, device), pad_id, args.query_loss_weight)
+        queries = pad_rows([strip_pads(q, pad_id) for q in batch["query_token"]], pad_id, "left").to(device)
+        noise = episode_noise(args.seed, chosen, device)
+        responses, _ = sample_responses(
+            model, queries, noise, pad_id, stop_id, args.response_length, args.temperature, len(tokenizer)
+        )
+        texts = [text.strip() for text in decode(tokenizer, responses)]
+        for i, row in enumerate(chosen):
+            real = responses[i][responses[i] != pad_id]
+            ended = bool((real == stop_id).any())
+            reference = batch["reference_response"][i].replace(tokenizer.eos_token, "").strip()
+            found.append((row, batch["query"][i], texts[i], reference, losses[i].item(), len(real), ended))
+        progress.step(len(chosen))
+    model.train(was_training)
+    found = sorted(gather_object(found))
+    names = ["query", "response", "reference", "loss", "response_length", "has_eos"]
+    return {name: [row[1 + i] for row in found] for i, name in enumerate(names)}
+
+
+def rouge_means(predictions: list[str], references: list[str]) -> dict[str, float]:
+    """ROUGE-1/2/L/Lsum F-measures, mean over all rows."""
+    # Deviates: the original took the mean of per-batch values
+    rouge = evaluate.load(str(Path(__file__).parent / "rouge"), keep_in_memory=True)
+    scores = rouge.compute(predictions=predictions, references=references)
+    return {name: float(np.mean(values)) for name, values in scores.items()}
+
+
+def report(split: str, rows: dict[str, list]) -> dict[str, float]:
+    """Metrics of one evaluated split, named `<split>/sft/...`."""
+    scores = {f"{split}/sft/rouge/{k}": v for k, v in rouge_means(rows["response"], rows["reference"]).items()}
+    scores[f"{split}/sft/loss"] = float(np.mean(rows["loss"]))
+    scores[f"{split}/sft/eos_rate"] = float(np.mean(rows["has_eos"]))
+    scores[f"{split}/sft/response_length"] = float(np.mean(rows["response_length"]))
+    return scores
+
+
+def check_args(args: Args):
+    """Refuse what cannot work; fill in what was left out. Returns (tokenizer, dataset, id of the stop token)."""
+    check_sizes(
+        args,
+        positive=("eps", "response_length", "num_train_epochs", "total_episodes", "num_updates", "max_grad_norm",
+                  "local_eval_batch_size", "num_eval_rows"),
+        at_least_zero=("lr", "weight_decay", "temperature", "warm_up_steps", "query_loss_weight", "eval_freq",
+                       "print_sample_output_freq"),
+    )  # fmt: skip
+    check_scheduler(args)
+    check_batch_sizes(args, int(os.environ.get("WORLD_SIZE", 1)), default_batch_size=128)
+    RunFolder.refuse_taken(args)
+    refuse_unwritable("output_dir", args.output_dir)
+    check_push(args)
+    config = find_model("base_model", args.base_model, args.base_model_revision, "policy")
+    tokenizer = find_tokenizer("base_model", args.base_model, args.base_model_revision)
+    tokens = ["query_token", "query_reference_response_token", "query_reference_response_token_response_label"]
+    columns = [*tokens, "query", "reference_response", "query_reference_response_token_len"]
+    splits = ["train", "validation", "test"] if args.run_eval else ["train"]
+    dataset = load_rows("query_dataset", args.query_dataset, args.dataset_revision, "sft", columns, splits)
+    check_tokens("query_dataset", dataset, tokens, config["vocab_size"], tokenizer.pad_token_id)
+    check_same_tokenizer("query_dataset", dataset["train"][0], "query", "query_token", tokenizer)
+    fill_episodes(args, len(dataset["train"]))
+    return tokenizer, dataset, find_stop_id(args.truncate_token, tokenizer)
+
+
+def main(args: Args) -> dict[str, float]:
+    """Run the stage; returns the final metrics."""
+    # ------------------------------------------------------------------------------------------------------------------
+    # sizes
+    stamp = int(time.time())
+    args.run_name = args.run_name or f"{args.exp_name}__{args.seed}__{stamp}"
+    tokenizer, dataset, stop_id = check_args(args)
+    accelerator = make_accelerator(args)
+    is_main, device, pad_id = accelerator.is_main_process, accelerator.device, tokenizer.pad_token_id
+    train = dataset["train"].with_format("numpy")
+    if is_main:
+        print(f"{args.world_size} process(es) on {device}, precision {accelerator.mixed_precision}")
+        cut = f"{args.world_size} x {args.gradient_accumulation_steps} x {args.local_micro_batch_size}"
+        print(f"batch {args.batch_size} rows = {cut} (processes x accumulation x micro batch)")
+        print(f"{args.num_updates} updates over {args.total_episodes} of {len(train)} rows", flush=True)
+    assert args.batch_size == args.world_size * args.gradient_accumulation_steps * args.local_micro_batch_size
+
+    with RunFolder(args, "sft", is_main) as run:
+        # --------------------------------------------------------------------------------------------------------------
+        # data, model, optimiser
+        order = epoch_order(len(train), args.total_episodes, args.seed)
+        lengths = np.asarray(train["query_reference_response_token_len"])
+        torch.manual_seed(args.seed)
+        model = AutoModelForCausalLM.from_pretrained(
+            args.base_model, revision=args.base_model_revision, dtype=torch.float32
+        )
+        disable_dropout(model)
+        if args.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        make = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
+        optimizer = make(model.parameters(), lr=args.lr, eps=args.eps, weight_decay=args.weight_decay)
+        scheduler = get_scheduler(args.scheduler, optimizer, args.warm_up_steps, args.num_updates)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        splits = {s: dataset[s] for s in ("validation", "test") if s in dataset}
+        splits = {s: rows.select(range(min(len(rows), args.num_eval_rows or len(rows)))) for s, rows in splits.items()}
+        shown = Table("summaries", "ROUGE-1", "ROUGE-2", "ROUGE-L", "ROUGE-Lsum", "loss", "EOS", title="SFT")
+
+        def add_row(name: str, scores: dict[str, float], split: str) -> None:
+            keys = [f"rouge/{k}" for k in ("rouge1", "rouge2", "rougeL", "rougeLsum")] + ["loss", "eos_rate"]
+            values = [scores.get(f"{split}/sft/{key}") for key in keys]
+            shown.add_row(f"{split}: {name}", *("-" if v is None else f"{v:.3f}" for v in values))
+
+        if args.run_eval:
+            for split, rows in splits.items():
+                base = evaluate_policy(accelerator, model, rows, tokenizer, args, stop_id, f"base model, {split}")
+                shuffled = rouge_means(base["reference"][1:] + base["reference"][:1], base["reference"])
+                shuffled = {f"{split}/sft/rouge/{k}": v for k, v in shuffled.items()}
+                before = report(split, base)
+                run.log(0, {k.replace("/sft/", "/base/"): v for k, v in before.items()}
+                        | {k.replace("/sft/", "/shuffled_references/"): v for k, v in shuffled.items()})  # fmt: skip
+                add_row("base model", before, split)
+                add_row("references, shuffled", shuffled, split)
+                same = rouge_means(base["reference"], base["reference"])
+                add_row("references", {f"{split}/sft/rouge/{k}": v for k, v in same.items()}, split)
+
+        # --------------------------------------------------------------------------------------------------------------
+        # loop
+        progress = Progress("sft updates", args.num_updates, is_main)
+        model.train()
+        for update in range(1, args.num_updates + 1):
+            start = time.time()
+            rows = order[(update - 1) * args.batch_size : update * args.batch_size]
+            parts = deal(
+                lengths[rows].tolist(), args.local_micro_batch_size, accelerator.process_index, args.world_size
+            )
+            sums = torch.zeros(2, device=device, dtype=torch.float64)  # loss, real tokens
+
+            def loss_of(part):
+                batch = make_batch(train[rows[part or [0]]], pad_id, device)
+                losses = batch_losses(model, batch, pad_id, args.query_loss_weight)
+                loss = losses.sum() / len(rows) if part else 0.0 * losses.sum()
+                sums.add_(torch.stack([loss.detach(), (batch.tokens != pad_id).sum() * bool(part)]))
+                return loss
+
+            def on_bad(what, part):
+                numbers = rows[part or [0]]
+                run.stop_on_bad_numbers(
+                    update, what, {"rows": numbers, "batch": vars(make_batch(train[numbers], pad_id, "cpu"))}
+                )
+
+            norm = train_step(accelerator, model, optimizer, parts, loss_of, args.max_grad_norm, on_bad)
+            lr = scheduler.get_last_lr()[0]
+            scheduler.step()
+            loss, tokens = accelerator.reduce(sums, "sum").tolist()
+            seconds = time.time() - start
+            metrics = {
+                "train/sft/loss": loss, "train/sft/lr": lr, "train/sft/grad_norm": norm,
+                "train/sft/episode": min(update * args.batch_size, args.total_episodes),
+                "time/sft/samples_per_second": len(rows) / seconds, "time/sft/tokens_per_second": tokens / seconds,
+                "memory/sft/peak_gb": memory_gb(device),
+            }  # fmt: skip
+            if args.eval_freq and update % args.eval_freq == 0 and update < args.num_updates and "validation" in splits:
+                found = evaluate_policy(
+                    accelerator, model, splits["validation"], tokenizer, args, stop_id, "validation"
+                )
+                metrics |= report("validation", found)
+            if args.print_sample_output_freq and update % args.print_sample_output_freq == 0 and "validation" in splits:
+                few = splits["validation"].select(range(min(len(splits["validation"]), 2 * args.world_size)))
+                found = evaluate_policy(accelerator, model, few, tokenizer, args, stop_id, "samples")
+                for query, text, reference in zip(found["query"], found["response"], found["reference"]):
+                    if is_main:
+                        print(f"{query[-300:]}\n  policy:    {text}\n  reference: {reference}", flush=True)
+                run.table(f"samples_{update}", found)
+            run.log(update, metrics)
+            progress.step(note=f"loss {loss:.3f}")
+
+        # --------------------------------------------------------------------------------------------------------------
+        # evaluation and saving
+        final, paths = {"train/sft/loss": loss}, []
+        if args.run_eval:
+            for split, rows in splits.items():
+                found = evaluate_policy(accelerator, model, rows, tokenizer, args, stop_id, f"policy, {split}")
+                final |= report(split, found)
+                add_row("SFT policy", final, split)
+                paths.append(run.table(split, found))
+            run.log(args.num_updates + 1, final)
+        whole = accelerator.unwrap_model(model)
+        whole.generation_config = GenerationConfig.from_model_config(whole.config)
+        save_model(accelerator, model, whole, tokenizer, args)
+        if is_main:
+            Console().print(shown)
+            print(
+                "policy:", args.output_dir, *("\ntable:  " + str(p) for p in paths), f"\nrun:    {run.path}", flush=True
+            )
+            if args.push_to_hub:
+                push(args, "sft", stamp)
+    return final
+
+
+if __name__ == "__main__":
+    refuse_dropped(sys.argv[1:], DROPPED)
+    main(tyro.cli(Args, use_underscores=True))

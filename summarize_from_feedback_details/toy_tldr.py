@@ -1,0 +1,736 @@
+"""A laptop-sized stand-in for Reddit TL;DR: raw rows, a tokenizer, base models, and an annotator that knows.
+
+    data/toy/sft/{train,validation,test}.jsonl           posts with reference summaries, in the schema of the real rows
+    data/toy/comparisons/{train,validation}.jsonl        human-like choices between two summaries, in OpenAI's schema
+    models/toy/<size>/                                   byte-level BPE tokenizer and a GPT-NeoX base model
+
+A post states up to five facts (who did what to which thing, where, and what the writer plans) between sentences that do
+not matter and decoys: values of the same kind that are no facts. A summary repeats facts, so it cannot be judged, or
+written, without reading the post. The grammar below is fixed; `--seed` draws the rows and the initial weights.
+
+    python summarize_from_feedback_details/toy_tldr.py --seed 1
+    python summarize_from_feedback_details/toy_tldr.py --seed 2 --data_dir data/toy2 --models_dir models/toy2
+
+The schemas are those of Stiennon et al. (2020); everything after this script is the real pipeline with other arguments.
+"""
+
+import json
+import math
+import os
+import random
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
+from torch.nn import functional as F
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast, set_seed
+
+from summarize_from_feedback_details.run_folder import refuse
+
+# ----------------------------------------------------------------------------------------------------------- lengths
+# Tokens, EOS included: what to pass to `tldr_dataset.py` and to the stages. Every row fits; `main` checks it.
+QUERY_LENGTH = 56  # TL;DR queries (mean 38)
+RESPONSE_LENGTH = 24  # reference summaries, and what a policy may generate (mean 10)
+SFT_QUERY_RESPONSE_LENGTH = 80
+RM_RESPONSE_LENGTH = 32  # either summary of a comparison
+RM_QUERY_RESPONSE_LENGTH = 88
+CNNDM_QUERY_LENGTH = 128
+CNNDM_RM_RESPONSE_LENGTH = 32
+CNNDM_RM_QUERY_RESPONSE_LENGTH = 160
+LENGTHS = {
+    "query": QUERY_LENGTH,
+    "sft_response": RESPONSE_LENGTH,
+    "sft_query_response": SFT_QUERY_RESPONSE_LENGTH,
+    "rm_response": RM_RESPONSE_LENGTH,
+    "rm_query_response": RM_QUERY_RESPONSE_LENGTH,
+    "cnndm_query": CNNDM_QUERY_LENGTH,
+    "cnndm_rm_response": CNNDM_RM_RESPONSE_LENGTH,
+    "cnndm_rm_query_response": CNNDM_RM_QUERY_RESPONSE_LENGTH,
+}
+MAX_POSITIONS = 256
+EOS = "<|endoftext|>"
+MANIFEST = "toy_tldr.json"  # in each folder written: the arguments it was made with
+WORLD = 1  # to be raised when grammar, writers or annotator change: rows of another world are not reused
+
+# ----------------------------------------------------------------------------------------------------------- grammar
+SUBREDDITS = {
+    "jobs": ["boss", "clerk", "chef"],
+    "family": ["aunt", "niece", "twin"],
+    "dating": ["ex", "crush", "bride"],
+    "legal": ["judge", "cop", "agent"],
+    "college": ["dean", "tutor", "coach"],
+    "pets": ["vet", "sitter", "farmer"],
+}
+# Slot -> values. No word stands in two slots or anywhere else in the grammar, so a word alone tells what it claims.
+VALUES = {
+    "who": " ".join(who for people in SUBREDDITS.values() for who in people),
+    "deed": "sold lost cut bent burnt dyed mailed kicked buried washed rented painted swapped fixed melted cracked",
+    "thing": "bike phone ring tent lamp coat boat desk drum vase rug sofa kite watch piano mug",
+    "place": "gym park beach hotel mall farm garage zoo lake pool barn attic",
+    "plan": "quit sue wait leave cry argue pay lie beg hide nap move",
+}
+VALUES = {slot: values.split() for slot, values in VALUES.items()}
+SLOT_OF = {value: slot for slot, values in VALUES.items() for value in values}
+
+TITLES = ["what now", "need some help", "my {who} again", "about my {thing}", "a {mood} {time}"]
+CORE = [
+    "so my {who} {deed} my {thing}.",
+    "today my {who} {deed} my {thing}.",
+    "my {thing} is done for, my {who} {deed} it.",
+]
+PLACE = ["this was at the {place}.", "we were all at the {place}."]
+PLAN = ["should i {plan}?", "is it ok to {plan}?", "part of me wants to {plan}."]
+DECOYS = {
+    "who": ["even my {who} is mad.", "a {who} told me so."],
+    "deed": ["some guy once {deed} his."],
+    "thing": ["i still have a {thing}.", "a {thing} costs less."],
+    "place": ["there is a {place} near us."],
+    "plan": ["they say never {plan}."],
+}
+NEUTRAL = ["it has been a {mood} {time}.", "sorry, this is {mood}.", "i feel {mood}."]
+NEWS = [
+    "a reader sent us this.",
+    "the {time} was {mood}.",
+    "our staff looked into it.",
+    "we asked around.",
+    "no one else spoke.",
+]
+FILLERS = {"mood": "long rough dull messy tense loud bad slow", "time": "day week month year night"}
+FILLERS = {kind: words.split() for kind, words in FILLERS.items()}
+OPENERS = ["ok so", "long story,"]
+CLOSERS = ["any tips?", "thanks all."]
+
+PLACE_SHARE = 0.85  # of posts that say where it happened
+DECOY_SLOTS = ("who", "deed", "thing", "place", "plan")
+DECOY_COUNTS = (0, 1, 1, 2)  # a post has so many decoys, each equally often
+
+
+@dataclass(frozen=True)
+class Writer:
+    """How a scripted source writes: every number is a probability."""
+
+    core: float = 0.95
+    """that who, deed, thing are each mentioned"""
+    place: float = 0.9
+    """that the place is mentioned, if not terse"""
+    plan: float = 0.9
+    """that the plan is mentioned, if not terse"""
+    terse: float = 0.3
+    """that place and plan are both left out"""
+    wrong: float = 0.04
+    """that a fact is replaced by a wrong one"""
+    decoy: float = 0.2
+    """that a wrong fact is a decoy of the post rather than a word that does not occur in it"""
+    wordy: float = 0.08
+    """of an opener, and of a closer"""
+    repeat: float = 0.0
+    """that the last fact is said twice"""
+    scramble: float = 0.0
+    """that the words are out of order"""
+
+
+REFERENCE = Writer(core=0.92, place=0.85, plan=0.85, terse=0.5, wrong=0.05)
+WRITERS = {
+    "ref": REFERENCE,
+    "sup1": Writer(core=0.8, place=0.6, plan=0.6, terse=0.4, wrong=0.12, wordy=0.15),
+    "sup2": Writer(core=0.9, place=0.8, plan=0.8, terse=0.4, wrong=0.08, wordy=0.1),
+    "sup3": Writer(terse=0.2, wrong=0.15, wordy=0.1, repeat=0.1),
+    "sup4": Writer(core=0.97, place=0.95, plan=0.95, terse=0.1, wrong=0.06),
+    "lead": Writer(core=0.7, terse=0.9, wordy=0.2),
+    "sup4_rl": Writer(wrong=0.1, wordy=0.6, repeat=0.4, terse=0.1),
+    "sup1_t1": Writer(wrong=0.3, repeat=0.15, scramble=0.15, wordy=0.15),
+}
+EDITED = ("sup4_t0.3", "sup4_t1")  # two samples in the same words, the second with wrong facts
+EDIT_SHARE = 0.65  # of comparisons between those two: only the post tells them apart
+EDIT_WRITER = Writer(terse=0.15, wordy=0.15, repeat=0.1)
+EDIT_WRONG = 0.4  # that a fact of the second one is wrong
+
+
+def fill(text: str, rng: random.Random, facts: dict[str, str]) -> str:
+    """Put facts, and random moods and times, into the braces of a template."""
+    return re.sub(r"{(\w+)}", lambda m: rng.choice(FILLERS[m[1]]) if m[1] in FILLERS else facts[m[1]], text)
+
+
+def write_post(rng: random.Random) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
+    """Draw a post. Returns its row (subreddit, title, post), its facts and its decoys (slot -> value)."""
+    subreddit = rng.choice(list(SUBREDDITS))
+    facts = {slot: rng.choice(values) for slot, values in VALUES.items()}
+    facts["who"] = rng.choice(SUBREDDITS[subreddit])
+    decoys = {slot: rng.choice([v for v in values if v != facts[slot]]) for slot, values in VALUES.items()}
+    title = fill(rng.choice(TITLES), rng, facts)
+    core, plan = fill(rng.choice(CORE), rng, facts), fill(rng.choice(PLAN), rng, facts)
+    rest = [fill(rng.choice(DECOYS[slot]), rng, decoys) for slot in rng.sample(DECOY_SLOTS, rng.choice(DECOY_COUNTS))]
+    if rng.random() < PLACE_SHARE:
+        rest.append(fill(rng.choice(PLACE), rng, facts))
+    else:
+        del facts["place"]
+    if rng.random() < 0.5:
+        rest.append(fill(rng.choice(NEUTRAL), rng, facts))
+    rng.shuffle(rest)
+    rest.insert(rng.choice([len(rest), rng.randrange(len(rest) + 1)]), plan)
+    rest.insert(rng.choice([0, 0, 1]), core)
+    return {"subreddit": subreddit, "title": title, "post": " ".join(rest)}, facts, decoys
+
+
+def write_article(rng: random.Random) -> tuple[str, dict[str, str], dict[str, str]]:
+    """Draw a CNN/DM-like article: a post in the middle of news. Returns its text, facts and decoys."""
+    row, facts, decoys = write_post(rng)
+    before, after = ([fill(rng.choice(NEWS), rng, facts) for _ in range(rng.randint(2, 5))] for _ in range(2))
+    return " ".join([*before, row["post"], *after]), facts, decoys
+
+
+def write_summary(
+    rng: random.Random,
+    facts: dict[str, str],
+    decoys: dict[str, str],
+    writer: Writer,
+    wrong_rng: random.Random | None = None,
+) -> str:
+    """Draw a summary (no leading space). `wrong_rng` draws what is wrong, so that two calls can share their words."""
+    wrong_rng = wrong_rng or rng
+    claims = dict(facts)
+    for slot, fact in facts.items():
+        if wrong_rng.random() < writer.wrong:
+            absent = [v for v in VALUES[slot] if v not in (fact, decoys[slot])]
+            claims[slot] = decoys[slot] if wrong_rng.random() < writer.decoy else wrong_rng.choice(absent)
+    who, deed, thing = (claims[slot] if rng.random() < writer.core else None for slot in ("who", "deed", "thing"))
+    terse, with_place, with_plan = (rng.random() < p for p in (writer.terse, writer.place, writer.plan))
+    passive = rng.random() < 0.15
+    if who and deed and thing:
+        text = f"my {thing} was {deed} by my {who}" if passive else f"my {who} {deed} my {thing}"
+    elif who and deed:
+        text = f"my {who} {deed} it"
+    elif deed and thing:
+        text = f"my {thing} was {deed}"
+    elif who and thing:
+        text = f"my {who} and my {thing}"
+    else:
+        text = f"about my {who or thing}" if who or thing else f"it was {deed}" if deed else "it is bad"
+    parts = []
+    if "place" in claims and with_place and not terse:
+        parts.append(f" at the {claims['place']}")
+    if with_plan and not terse:
+        parts.append(f", should i {claims['plan']}")
+    if parts and rng.random() < writer.repeat:
+        parts.append(parts[-1])
+    text += "".join(parts) + ("?" if parts and "should" in parts[-1] else ".")
+    if rng.random() < writer.wordy:
+        text = f"{rng.choice(OPENERS)} {text}"
+    if rng.random() < writer.wordy:
+        text = f"{text} {rng.choice(CLOSERS)}"
+    if rng.random() < writer.scramble:
+        words = text.split()
+        rng.shuffle(words)
+        text = " ".join(words)
+    return text
+
+
+def make_query(row: dict[str, Any]) -> str:
+    """The query that `tldr_dataset.py` builds from these columns."""
+    if row.get("article") is not None:
+        return f"Article:\n{row['article']}\n\nTL;DR:\n"
+    return f"SUBREDDIT: r/{row['subreddit']}\n\nTITLE: {row['title']}\n\nPOST: {row['post']}\n\nTL;DR:"
+
+
+# --------------------------------------------------------------------------------------------------------- annotator
+def split_words(text: str) -> list[str]:
+    """Words and punctuation marks, lower case."""
+    return re.findall(r"\w+|[^\w\s]", text.lower())
+
+
+@lru_cache(maxsize=100_000)
+def read_facts(post: str) -> dict[str, str]:
+    """The facts of a post or article, found in its text (slot -> value): the sentences that state them say so."""
+    facts: dict[str, str] = {}
+    for pattern in _fact_patterns():
+        for match in pattern.finditer(post):
+            facts |= {slot: value for slot, value in match.groupdict().items() if SLOT_OF.get(value) == slot}
+    return facts
+
+
+@cache
+def _fact_patterns() -> list[re.Pattern]:
+    named = [re.sub(r"\\{(\w+)\\}", r"(?P<\1>\\w+)", re.escape(text)) for text in CORE + PLACE + PLAN]
+    return [re.compile(rf"(?:^|(?<=[.?!] )){text}") for text in named]
+
+
+@cache
+def _known_bigrams() -> frozenset[tuple[str, str]]:
+    """Neighbouring words of well-formed summaries, slot values replaced by their slots."""
+    rng, bigrams, writer = random.Random(0), set(), Writer(core=0.7, place=0.7, plan=0.7, wordy=0.4)
+    for _ in range(6000):
+        _, facts, decoys = write_post(rng)
+        bigrams.update(_bigrams(write_summary(rng, facts, decoys, writer)))
+    return frozenset(bigrams)
+
+
+def _bigrams(summary: str) -> list[tuple[str, str]]:
+    words = [f"<{SLOT_OF[word]}>" if word in SLOT_OF else word for word in split_words(summary)]
+    return list(zip(["<start>", *words], [*words, "<end>"]))
+
+
+def gold_score(post: str, summary: str) -> dict[str, float]:
+    """The annotator's true opinion of a summary, from the two texts alone.
+
+    Args:
+        post: text of a post (or of a CNN/DM-like article), without subreddit and title.
+        summary: text of a summary; a leading space or an end-of-text token does not matter.
+
+    Returns:
+        score: 4 coverage - wrong - 0.4 repeats - 0.3 bad_bigrams - 0.04 words - 0.1 (words over 16), in gold units.
+        coverage: share of the post's facts that the summary states, 0..1. wrong: distinct claims that are no facts.
+        repeats: claims made again. bad_bigrams: neighbours that no well-formed summary has. words: words and marks.
+    """
+    summary = summary.replace(EOS, "")
+    facts, words = read_facts(post), split_words(summary)
+    claims = [word for word in words if word in SLOT_OF]
+    stated = set(claims)
+    right = sum(fact in stated for fact in facts.values())
+    parts = {
+        "coverage": right / max(1, len(facts)),
+        "wrong": len(stated) - right,
+        "repeats": len(claims) - len(stated),
+        "bad_bigrams": sum(bigram not in _known_bigrams() for bigram in _bigrams(summary)),
+        "words": len(words),
+    }
+    score = 4 * parts["coverage"] - parts["wrong"] - 0.4 * parts["repeats"] - 0.3 * parts["bad_bigrams"]
+    return {"score": score - 0.04 * len(words) - 0.1 * max(0, len(words) - 16), **parts}
+
+
+def best_summary(post: str) -> str:
+    """The best summary that the grammar has: all facts of the post, nothing else."""
+    facts = read_facts(post)
+    return write_summary(_Never(), facts, facts, Writer(core=2, place=2, plan=2, terse=0, wrong=0, wordy=0))
+
+
+class _Never(random.Random):
+    """A generator whose chances below one never come true."""
+
+    def random(self) -> float:
+        return 1.0
+
+
+def preference_probability(first: float, second: float, noise: float = 0.5) -> float:
+    """Probability that an annotator prefers the second summary.
+
+    Args:
+        first, second: gold scores. noise: of the annotator, in gold units: smaller is more reliable.
+    """
+    return 1 / (1 + math.exp(min(500.0, max(-500.0, (first - second) / noise))))
+
+
+# -------------------------------------------------------------------------------------------------------------- rows
+TRAIN_BATCHES = [f"batch{i}" for i in range(3, 11)]
+VALIDATION_BATCHES = [f"batch{i}" for i in range(6, 15)]
+CNNDM_BATCHES = ["batch0_cnndm", "cnndm0", "cnndm2"]
+WORKERS = {f"w_{i:02d}": noise for i, noise in enumerate([0.2, 0.25, 0.3, 0.3, 0.4, 0.5, 0.6, 0.9])}
+"""Worker -> noise of the perceived difference, gold units."""
+
+
+def draw_sft_rows(rng: random.Random, n: int, prefix: str) -> list[dict[str, str]]:
+    """Draw n SFT rows: posts with reference summaries."""
+    rows = []
+    for i in range(n):
+        row, facts, decoys = write_post(rng)
+        rows.append({"id": f"{prefix}{i:06d}", **row, "summary": write_summary(rng, facts, decoys, REFERENCE)})
+    return rows
+
+
+def draw_comparisons(rng: random.Random, n: int, prefix: str, batches: list[str]) -> list[dict[str, Any]]:
+    """Draw n comparisons of two summaries of one post (of one article where the batch is a CNN/DM one)."""
+    return [draw_comparison(rng, f"{prefix}{i:06d}", rng.choice(batches)) for i in range(n)]
+
+
+def draw_comparison(rng: random.Random, id: str, batch: str) -> dict[str, Any]:
+    """Draw a post, two differing summaries of it, and a worker who chooses the seemingly better one."""
+    info: dict[str, str | None] = dict.fromkeys(("id", "post", "title", "subreddit", "article", "site")) | {"id": id}
+    if batch in CNNDM_BATCHES:
+        info["article"], facts, decoys = write_article(rng)
+    else:
+        row, facts, decoys = write_post(rng)
+        info |= row
+    texts, policies = ["", ""], ["", ""]
+    while texts[0] == texts[1]:
+        if rng.random() < EDIT_SHARE:
+            policies, words = list(EDITED), rng.random()
+            writers = [replace(EDIT_WRITER, wrong=wrong) for wrong in (0.0, EDIT_WRONG)]
+            texts = [write_summary(random.Random(words), facts, decoys, w, wrong_rng=rng) for w in writers]
+        else:
+            policies = rng.sample(list(WRITERS), 2)
+            texts = [write_summary(rng, facts, decoys, WRITERS[policy]) for policy in policies]
+    if rng.random() < 0.5:
+        texts, policies = texts[::-1], policies[::-1]
+    worker = rng.choice(list(WORKERS))
+    first, second = (gold_score(info["post"] or info["article"], text)["score"] for text in texts)
+    # The worker sees the difference through logistic noise: P(second) is then exactly `preference_probability`.
+    u = min(1 - 1e-9, max(1e-9, rng.random()))
+    perceived = second - first + WORKERS[worker] * math.log(u / (1 - u))
+    strength = 1 + sum(abs(perceived) > edge for edge in (0.5, 1.0, 2.0))
+    return {
+        "info": info,
+        "summaries": [{"text": f" {text}", "policy": policy, "note": ""} for text, policy in zip(texts, policies)],
+        "choice": int(perceived > 0),
+        "worker": worker,
+        "batch": batch,
+        "split": "train" if id.startswith("train") else rng.choice(["valid1", "valid2"]),
+        "extra": {"confidence": 5 + strength if perceived > 0 else 5 - strength},
+    }
+
+
+# `load_dataset` takes the types of all files from the first one, where no row has an article: so they are written down.
+COMPARISONS_CARD = """---
+dataset_info:
+  features:
+  - name: info
+    struct:
+    - {name: id, dtype: string}
+    - {name: post, dtype: string}
+    - {name: title, dtype: string}
+    - {name: subreddit, dtype: string}
+    - {name: article, dtype: string}
+    - {name: site, dtype: string}
+  - name: summaries
+    list:
+    - {name: text, dtype: string}
+    - {name: policy, dtype: string}
+    - {name: note, dtype: string}
+  - {name: choice, dtype: int32}
+  - {name: worker, dtype: string}
+  - {name: batch, dtype: string}
+  - {name: split, dtype: string}
+  - name: extra
+    struct:
+    - {name: confidence, dtype: int32}
+---
+Comparisons of the toy world of `toy_tldr.py`, in the schema of `openai/summarize_from_feedback`.
+"""
+
+
+def pair_gold(row: dict[str, Any]) -> tuple[float, float]:
+    """Gold scores of the chosen and of the rejected summary of a comparison."""
+    post, texts = row["info"]["post"] or row["info"]["article"], [s["text"] for s in row["summaries"]]
+    return gold_score(post, texts[row["choice"]])["score"], gold_score(post, texts[1 - row["choice"]])["score"]
+
+
+def annotator_ceiling(rows: list[dict[str, Any]]) -> float:
+    """Share of comparisons whose choice has the higher gold score (ties: half): a perfect reward model's accuracy."""
+    pairs = [pair_gold(row) for row in rows]
+    return sum((chosen > rejected) + 0.5 * (chosen == rejected) for chosen, rejected in pairs) / len(pairs)
+
+
+def blind_accuracy(
+    train_rows: list[dict[str, Any]], validation_rows: list[dict[str, Any]], min_count: int = 20
+) -> float:
+    """Accuracy, on held-out comparisons, of a model that sees the two summaries but not the post.
+
+    A logistic regression on differences of word, bigram (slot values named by their slots, too) and length counts.
+    """
+
+    def features(text: str) -> Counter:
+        words = split_words(text)
+        lengths = {"#words": len(words), f"#={min(20, len(words))}": 1}
+        return Counter(words) + Counter(_bigrams(text)) + Counter(lengths)
+
+    def differences(rows: list[dict[str, Any]]) -> list[dict]:
+        out = []
+        for row in rows:
+            chosen, rejected = (features(row["summaries"][i]["text"]) for i in (row["choice"], 1 - row["choice"]))
+            out.append(
+                {k: chosen[k] - rejected[k] for k in chosen.keys() | rejected.keys() if chosen[k] != rejected[k]}
+            )
+        return out
+
+    train, held_out = differences(train_rows), differences(validation_rows)
+    counts = Counter(k for row in train for k in row)
+    columns = {k: i for i, k in enumerate(sorted((k for k, n in counts.items() if n >= min_count), key=str))}
+
+    def matrix(rows: list[dict]) -> torch.Tensor:  # [rows, features]
+        at = [(i, columns[k], float(v)) for i, row in enumerate(rows) for k, v in row.items() if k in columns]
+        out = torch.zeros(len(rows), len(columns))
+        if at:
+            i, j, v = zip(*at)
+            out[torch.tensor(i), torch.tensor(j)] = torch.tensor(v)
+        return out
+
+    x, weights = matrix(train), torch.zeros(len(columns), requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=60, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = -F.logsigmoid(x @ weights).mean() + 1e-3 * weights.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    margins = matrix(held_out) @ weights.detach()
+    return float(((margins > 0).float() + 0.5 * (margins == 0).float()).mean())
+
+
+# ---------------------------------------------------------------------------------------------- tokenizer and models
+SIZES = {"small": (96, 3, 4), "medium": (144, 4, 4), "large": (192, 6, 6)}
+"""Size -> hidden size, layers, heads."""
+
+
+def train_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE of the grammar, in the class and with the special token (id 0) of the real tokenizer.
+
+    Like there, no [PAD] is in it: the stages add it, as the next id. Any text can be encoded;
+    words of the grammar are one token.
+    """
+    rng = random.Random(0)
+    tokenizer = Tokenizer(BPE())
+    headings = r"SUBREDDIT: r/|\n\nTITLE:|\n\nPOST:|\n\nTL;DR:|^Article:"
+    gpt2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    split = pre_tokenizers.Split(Regex(f"{headings}|{gpt2}"), "isolated")  # headings in one piece: shorter queries
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    texts = [f"{make_query(row)} {row['summary']}" for row in draw_sft_rows(rng, 3000, "")]
+    texts += [make_query({"article": write_article(rng)[0]}) for _ in range(200)]
+    grammar = " ".join(
+        CORE + PLACE + PLAN + NEUTRAL + NEWS + OPENERS + CLOSERS + [t for d in DECOYS.values() for t in d]
+    )
+    words = sorted({*SLOT_OF, *re.findall(r"\w+", grammar), *(w for ws in FILLERS.values() for w in ws)})
+    texts += [f" {word}" for word in words] * 30
+    trainer = trainers.BpeTrainer(
+        vocab_size=4000,
+        min_frequency=20,
+        special_tokens=[EOS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=EOS,
+        eos_token=EOS,
+        unk_token=EOS,
+        add_prefix_space=False,
+        clean_up_tokenization_spaces=False,
+        model_max_length=MAX_POSITIONS,
+    )
+
+
+def init_model(size: str, tokenizer: PreTrainedTokenizerFast, seed: int) -> GPTNeoXForCausalLM:
+    """A GPT-NeoX with random weights drawn from the seed, float32."""
+    hidden, layers, heads = SIZES[size]
+    config = GPTNeoXConfig(
+        vocab_size=64 * math.ceil((len(tokenizer) + 2) / 64),  # room for the [PAD] that the stages add
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * hidden,
+        max_position_embeddings=MAX_POSITIONS,
+        initializer_range=0.05,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    set_seed(seed)
+    model = GPTNeoXForCausalLM(config)
+    # Words start out as similar to themselves in the head as in the embedding: copying is learned sooner.
+    model.get_output_embeddings().weight.data.copy_(model.get_input_embeddings().weight.data)
+    return model
+
+
+# -------------------------------------------------------------------------------------------------------------- main
+@dataclass
+class Args:
+    seed: int = 1
+    """draws the rows and the initial weights"""
+    data_dir: Path = Path("data/toy")
+    """folder for sft/ and comparisons/"""
+    models_dir: Path = Path("models/toy")
+    """folder for one model folder per size"""
+    sizes: tuple[str, ...] = ("small", "medium", "large")
+    """sizes of base models to write"""
+    n_sft: int = 16000
+    """SFT training rows"""
+    n_sft_validation: int = 512
+    """SFT validation rows, and as many test rows"""
+    n_comparisons: int = 16000
+    """training comparisons"""
+    n_comparisons_validation: int = 1500
+    """TL;DR comparisons in validation"""
+    n_cnndm: int = 300
+    """CNN/DM-like comparisons in validation"""
+    overwrite: bool = False
+    """replace what another call of this script has written"""
+
+
+def check(args: Args) -> None:
+    """Refuse what cannot work, before anything is written."""
+    for name in ("n_sft", "n_sft_validation", "n_comparisons", "n_comparisons_validation", "n_cnndm"):
+        if not 1 <= getattr(args, name) <= 1_000_000:
+            refuse(name, str(getattr(args, name)), "a number of rows from 1 to 1000000")
+    if not 0 <= args.seed < 2**32:
+        refuse("seed", str(args.seed), "0 to 4294967295")
+    for size in args.sizes:
+        if size not in SIZES:
+            refuse("sizes", repr(size), f"one or more of {' '.join(SIZES)}")
+    if not args.sizes:
+        refuse("sizes", "none", f"one or more of {' '.join(SIZES)}")
+    if args.data_dir.resolve() == args.models_dir.resolve():
+        refuse("models_dir", f"'{args.models_dir}', which is data_dir", "another folder")
+
+
+def is_there(folder: Path, argument: str, made_with: dict[str, Any], overwrite: bool) -> bool:
+    """Whether a folder holds just what would be written. Refuses a folder that holds anything else."""
+    if folder.exists() and not folder.is_dir():
+        refuse(argument, f"'{folder}', a file", "a folder, or the name of a new one")
+    parent = next(p for p in folder.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        refuse(argument, f"'{folder}', where nothing can be written", "a folder that can be written")
+    if not folder.exists() or not any(folder.iterdir()):
+        return False
+    try:
+        found = json.loads((folder / MANIFEST).read_text())["made_with"]
+    except (OSError, ValueError, KeyError, TypeError):  # never delete what this script has not written
+        refuse(argument, f"'{folder}' with files that are not from toy_tldr.py", "an empty or a new folder")
+    if found == made_with:
+        return True
+    if not overwrite:
+        changed = ", ".join(f"{k} {found.get(k)}" for k in made_with if found.get(k) != made_with[k])
+        refuse(argument, f"'{folder}' made with {changed}", "the same arguments, another folder, or --overwrite")
+    return False
+
+
+def write_folder(folder: Path, write: Callable[[Path], None], manifest: dict[str, Any]) -> None:
+    """Write a folder as a whole: under a temporary name first, then renamed, its manifest included."""
+    temporary = folder.with_name(f".{folder.name}.tmp{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    write(temporary)
+    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(temporary, folder)
+
+
+def draw_rows(args: Args) -> dict[str, list[dict[str, Any]]]:
+    """All rows of a seed: file (without .jsonl, under the data folder) -> rows."""
+
+    def rng(name: str) -> random.Random:  # one generator for each file: more rows in one change nothing in another
+        return random.Random(f"{args.seed} {name}")
+
+    validation = draw_comparisons(
+        rng("comparisons/validation"), args.n_comparisons_validation, "valid", VALIDATION_BATCHES
+    )
+    return {
+        "sft/train": draw_sft_rows(rng("sft/train"), args.n_sft, "train"),
+        "sft/validation": draw_sft_rows(rng("sft/validation"), args.n_sft_validation, "valid"),
+        "sft/test": draw_sft_rows(rng("sft/test"), args.n_sft_validation, "test"),
+        "comparisons/train": draw_comparisons(rng("comparisons/train"), args.n_comparisons, "train", TRAIN_BATCHES),
+        "comparisons/validation": validation + draw_comparisons(rng("cnndm"), args.n_cnndm, "cnndm", CNNDM_BATCHES),
+    }
+
+
+def measure(rows: dict[str, list[dict[str, Any]]], tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
+    """What the rows are like: token lengths (EOS included), gold scores of references, ceiling and blind accuracy."""
+
+    def longest(texts: list[str]) -> int:
+        return max(map(len, tokenizer(texts)["input_ids"]))
+
+    sft = [row for name in rows if name.startswith("sft/") for row in rows[name]]
+    comparisons = rows["comparisons/train"] + rows["comparisons/validation"]
+    cnndm = [row for row in comparisons if row["batch"] in CNNDM_BATCHES]
+    tldr = [row for row in comparisons if row["batch"] not in CNNDM_BATCHES]
+    held_out = [row for row in rows["comparisons/validation"] if row["batch"] not in CNNDM_BATCHES]
+    lengths = {
+        "query": longest([make_query(row) for row in sft] + [make_query(row["info"]) for row in tldr]),
+        "sft_response": longest([f" {row['summary']}{EOS}" for row in sft]),
+        "sft_query_response": longest([f"{make_query(row)} {row['summary']}{EOS}" for row in sft]),
+    }
+    for name, group in {"rm": tldr, "cnndm_rm": cnndm}.items():
+        pairs = [(make_query(row["info"]), summary["text"] + EOS) for row in group for summary in row["summaries"]]
+        if name == "cnndm_rm":
+            lengths["cnndm_query"] = longest([query for query, _ in pairs])
+        lengths[f"{name}_response"] = longest([text for _, text in pairs])
+        lengths[f"{name}_query_response"] = longest([query + text for query, text in pairs])
+    validation = rows["sft/validation"]
+    shuffled = validation[1:] + validation[:1]
+    gold = {
+        "reference": [gold_score(row["post"], row["summary"])["score"] for row in validation],
+        "shuffled_reference": [gold_score(a["post"], b["summary"])["score"] for a, b in zip(validation, shuffled)],
+        "best_summary": [gold_score(row["post"], best_summary(row["post"]))["score"] for row in validation],
+    }
+    return {
+        **{f"tokens/{name}": length for name, length in lengths.items()},
+        **{f"gold/{name}": round(sum(scores) / len(scores), 4) for name, scores in gold.items()},
+        "rm/ceiling": round(annotator_ceiling(held_out), 4),
+        "rm/ceiling_cnndm": round(annotator_ceiling(cnndm), 4),
+        "rm/blind": round(blind_accuracy(rows["comparisons/train"], held_out), 4),
+    }
+
+
+def main(args: Args) -> dict[str, Any]:
+    """Write what is not there yet. Returns the numbers of the closing table."""
+    check(args)
+    # ------------------------------------------------------------------------------------------- what is there already
+    own = ("data_dir", "models_dir", "sizes", "overwrite")
+    data_made_with = {"world": WORLD, **{k: v for k, v in asdict(args).items() if k not in own}}
+    have_data = is_there(args.data_dir, "data_dir", data_made_with, args.overwrite)
+    models = {size: {"world": WORLD, "seed": args.seed, "size": size} for size in args.sizes}
+    have = {s: is_there(args.models_dir / s, "models_dir", made, args.overwrite) for s, made in models.items()}
+    # -------------------------------------------------------------------------------------------------- rows and models
+    tokenizer = None if have_data and all(have.values()) else train_tokenizer()
+    if not have_data:
+        rows = draw_rows(args)
+        measured = measure(rows, tokenizer)
+        for name, length in measured.items():
+            limit = LENGTHS.get(name.removeprefix("tokens/"), math.inf)
+            assert not name.startswith("tokens/") or length <= limit, f"{name} {length} > {limit}"
+
+        def write(folder: Path) -> None:
+            (folder / "comparisons").mkdir()
+            (folder / "comparisons" / "README.md").write_text(COMPARISONS_CARD)
+            for name, file_rows in rows.items():
+                path = folder / f"{name}.jsonl"
+                path.parent.mkdir(exist_ok=True)
+                path.write_text("".join(json.dumps(row) + "\n" for row in file_rows))
+
+        counts = {f"rows/{name}": len(file_rows) for name, file_rows in rows.items()}
+        write_folder(args.data_dir, write, {"made_with": data_made_with, "measured": counts | measured})
+    for size, made_with in models.items():
+        if have[size]:
+            continue
+        model = init_model(size, tokenizer, args.seed)
+
+        def write(folder: Path, model: GPTNeoXForCausalLM = model) -> None:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            # transformers 5 writes its own new name of the class; other readers know this one, as in the real tokenizer.
+            config = json.loads((folder / "tokenizer_config.json").read_text())
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"
+            (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+        parameters = sum(p.numel() for p in model.parameters())
+        write_folder(args.models_dir / size, write, {"made_with": made_with, "parameters": parameters})
+    # ---------------------------------------------------------------------------------------------------- closing table
+    result = json.loads((args.data_dir / MANIFEST).read_text())["measured"]
+    table = Table("", "value", "limit", title=f"toy TL;DR, seed {args.seed}")
+    for name, value in result.items():
+        table.add_row(name, f"{value:,}", str(LENGTHS.get(name.removeprefix("tokens/"), "")))
+    for size in args.sizes:
+        parameters = json.loads((args.models_dir / size / MANIFEST).read_text())["parameters"]
+        result[f"parameters/{size}"] = parameters
+        table.add_row(f"parameters/{size}", f"{parameters:,}", "")
+    console = Console()
+    console.print(table)
+    for folder, there in [(args.data_dir, have_data), *((args.models_dir / s, there) for s, there in have.items())]:
+        console.print(f"{folder}{' is there already, made with the same arguments' if there else ' written'}")
+    return result
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
