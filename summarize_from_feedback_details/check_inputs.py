@@ -225,12 +225,16 @@ def find_model(argument: str, path: str | None, revision: str | None, kind: str)
     return config
 
 
-def check_same_vocabulary(argument: str, path: str, config: dict, partner: str, partner_config: dict) -> None:
-    """Refuse two checkpoints of different vocabularies: sizes, and the tokenizers where both have one."""
-    size = config.get("vocab_size") or config.get("base_config", {}).get("vocab_size")
-    partner_size = partner_config.get("vocab_size") or partner_config.get("base_config", {}).get("vocab_size")
+def check_same_vocabulary(
+    argument: str, path: str, config: dict, partner: str, partner_path: str, partner_config: dict
+) -> None:
+    """Refuse two checkpoints of different vocabularies: by size, and by tokenizer where both folders have one."""
+    size, partner_size = ((c.get("base_config") or c).get("vocab_size") for c in (config, partner_config))
     if size != partner_size:
-        refuse(argument, f"'{path}' with a vocabulary of {size}", f"{partner_size}, as --{partner}")
+        refuse(argument, f"'{path}' with a vocabulary of {size}", f"{partner_size}, as --{partner} '{partner_path}'")
+    tokens, partner_tokens = tokenizer_vocabulary(path), tokenizer_vocabulary(partner_path)
+    if tokens is not None and partner_tokens is not None and tokens != partner_tokens:
+        refuse(argument, f"'{path}' with another tokenizer", f"that of --{partner} '{partner_path}'")
 
 
 def tokenizer_vocabulary(path: str) -> dict[str, int] | None:

@@ -281,8 +281,9 @@ def choose_precision(wanted: str) -> str:
 
 def make_accelerator(args) -> Accelerator:
     """The processes of this run. Refuses a launch that is not what the arguments say."""
-    # without this, DeepSpeed on CPU leaves each process alone
-    handlers = [] if torch.cuda.is_available() else [InitProcessGroupKwargs(backend="gloo")]
+    # without a handler, DeepSpeed on CPU leaves each process believing that it is the only one
+    alone = torch.cuda.is_available() or args.world_size == 1
+    handlers = [] if alone else [InitProcessGroupKwargs(backend="gloo")]
     accelerator = Accelerator(mixed_precision=choose_precision(args.precision), kwargs_handlers=handlers)
     if accelerator.num_processes != args.world_size:
         refuse("world_size", f"{accelerator.num_processes} connected processes", f"{args.world_size}, as launched")

@@ -1,7 +1,7 @@
 """Raw rows to tokenised datasets, with OpenAI's preprocessing of the queries.
 
-    SFT rows {id, subreddit, title, post, summary}                                -> <output_dir>/sft/data/*.parquet
-    comparisons {info, summaries[2], choice, worker, batch, split, extra}         -> <output_dir>/comparisons/data/*.parquet
+    SFT rows {id, subreddit, title, post, summary}                                -> <output_dir>/sft/data/
+    comparisons {info, summaries[2], choice, worker, batch, split, extra}         -> <output_dir>/comparisons/data/
     arguments, counts, lengths                                                    -> <output_dir>/summary.json
     histograms of the token lengths                                               -> <visuals_dir>/*.png
 
@@ -22,6 +22,7 @@ import json
 import os
 import shutil
 import string
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -32,7 +33,16 @@ import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import tyro
-from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    List,
+    Value,
+    concatenate_datasets,
+    disable_progress_bars,
+    load_dataset,
+)
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -90,7 +100,7 @@ def cnndm_defaults() -> TaskQueryHParams:
 @dataclass
 class Args:
     # what to read
-    base_model: str = "EleutherAI/pythia-160m"
+    base_model: str = "EleutherAI/pythia-1b-deduped"
     """model whose tokenizer is used: hub id or local folder"""
     sft_dataset: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"
     """posts with reference summaries: hub id, or folder of jsonl or parquet files"""
@@ -99,7 +109,7 @@ class Args:
     preference_config: str = "comparisons"
     """folder inside the hub's `preference_dataset` ("" for its root)"""
     preference_revision: str = "refs/convert/parquet"
-    """revision of the hub's `preference_dataset`: by default the hub's own parquet conversion, since loading scripts no longer run"""
+    """revision of the hub's `preference_dataset`: the hub's parquet conversion, since loading scripts no longer run"""
 
     # how to tokenise
     tldr_params: TldrHParams = field(default_factory=TldrHParams)
@@ -135,7 +145,12 @@ def encode(encoder, texts: list[str]) -> list[list[int]]:
     """Token ids of each text, with nothing added."""
     if not texts:
         return []
-    return encoder(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    backend = getattr(encoder, "backend_tokenizer", None)
+    if backend is None:
+        return encoder(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    backend.no_truncation()
+    backend.no_padding()
+    return [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=False)]  # without offsets
 
 
 def candidate_cuts(text: str, truncate_text: str) -> Iterator[int]:
@@ -332,12 +347,12 @@ def features(responses: tuple[str, ...]) -> Features:
     """Columns and types of a tokenised dataset; declared, since a first batch of nulls says nothing about types."""
     text, number, tokens = Value("string"), Value("int64"), List(Value("int64"))
     if "chosen" in responses:
-        columns = {name: text for name in COMPARISON_COLUMNS} | {"choice": number, "extra": {"confidence": number}}
-        columns["info"] = {name: text for name in INFO_FIELDS}
+        columns = dict.fromkeys(COMPARISON_COLUMNS, text) | {"choice": number, "extra": {"confidence": number}}
+        columns["info"] = dict.fromkeys(INFO_FIELDS, text)
         columns["summaries"] = List({"text": text, "policy": text, "note": text})
-        columns |= {name: text for name in ("chosen_policy", "rejected_policy", "policies")}
+        columns |= dict.fromkeys(("chosen_policy", "rejected_policy", "policies"), text)
     else:
-        columns = {name: text for name in SFT_COLUMNS}
+        columns = dict.fromkeys(SFT_COLUMNS, text)
     columns |= {"query": text, "query_token": tokens, "query_token_len": number, "truncated": Value("bool")}
     for name in responses:
         columns |= {name: text, f"{name}_token": tokens, f"{name}_token_len": number}
@@ -398,19 +413,15 @@ def read_jsonl_features(argument: str, folder: str) -> Features | None:
                 if not isinstance(row, dict):
                     refuse(argument, f"{path} line {number}: a {type(row).__name__}", "one JSON object on each line")
                 rows.append(row)
+    names = {name: None for row in rows for name in row}
     try:
-        return Features.from_arrow_schema(pa.Table.from_pylist(unite(rows)).schema) if rows else None
+        # `from_pylist` takes the columns of its first row only: give that one all of them
+        return Features.from_arrow_schema(pa.Table.from_pylist([names, *rows]).schema) if rows else None
     except pa.ArrowException as error:
         refuse(argument, f"rows in '{folder}' that differ in type ({reason(error)})", "the same types in each row")
 
 
-def unite(rows: list[dict]) -> list[dict]:
-    """Rows that all have the columns of all: `pa.Table.from_pylist` looks at the first row's only."""
-    names = {name: None for row in rows for name in row}
-    return [names | row for row in rows]
-
-
-def load_raw(argument: str, name: str, data_dir: str | None, revision: str | None) -> DatasetDict:
+def load_raw(argument: str, name: str, data_dir: str = "", revision: str | None = None) -> DatasetDict:
     """Read raw rows from a local folder or the hub."""
     expected = "a hub id, or a folder of jsonl or parquet files"
     if os.path.isdir(name):
@@ -481,7 +492,7 @@ def check_comparison_rows(args: Args, raw: DatasetDict) -> None:
                 refuse(name, f"{len(row['summaries'] or ())} summaries in {where}", "two")
             for summary in row["summaries"]:
                 check_text(name, f"`summaries` of {where}", summary, ["text", "policy"])
-            if row["choice"] not in (0, 1):
+            if type(row["choice"]) is not int or row["choice"] not in (0, 1):
                 refuse(name, f"choice {row['choice']!r} in {where}", "0 or 1")
             # Detail: confidence - 1..9 on a line from the first summary to the second; absent in some batches
             confidence = (row["extra"] or {}).get("confidence")
@@ -515,6 +526,7 @@ def measure(split: str, rows: Dataset, kind: str, prefix: str, hparams: TaskQuer
 
 
 def summarise(lengths: Lengths) -> dict[str, Any]:
+    # Deviates: fault 8 - rows longer than declared lose their EOS: they are counted and shown
     found = {"rows": lengths.rows, "truncated_queries": lengths.truncated}
     for name, values, declared in zip(("query", "response", "query_response"), lengths[5:8], lengths.declared):
         found |= {f"{name}_mean": float(values.mean()), f"{name}_max": int(values.max())}
@@ -546,14 +558,15 @@ def draw_lengths(title: str, measured: list[Lengths], path: Path) -> None:
         group = [m for m in measured if m.prefix == prefix]
         for i, (axis, what) in enumerate(zip(axes, ("query", "response + EOS", "query + response + EOS"))):
             limit = group[0].declared[i]
-            bins = np.linspace(0, max(limit, *(m[5 + i].max() for m in group)) * 1.02, 61)
+            bins = np.linspace(0, max(limit, *(m[5 + i].max() for m in group)) * 1.02, 41)
             for m in group:
                 label = f"{m.split} ({len(m[5 + i]):,})"
-                axis.hist(m[5 + i], bins=bins, density=True, histtype="stepfilled", alpha=0.4, label=label)
+                axis.hist(m[5 + i], bins=bins, density=True, histtype="step", linewidth=1.6, label=label)
             axis.axvline(limit, color="black", linestyle="--", linewidth=1, label=f"declared maximum ({limit})")
             axis.set(xlabel=f"{what} [tokens]", ylabel="density [1/token]")
-            axis.legend(fontsize=8)
-        axes[1].set_title({"tldr_params": "Reddit TL;DR", "cnndm_params": "CNN/DM"}[prefix])
+            axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=9, frameon=False)
+        task = {"tldr_params": "Reddit TL;DR", "cnndm_params": "CNN/DM"}[prefix]
+        axes[0].set_ylabel(f"{task}\ndensity [1/token]")
     figure.suptitle(title)
     figure.savefig(path, dpi=100)
 
@@ -573,6 +586,17 @@ def print_table(measured: list[Lengths]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- main
+def hub_entity(args: Args) -> str:
+    """Whom to push to; refuses without a login."""
+    expected = "a login: `hf auth login`, or HF_TOKEN in the environment"
+    if huggingface_hub.get_token() is None:
+        refuse("push_to_hub", "no hub login on this machine", expected)
+    try:
+        return args.hf_entity or huggingface_hub.whoami()["name"]
+    except Exception as error:
+        refuse("push_to_hub", f"a login that the hub does not confirm ({reason(error)})", f"{expected}, or --hf_entity")
+
+
 def check_args(args: Args) -> None:
     for prefix in ("tldr_params", "cnndm_params"):
         hparams = getattr(args, prefix)
@@ -581,7 +605,7 @@ def check_args(args: Args) -> None:
                 refuse(f"{prefix}.{name}", str(value), "a number of tokens above 0")
         try:
             names = fields_of(hparams)
-            hparams.format_str.format(**{name: "" for name in names})
+            hparams.format_str.format(**dict.fromkeys(names, ""))
         except (ValueError, KeyError, IndexError, AttributeError) as error:
             refuse(f"{prefix}.format_str", f"{hparams.format_str!r} ({reason(error)})", "text with {fields} of the row")
         if hparams.truncate_field not in names:
@@ -596,8 +620,6 @@ def check_args(args: Args) -> None:
     blocker = next(p for p in (visuals, *visuals.absolute().parents) if p.exists())
     if not blocker.is_dir() or not os.access(blocker, os.W_OK):
         refuse("visuals_dir", f"'{blocker}', which is not a folder to write in", "a folder that can be created")
-    if args.push_to_hub and huggingface_hub.get_token() is None:
-        refuse("push_to_hub", "no hub login on this machine", "`hf auth login`, or HF_TOKEN in the environment")
 
 
 def tokenise(args: Args, kind: str, raw: DatasetDict, encoder, pad_id: int) -> tuple[DatasetDict, list[Lengths]]:
@@ -648,7 +670,76 @@ def split_off_cnndm(raw: DatasetDict) -> DatasetDict:
     return split
 
 
+def save(args: Args, done: dict[str, DatasetDict], summary: dict[str, Any]) -> list[str]:
+    """Write both datasets and their summary at once: all of it, or nothing. Returns the files."""
+    with atomic_folder(args.output_dir) as folder:
+        for name, splits in done.items():
+            (folder / name / "data").mkdir(parents=True)
+            for split, rows in splits.items():
+                # in `data/` and with this name, `load_dataset` takes what stands before the number as the split
+                rows.to_parquet(folder / name / "data" / f"{split}-00000-of-00001.parquet")
+        write_json(folder / "summary.json", summary)
+        if args.overwrite:
+            shutil.rmtree(args.output_dir, ignore_errors=True)
+    return [os.path.join(args.output_dir, name) for name in (*done, "summary.json")]
+
+
+def push(args: Args, done: dict[str, DatasetDict], entity: str) -> list[str]:
+    stamp = int(time.time())
+    names = {"sft": "summarize_from_feedback_tldr_3_filtered", "comparisons": "summarize_from_feedback"}
+    for name, splits in done.items():
+        names[name] = f"{entity}/{names[name]}_oai_preprocessing_{stamp}"
+        splits.push_to_hub(names[name])
+    return [f"https://huggingface.co/datasets/{name}" for name in names.values()]
+
+
 def main(args: Args) -> dict[str, Any]:
     """Build both datasets; returns counts, lengths and paths."""
+    # ------------------------------------------------------------------ what can be refused before any work
     check_args(args)
-    ...
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    entity = hub_entity(args) if args.push_to_hub else ""
+    encoder, pad_id = load_tokenizer("base_model", args.base_model)
+    sft = load_raw("sft_dataset", args.sft_dataset)
+    comparisons = load_raw(
+        "preference_dataset", args.preference_dataset, args.preference_config, args.preference_revision
+    )
+    check_sft_rows(args, sft)
+    check_comparison_rows(args, comparisons)
+
+    # ------------------------------------------------------------------ tokenise
+    start = time.time()
+    done, measured = {}, {}
+    done["sft"], measured["sft"] = tokenise(args, "sft", sft, encoder, pad_id)
+    done["comparisons"], measured["comparisons"] = tokenise(args, "rm", split_off_cnndm(comparisons), encoder, pad_id)
+    everything = [*measured["sft"], *measured["comparisons"]]
+    rows = sum(m.rows for m in everything)
+    rows_per_second = rows / (time.time() - start)
+    print_table(everything)
+    print(f"{rows:,} rows tokenised, {rows_per_second:,.0f} rows/s")
+
+    # ------------------------------------------------------------------ check, and only then save
+    if args.check_length_correctness and not args.debug:
+        check_lengths(everything)
+    summary = {
+        "args": asdict(args),
+        "vocab_size": len(encoder),
+        "pad_token_id": pad_id,
+        "eos_token_id": encoder.eos_token_id,
+        "rows_per_second": rows_per_second,
+        **{name: {m.split: summarise(m) for m in group} for name, group in measured.items()},
+    }
+    paths = save(args, done, summary)
+    os.makedirs(args.visuals_dir, exist_ok=True)
+    for name, group in measured.items():
+        paths.append(os.path.join(args.visuals_dir, f"{name}_token_lengths.png"))
+        draw_lengths(f"{name}: token lengths", group, Path(paths[-1]))
+    if args.push_to_hub:
+        paths += push(args, done, entity)
+    print("written:", *paths, sep="\n  ")
+    return summary | {"paths": paths}
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -27,6 +27,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import tyro
 from rich.console import Console
@@ -84,11 +85,8 @@ VALUES = {slot: values.split() for slot, values in VALUES.items()}
 SLOT_OF = {value: slot for slot, values in VALUES.items() for value in values}
 
 TITLES = ["what now", "need some help", "my {who} again", "about my {thing}", "a {mood} {time}"]
-CORE = [
-    "so my {who} {deed} my {thing}.",
-    "today my {who} {deed} my {thing}.",
-    "my {thing} is done for, my {who} {deed} it.",
-]
+CORE = ["so my {who} {deed} my {thing}.", "today my {who} {deed} my {thing}."]
+CORE += ["my {thing} is done for, my {who} {deed} it."]
 PLACE = ["this was at the {place}.", "we were all at the {place}."]
 PLAN = ["should i {plan}?", "is it ok to {plan}?", "part of me wants to {plan}."]
 DECOYS = {
@@ -99,13 +97,7 @@ DECOYS = {
     "plan": ["they say never {plan}."],
 }
 NEUTRAL = ["it has been a {mood} {time}.", "sorry, this is {mood}.", "i feel {mood}."]
-NEWS = [
-    "a reader sent us this.",
-    "the {time} was {mood}.",
-    "our staff looked into it.",
-    "we asked around.",
-    "no one else spoke.",
-]
+NEWS = ["a reader sent us this.", "the {time} was {mood}.", "our staff looked into it.", "no one else spoke."]
 FILLERS = {"mood": "long rough dull messy tense loud bad slow", "time": "day week month year night"}
 FILLERS = {kind: words.split() for kind, words in FILLERS.items()}
 OPENERS = ["ok so", "long story,"]
@@ -118,26 +110,17 @@ DECOY_COUNTS = (0, 1, 1, 2)  # a post has so many decoys, each equally often
 
 @dataclass(frozen=True)
 class Writer:
-    """How a scripted source writes: every number is a probability."""
+    """How a scripted source writes. Every number is a probability."""
 
-    core: float = 0.95
-    """that who, deed, thing are each mentioned"""
-    place: float = 0.9
-    """that the place is mentioned, if not terse"""
-    plan: float = 0.9
-    """that the plan is mentioned, if not terse"""
-    terse: float = 0.3
-    """that place and plan are both left out"""
-    wrong: float = 0.04
-    """that a fact is replaced by a wrong one"""
-    decoy: float = 0.2
-    """that a wrong fact is a decoy of the post rather than a word that does not occur in it"""
-    wordy: float = 0.08
-    """of an opener, and of a closer"""
-    repeat: float = 0.0
-    """that the last fact is said twice"""
-    scramble: float = 0.0
-    """that the words are out of order"""
+    core: float = 0.95  # each of who, deed, thing is mentioned
+    place: float = 0.9  # the place is mentioned, if not terse
+    plan: float = 0.9  # the plan is mentioned, if not terse
+    terse: float = 0.3  # place and plan are both left out
+    wrong: float = 0.04  # a fact is replaced by a wrong one
+    decoy: float = 0.2  # what is wrong is a decoy of the post, rather than a word that does not occur in it
+    wordy: float = 0.08  # there is an opener; there is a closer
+    repeat: float = 0.0  # the last fact is said twice
+    scramble: float = 0.0  # the words are out of order
 
 
 REFERENCE = Writer(core=0.92, place=0.85, plan=0.85, terse=0.5, wrong=0.05)
@@ -152,8 +135,8 @@ WRITERS = {
     "sup1_t1": Writer(wrong=0.3, repeat=0.15, scramble=0.15, wordy=0.15),
 }
 EDITED = ("sup4_t0.3", "sup4_t1")  # two samples in the same words, the second with wrong facts
-EDIT_SHARE = 0.65  # of comparisons between those two: only the post tells them apart
-EDIT_WRITER = Writer(terse=0.15, wordy=0.15, repeat=0.1)
+EDIT_SHARE = 0.75  # of comparisons between those two: only the post tells them apart
+EDIT_WRITER = Writer(place=0.97, plan=0.97, terse=0.0, wordy=0.1, repeat=0.1)
 EDIT_WRONG = 0.4  # that a fact of the second one is wrong
 
 
@@ -334,6 +317,7 @@ def preference_probability(first: float, second: float, noise: float = 0.5) -> f
 TRAIN_BATCHES = [f"batch{i}" for i in range(3, 11)]
 VALIDATION_BATCHES = [f"batch{i}" for i in range(6, 15)]
 CNNDM_BATCHES = ["batch0_cnndm", "cnndm0", "cnndm2"]
+INFO_FIELDS = ("id", "post", "title", "subreddit", "article", "site")  # every row has all, null where it has none
 WORKERS = {f"w_{i:02d}": noise for i, noise in enumerate([0.2, 0.25, 0.3, 0.3, 0.4, 0.5, 0.6, 0.9])}
 """Worker -> noise of the perceived difference, gold units."""
 
@@ -354,7 +338,7 @@ def draw_comparisons(rng: random.Random, n: int, prefix: str, batches: list[str]
 
 def draw_comparison(rng: random.Random, id: str, batch: str) -> dict[str, Any]:
     """Draw a post, two differing summaries of it, and a worker who chooses the seemingly better one."""
-    info: dict[str, str | None] = dict.fromkeys(("id", "post", "title", "subreddit", "article", "site")) | {"id": id}
+    info: dict[str, str | None] = dict.fromkeys(INFO_FIELDS) | {"id": id}
     if batch in CNNDM_BATCHES:
         info["article"], facts, decoys = write_article(rng)
     else:
@@ -393,28 +377,18 @@ COMPARISONS_CARD = """---
 dataset_info:
   features:
   - name: info
-    struct:
-    - {name: id, dtype: string}
-    - {name: post, dtype: string}
-    - {name: title, dtype: string}
-    - {name: subreddit, dtype: string}
-    - {name: article, dtype: string}
-    - {name: site, dtype: string}
+    struct: [{FIELDS}]
   - name: summaries
-    list:
-    - {name: text, dtype: string}
-    - {name: policy, dtype: string}
-    - {name: note, dtype: string}
+    list: [{name: text, dtype: string}, {name: policy, dtype: string}, {name: note, dtype: string}]
   - {name: choice, dtype: int32}
   - {name: worker, dtype: string}
   - {name: batch, dtype: string}
   - {name: split, dtype: string}
   - name: extra
-    struct:
-    - {name: confidence, dtype: int32}
+    struct: [{name: confidence, dtype: int32}]
 ---
 Comparisons of the toy world of `toy_tldr.py`, in the schema of `openai/summarize_from_feedback`.
-"""
+""".replace("{FIELDS}", ", ".join(f"{{name: {field}, dtype: string}}" for field in INFO_FIELDS))
 
 
 def pair_gold(row: dict[str, Any]) -> tuple[float, float]:
@@ -439,29 +413,24 @@ def blind_accuracy(
 
     def features(text: str) -> Counter:
         words = split_words(text)
-        lengths = {"#words": len(words), f"#={min(20, len(words))}": 1}
-        return Counter(words) + Counter(_bigrams(text)) + Counter(lengths)
+        return Counter([*words, *_bigrams(text), f"{min(20, len(words))} words"])
 
-    def differences(rows: list[dict[str, Any]]) -> list[dict]:
-        out = []
-        for row in rows:
-            chosen, rejected = (features(row["summaries"][i]["text"]) for i in (row["choice"], 1 - row["choice"]))
-            out.append(
-                {k: chosen[k] - rejected[k] for k in chosen.keys() | rejected.keys() if chosen[k] != rejected[k]}
-            )
+    def differences(rows: list[dict[str, Any]]) -> list[Counter]:
+        out = [features(row["summaries"][row["choice"]]["text"]) for row in rows]
+        for counts, row in zip(out, rows):
+            counts.subtract(features(row["summaries"][1 - row["choice"]]["text"]))
         return out
 
     train, held_out = differences(train_rows), differences(validation_rows)
-    counts = Counter(k for row in train for k in row)
-    columns = {k: i for i, k in enumerate(sorted((k for k, n in counts.items() if n >= min_count), key=str))}
+    seen = Counter(feature for counts in train for feature in counts)
+    columns = {feature: i for i, feature in enumerate(sorted((f for f in seen if seen[f] >= min_count), key=str))}
 
-    def matrix(rows: list[dict]) -> torch.Tensor:  # [rows, features]
-        at = [(i, columns[k], float(v)) for i, row in enumerate(rows) for k, v in row.items() if k in columns]
-        out = torch.zeros(len(rows), len(columns))
-        if at:
-            i, j, v = zip(*at)
-            out[torch.tensor(i), torch.tensor(j)] = torch.tensor(v)
-        return out
+    def matrix(rows: list[Counter]) -> torch.Tensor:  # [rows, features]
+        out = np.zeros((len(rows), len(columns)), dtype=np.float32)
+        for row, counts in zip(out, rows):
+            for feature in counts.keys() & columns.keys():
+                row[columns[feature]] = counts[feature]
+        return torch.from_numpy(out)
 
     x, weights = matrix(train), torch.zeros(len(columns), requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=60, line_search_fn="strong_wolfe")
@@ -498,28 +467,16 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     texts = [f"{make_query(row)} {row['summary']}" for row in draw_sft_rows(rng, 3000, "")]
     texts += [make_query({"article": write_article(rng)[0]}) for _ in range(200)]
-    grammar = " ".join(
-        CORE + PLACE + PLAN + NEUTRAL + NEWS + OPENERS + CLOSERS + [t for d in DECOYS.values() for t in d]
-    )
-    words = sorted({*SLOT_OF, *re.findall(r"\w+", grammar), *(w for ws in FILLERS.values() for w in ws)})
+    templates = [*CORE, *PLACE, *PLAN, *NEUTRAL, *NEWS, *OPENERS, *CLOSERS, *sum(DECOYS.values(), [])]
+    words = sorted({*SLOT_OF, *sum(FILLERS.values(), []), *re.findall(r"\w+", " ".join(templates))})
     texts += [f" {word}" for word in words] * 30
-    trainer = trainers.BpeTrainer(
-        vocab_size=4000,
-        min_frequency=20,
-        special_tokens=[EOS],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    options = {"vocab_size": 4000, "min_frequency": 20, "show_progress": False}
+    trainer = trainers.BpeTrainer(special_tokens=[EOS], initial_alphabet=alphabet, **options)
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=EOS,
-        eos_token=EOS,
-        unk_token=EOS,
-        add_prefix_space=False,
-        clean_up_tokenization_spaces=False,
-        model_max_length=MAX_POSITIONS,
-    )
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), EOS)
+    options = {"add_prefix_space": False, "clean_up_tokenization_spaces": False, "model_max_length": MAX_POSITIONS}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special, **options)
 
 
 def init_model(size: str, tokenizer: PreTrainedTokenizerFast, seed: int) -> GPTNeoXForCausalLM:
@@ -575,11 +532,8 @@ def check(args: Args) -> None:
             refuse(name, str(getattr(args, name)), "a number of rows from 1 to 1000000")
     if not 0 <= args.seed < 2**32:
         refuse("seed", str(args.seed), "0 to 4294967295")
-    for size in args.sizes:
-        if size not in SIZES:
-            refuse("sizes", repr(size), f"one or more of {' '.join(SIZES)}")
-    if not args.sizes:
-        refuse("sizes", "none", f"one or more of {' '.join(SIZES)}")
+    if not args.sizes or not set(args.sizes) <= set(SIZES):
+        refuse("sizes", repr(" ".join(args.sizes)), f"one or more of {' '.join(SIZES)}")
     if args.data_dir.resolve() == args.models_dir.resolve():
         refuse("models_dir", f"'{args.models_dir}', which is data_dir", "another folder")
 
@@ -623,9 +577,7 @@ def draw_rows(args: Args) -> dict[str, list[dict[str, Any]]]:
     def rng(name: str) -> random.Random:  # one generator for each file: more rows in one change nothing in another
         return random.Random(f"{args.seed} {name}")
 
-    validation = draw_comparisons(
-        rng("comparisons/validation"), args.n_comparisons_validation, "valid", VALIDATION_BATCHES
-    )
+    validation = draw_comparisons(rng("validation"), args.n_comparisons_validation, "valid", VALIDATION_BATCHES)
     return {
         "sft/train": draw_sft_rows(rng("sft/train"), args.n_sft, "train"),
         "sft/validation": draw_sft_rows(rng("sft/validation"), args.n_sft_validation, "valid"),
@@ -709,7 +661,7 @@ def main(args: Args) -> dict[str, Any]:
         def write(folder: Path, model: GPTNeoXForCausalLM = model) -> None:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            # transformers 5 writes its own new name of the class; other readers know this one, as in the real tokenizer.
+            # transformers 5 writes its own new name of the class: keep the one that every reader knows.
             config = json.loads((folder / "tokenizer_config.json").read_text())
             config["tokenizer_class"] = "PreTrainedTokenizerFast"
             (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")

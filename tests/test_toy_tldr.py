@@ -245,7 +245,7 @@ def test_references_are_good_but_not_the_best(world):
 
 def test_blind_is_far_below_the_ceiling(world, capsys):
     folder, result = world
-    assert 0.5 < result["rm/blind"] < 0.65 and 0.9 < result["rm/ceiling"] < 1 and 0.9 < result["rm/ceiling_cnndm"] < 1
+    assert 0.45 < result["rm/blind"] < 0.65 and 0.9 < result["rm/ceiling"] < 1 and 0.9 < result["rm/ceiling_cnndm"] < 1
     toy_tldr.main(tiny_args(folder))
     printed = capsys.readouterr().out
     assert "rm/ceiling" in printed and "rm/blind" in printed and "is there already" in printed
