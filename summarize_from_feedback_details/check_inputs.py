@@ -7,6 +7,7 @@ configurations, headers and columns, never weights. Nothing here knows about los
 import json
 import math
 import os
+import unicodedata
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,8 @@ def check_tokens(argument: str, rows_by_split, columns: list[str], vocab_size: i
 def check_same_tokenizer(argument: str, row: dict, text_column: str, token_column: str, tokenizer) -> None:
     """Refuse a dataset tokenised with another vocabulary: its first row must decode to its own text."""
     ids = [i for i in row[token_column] if i != tokenizer.pad_token_id]
-    if tokenizer.decode(ids).strip() != row[text_column].strip():
+    plain = lambda text: unicodedata.normalize("NFC", text).strip()  # as the Pythia tokenizer normalises
+    if plain(tokenizer.decode(ids)) != plain(row[text_column]):
         found = f"rows whose '{token_column}' does not decode to '{text_column}'"
         refuse(argument, found, "a dataset tokenised with the tokenizer of --base_model")
 

@@ -33,7 +33,6 @@ import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
-from rich.console import Console
 from rich.table import Table
 from transformers import (
     AutoConfig,
@@ -60,6 +59,7 @@ from summarize_from_feedback_details.run_folder import (
     Progress,
     RunFolder,
     memory_gb,
+    print_table,
     push,
     refuse,
     refuse_dropped,
@@ -742,8 +742,9 @@ def micro_batch_loss(model, query_tokens, responses, adv: Advantages, mb, counts
         approx_kl = 0.5 * (new_logprobs - adv.logprobs[mb, :K]) ** 2
         statistics = [pg_loss, vf_loss, mean(losses["ratio"]), mean(losses["pg_clipped"]), mean(approx_kl),
                       mean_p1(losses["vf_clipped"]), mean(token_entropies(logits, args.temperature))]  # fmt: skip
+        statistics = torch.stack(statistics)
         ratio_error = ((losses["ratio"] - 1.0) * mask).abs().max()
-    return pg_loss + args.ppo.vf_coef * vf_loss, torch.stack(statistics), ratio_error
+    return pg_loss + args.ppo.vf_coef * vf_loss, statistics, ratio_error
 
 
 def trim_responses(responses: torch.Tensor, pad_id: int) -> torch.Tensor:
@@ -907,7 +908,6 @@ def check_args(args: Args):
             refuse(f"ppo.{name}", str(getattr(args.ppo, name)), "a number from 0 to 1")
     check_scheduler(args)
     check_ppo_batch_sizes(args, int(os.environ.get("WORLD_SIZE", 1)))
-    RunFolder.refuse_taken(args)
     refuse_unwritable("output_dir", args.output_dir)
     check_push(args)
     base = find_model("base_model", args.base_model, args.base_model_revision, "policy")
@@ -924,7 +924,9 @@ def check_args(args: Args):
     dataset = load_rows("query_dataset", args.query_dataset, args.dataset_revision, "sft", columns, splits)
     check_tokens("query_dataset", dataset, tokens, base["vocab_size"], tokenizer.pad_token_id)
     check_same_tokenizer("query_dataset", dataset["train"][0], "query", "query_token", tokenizer)
-    return tokenizer, dataset, find_stop_id(args.truncate_token, tokenizer)
+    stop_id = find_stop_id(args.truncate_token, tokenizer)
+    RunFolder.refuse_taken(args)
+    return tokenizer, dataset, stop_id
 
 
 def main(args: Args) -> dict[str, float]:
@@ -1095,7 +1097,7 @@ def main(args: Args) -> dict[str, float]:
             shown = Table("PPO", "last value")
             for name in (*CLOSING_METRICS, *(k for k in final if k.startswith("eval/"))):
                 shown.add_row(name, f"{final[name]:.4f}")
-            Console().print(shown)
+            print_table(shown)
             paths = f"policy: {args.output_dir}" + (f"\ntable:  {table}" if args.run_eval else "")
             print(f"{paths}\nrun:    {run.path}", flush=True)
             if args.push_to_hub:

@@ -29,7 +29,6 @@ import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
-from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForSequenceClassification, get_scheduler
 
@@ -50,6 +49,7 @@ from summarize_from_feedback_details.run_folder import (
     Progress,
     RunFolder,
     memory_gb,
+    print_table,
     push,
     refuse,
     refuse_dropped,
@@ -486,7 +486,6 @@ def check_args(args: Args):
     )  # fmt: skip
     check_scheduler(args)
     check_batch_sizes(args, int(os.environ.get("WORLD_SIZE", 1)), default_batch_size=64)
-    RunFolder.refuse_taken(args)
     refuse_unwritable("output_dir", args.output_dir)
     check_push(args)
     base = find_model("base_model", args.base_model, args.base_model_revision, "policy")
@@ -505,6 +504,7 @@ def check_args(args: Args):
     check_tokens("query_dataset", sft_rows, tokens, base["vocab_size"], tokenizer.pad_token_id)
     check_same_tokenizer("query_dataset", sft_rows["train"][0], "query", "query_token", tokenizer)
     fill_episodes(args, len(pairs["train"]))
+    RunFolder.refuse_taken(args)
     return tokenizer, pairs, sft_rows
 
 
@@ -669,12 +669,12 @@ def print_tables(table, before: np.ndarray, after: np.ndarray) -> None:
     for split, group, value, pairs, accuracy in table:
         if group != "policies" or pairs >= max(20, 0.02 * table[0][3]):
             shown.add_row(split, group, value, str(pairs), f"{accuracy:.3f}")
-    Console().print(shown)
+    print_table(shown)
     shown = Table("rewards of demonstrations", "mean", "std", "min", "max")
     for name, values in (("before normalisation", before), ("after", after)):
         numbers = (values.mean(), values.std(), values.min(), values.max())
         shown.add_row(name, *(f"{number:.3f}" for number in numbers))
-    Console().print(shown)
+    print_table(shown)
 
 
 if __name__ == "__main__":

@@ -323,3 +323,10 @@ def push(args, stage: str, stamp: int) -> None:
     api.create_branch(repo, branch=revision, exist_ok=True)
     api.upload_folder(repo_id=repo, folder_path=args.output_dir, revision=revision)
     print(f"hub:    {repo} @ {revision}", flush=True)
+
+
+def print_table(table) -> None:
+    """Print a `rich.table.Table`; in a log file at a width where nothing is cut."""
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 120).print(table)

@@ -29,7 +29,6 @@ import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
-from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, get_scheduler
 
@@ -50,6 +49,7 @@ from summarize_from_feedback_details.run_folder import (
     Progress,
     RunFolder,
     memory_gb,
+    print_table,
     push,
     refuse,
     refuse_dropped,
@@ -382,8 +382,12 @@ def sample_responses(model, queries, noise, pad_id, stop_id, response_length, te
 
 
 def token_weights(tokens, response_mask, pad_id: int, query_loss_weight: float) -> torch.Tensor:
-    """Weight of each token in the loss: 1 in the response, `query_loss_weight` in the query, 0 at pads: [B, T]."""
-    return torch.where(response_mask, 1.0, query_loss_weight) * (tokens != pad_id)
+    """Weight of each token in the loss: 1 in the response, `query_loss_weight` in the query: [B, T].
+
+    0 at pads, and at the first token of a row, which nothing predicts (with left padding, a pad stands before it).
+    """
+    real = tokens != pad_id
+    return torch.where(response_mask, 1.0, query_loss_weight) * (real & (real.cumsum(1) > 1))
 
 
 def sft_losses(logits: torch.Tensor, tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -499,7 +503,6 @@ def check_args(args: Args):
     )  # fmt: skip
     check_scheduler(args)
     check_batch_sizes(args, int(os.environ.get("WORLD_SIZE", 1)), default_batch_size=128)
-    RunFolder.refuse_taken(args)
     refuse_unwritable("output_dir", args.output_dir)
     check_push(args)
     config = find_model("base_model", args.base_model, args.base_model_revision, "policy")
@@ -511,7 +514,9 @@ def check_args(args: Args):
     check_tokens("query_dataset", dataset, tokens, config["vocab_size"], tokenizer.pad_token_id)
     check_same_tokenizer("query_dataset", dataset["train"][0], "query", "query_token", tokenizer)
     fill_episodes(args, len(dataset["train"]))
-    return tokenizer, dataset, find_stop_id(args.truncate_token, tokenizer)
+    stop_id = find_stop_id(args.truncate_token, tokenizer)
+    RunFolder.refuse_taken(args)
+    return tokenizer, dataset, stop_id
 
 
 def main(args: Args) -> dict[str, float]:
@@ -549,12 +554,12 @@ def main(args: Args) -> dict[str, float]:
         model, optimizer = accelerator.prepare(model, optimizer)
         splits = {s: dataset[s] for s in ("validation", "test") if s in dataset}
         splits = {s: rows.select(range(min(len(rows), args.num_eval_rows or len(rows)))) for s, rows in splits.items()}
-        shown = Table("summaries", "ROUGE-1", "ROUGE-2", "ROUGE-L", "ROUGE-Lsum", "loss", "EOS", title="SFT")
+        shown = Table("split", "summaries", "ROUGE-1", "ROUGE-2", "ROUGE-L", "ROUGE-Lsum", "loss", "EOS", title="SFT")
 
         def add_row(name: str, scores: dict[str, float], split: str) -> None:
             keys = [f"rouge/{k}" for k in ("rouge1", "rouge2", "rougeL", "rougeLsum")] + ["loss", "eos_rate"]
             values = [scores.get(f"{split}/sft/{key}") for key in keys]
-            shown.add_row(f"{split}: {name}", *("-" if v is None else f"{v:.3f}" for v in values))
+            shown.add_row(split, name, *("-" if v is None else f"{v:.3f}" for v in values))
 
         if args.run_eval:
             for split, rows in splits.items():
@@ -634,7 +639,7 @@ def main(args: Args) -> dict[str, float]:
         whole.generation_config = GenerationConfig.from_model_config(whole.config)
         save_model(accelerator, model, whole, tokenizer, args)
         if is_main:
-            Console().print(shown)
+            print_table(shown)
             print(
                 "policy:", args.output_dir, *("\ntable:  " + str(p) for p in paths), f"\nrun:    {run.path}", flush=True
             )

@@ -14,15 +14,15 @@ written, without reading the post. The grammar below is fixed; `--seed` draws th
 The schemas are those of Stiennon et al. (2020); everything after this script is the real pipeline with other arguments.
 """
 
+import contextlib
 import json
 import math
-import os
 import random
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -37,15 +37,15 @@ from tokenizers.models import BPE
 from torch.nn import functional as F
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast, set_seed
 
-from summarize_from_feedback_details.run_folder import refuse
+from summarize_from_feedback_details.run_folder import atomic_folder, refuse, refuse_unwritable
 
 # ----------------------------------------------------------------------------------------------------------- lengths
 # Tokens, EOS included: what to pass to `tldr_dataset.py` and to the stages. Every row fits; `main` checks it.
-QUERY_LENGTH = 56  # TL;DR queries (mean 38)
+QUERY_LENGTH = 56  # TL;DR queries (mean 36)
 RESPONSE_LENGTH = 24  # reference summaries, and what a policy may generate (mean 10)
 SFT_QUERY_RESPONSE_LENGTH = 80
 RM_RESPONSE_LENGTH = 32  # either summary of a comparison
-RM_QUERY_RESPONSE_LENGTH = 88
+RM_QUERY_RESPONSE_LENGTH = 80
 CNNDM_QUERY_LENGTH = 128
 CNNDM_RM_RESPONSE_LENGTH = 32
 CNNDM_RM_QUERY_RESPONSE_LENGTH = 160
@@ -62,7 +62,7 @@ LENGTHS = {
 MAX_POSITIONS = 256
 EOS = "<|endoftext|>"
 MANIFEST = "toy_tldr.json"  # in each folder written: the arguments it was made with
-WORLD = 1  # to be raised when grammar, writers or annotator change: rows of another world are not reused
+WORLD = 2  # to be raised when grammar, writers or annotator change: rows of another world are not reused
 
 # ----------------------------------------------------------------------------------------------------------- grammar
 SUBREDDITS = {
@@ -105,7 +105,7 @@ CLOSERS = ["any tips?", "thanks all."]
 
 PLACE_SHARE = 0.85  # of posts that say where it happened
 DECOY_SLOTS = ("who", "deed", "thing", "place", "plan")
-DECOY_COUNTS = (0, 1, 1, 2)  # a post has so many decoys, each equally often
+DECOY_COUNTS = (0, 1)  # a post has so many decoys, each equally often
 
 
 @dataclass(frozen=True)
@@ -117,13 +117,13 @@ class Writer:
     plan: float = 0.9  # the plan is mentioned, if not terse
     terse: float = 0.3  # place and plan are both left out
     wrong: float = 0.04  # a fact is replaced by a wrong one
-    decoy: float = 0.2  # what is wrong is a decoy of the post, rather than a word that does not occur in it
+    decoy: float = 0.2  # what is wrong is the decoy, which the post may mention, not a word that it never has
     wordy: float = 0.08  # there is an opener; there is a closer
     repeat: float = 0.0  # the last fact is said twice
     scramble: float = 0.0  # the words are out of order
 
 
-REFERENCE = Writer(core=0.92, place=0.85, plan=0.85, terse=0.5, wrong=0.05)
+REFERENCE = Writer(core=0.92, place=0.88, plan=0.9, terse=0.5, wrong=0.05)
 WRITERS = {
     "ref": REFERENCE,
     "sup1": Writer(core=0.8, place=0.6, plan=0.6, terse=0.4, wrong=0.12, wordy=0.15),
@@ -134,10 +134,12 @@ WRITERS = {
     "sup4_rl": Writer(wrong=0.1, wordy=0.6, repeat=0.4, terse=0.1),
     "sup1_t1": Writer(wrong=0.3, repeat=0.15, scramble=0.15, wordy=0.15),
 }
-EDITED = ("sup4_t0.3", "sup4_t1")  # two samples in the same words, the second with wrong facts
-EDIT_SHARE = 0.75  # of comparisons between those two: only the post tells them apart
-EDIT_WRITER = Writer(place=0.97, plan=0.97, terse=0.0, wordy=0.1, repeat=0.1)
-EDIT_WRONG = 0.4  # that a fact of the second one is wrong
+EDITED = ("sup4_t0.3", "sup4_t1")  # two samples in the same words, the second with facts wrong or left out
+EDIT_SHARE = 0.75  # of comparisons between those two: mostly, only the post tells them apart
+EDIT_WRITERS = [
+    Writer(core=core, place=0.97, plan=0.97, terse=0.0, wordy=0.1, repeat=0.1, wrong=wrong)
+    for core, wrong in ((0.98, 0.0), (0.94, 0.4))
+]
 
 
 def fill(text: str, rng: random.Random, facts: dict[str, str]) -> str:
@@ -348,8 +350,7 @@ def draw_comparison(rng: random.Random, id: str, batch: str) -> dict[str, Any]:
     while texts[0] == texts[1]:
         if rng.random() < EDIT_SHARE:
             policies, words = list(EDITED), rng.random()
-            writers = [replace(EDIT_WRITER, wrong=wrong) for wrong in (0.0, EDIT_WRONG)]
-            texts = [write_summary(random.Random(words), facts, decoys, w, wrong_rng=rng) for w in writers]
+            texts = [write_summary(random.Random(words), facts, decoys, w, wrong_rng=rng) for w in EDIT_WRITERS]
         else:
             policies = rng.sample(list(WRITERS), 2)
             texts = [write_summary(rng, facts, decoys, WRITERS[policy]) for policy in policies]
@@ -540,35 +541,26 @@ def check(args: Args) -> None:
 
 def is_there(folder: Path, argument: str, made_with: dict[str, Any], overwrite: bool) -> bool:
     """Whether a folder holds just what would be written. Refuses a folder that holds anything else."""
-    if folder.exists() and not folder.is_dir():
-        refuse(argument, f"'{folder}', a file", "a folder, or the name of a new one")
-    parent = next(p for p in folder.absolute().parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        refuse(argument, f"'{folder}', where nothing can be written", "a folder that can be written")
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.is_dir() or not any(folder.iterdir()):
+        refuse_unwritable(argument, str(folder))
         return False
     try:
         found = json.loads((folder / MANIFEST).read_text())["made_with"]
-    except (OSError, ValueError, KeyError, TypeError):  # never delete what this script has not written
-        refuse(argument, f"'{folder}' with files that are not from toy_tldr.py", "an empty or a new folder")
-    if found == made_with:
-        return True
-    if not overwrite:
         changed = ", ".join(f"{k} {found.get(k)}" for k in made_with if found.get(k) != made_with[k])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # never delete what is not ours
+        refuse(argument, f"'{folder}' with files that are not from toy_tldr.py", "an empty or a new folder")
+    if changed and not overwrite:
         refuse(argument, f"'{folder}' made with {changed}", "the same arguments, another folder, or --overwrite")
-    return False
+    return not changed
 
 
-def write_folder(folder: Path, write: Callable[[Path], None], manifest: dict[str, Any]) -> None:
-    """Write a folder as a whole: under a temporary name first, then renamed, its manifest included."""
-    temporary = folder.with_name(f".{folder.name}.tmp{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write(temporary)
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(temporary, folder)
+@contextlib.contextmanager
+def replaced_folder(folder: Path, manifest: dict[str, Any]) -> Iterator[Path]:
+    """Write a folder as a whole, manifest included; the one that `is_there` let us overwrite goes last."""
+    with atomic_folder(str(folder)) as partial:
+        yield partial
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def draw_rows(args: Args) -> dict[str, list[dict[str, Any]]]:
@@ -639,35 +631,25 @@ def main(args: Args) -> dict[str, Any]:
     if not have_data:
         rows = draw_rows(args)
         measured = measure(rows, tokenizer)
-        for name, length in measured.items():
-            limit = LENGTHS.get(name.removeprefix("tokens/"), math.inf)
-            assert not name.startswith("tokens/") or length <= limit, f"{name} {length} > {limit}"
-
-        def write(folder: Path) -> None:
-            (folder / "comparisons").mkdir()
-            (folder / "comparisons" / "README.md").write_text(COMPARISONS_CARD)
+        for name, limit in LENGTHS.items():
+            assert measured[f"tokens/{name}"] <= limit, f"{name}: {measured[f'tokens/{name}']} tokens > {limit}"
+        measured = {f"rows/{name}": len(file_rows) for name, file_rows in rows.items()} | measured
+        with replaced_folder(args.data_dir, {"made_with": data_made_with, "measured": measured}) as folder:
             for name, file_rows in rows.items():
                 path = folder / f"{name}.jsonl"
                 path.parent.mkdir(exist_ok=True)
                 path.write_text("".join(json.dumps(row) + "\n" for row in file_rows))
-
-        counts = {f"rows/{name}": len(file_rows) for name, file_rows in rows.items()}
-        write_folder(args.data_dir, write, {"made_with": data_made_with, "measured": counts | measured})
-    for size, made_with in models.items():
-        if have[size]:
-            continue
+            (folder / "comparisons" / "README.md").write_text(COMPARISONS_CARD)
+    for size in (size for size in args.sizes if not have[size]):
         model = init_model(size, tokenizer, args.seed)
-
-        def write(folder: Path, model: GPTNeoXForCausalLM = model) -> None:
+        parameters = sum(p.numel() for p in model.parameters())
+        with replaced_folder(args.models_dir / size, {"made_with": models[size], "parameters": parameters}) as folder:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             # transformers 5 writes its own new name of the class: keep the one that every reader knows.
             config = json.loads((folder / "tokenizer_config.json").read_text())
             config["tokenizer_class"] = "PreTrainedTokenizerFast"
             (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-        parameters = sum(p.numel() for p in model.parameters())
-        write_folder(args.models_dir / size, write, {"made_with": made_with, "parameters": parameters})
     # ---------------------------------------------------------------------------------------------------- closing table
     result = json.loads((args.data_dir / MANIFEST).read_text())["measured"]
     table = Table("", "value", "limit", title=f"toy TL;DR, seed {args.seed}")

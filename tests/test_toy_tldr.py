@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from summarize_from_feedback_details import toy_tldr
 from summarize_from_feedback_details.toy_tldr import Args, gold_score
 
+ROOT = Path(toy_tldr.__file__).parents[1]
 TINY = {"n_sft": 400, "n_sft_validation": 100, "n_comparisons": 1200, "n_comparisons_validation": 400, "n_cnndm": 60}
 POST = "a lamp costs less. so my boss sold my bike. this was at the gym. i still have a tent. should i quit?"
 
@@ -323,23 +324,23 @@ def test_overwrite_replaces_only_its_own(tmp_path, capsys):
     assert (mine / "thesis.tex").read_text() == "years of work"
     with pytest.raises(SystemExit):
         toy_tldr.main(tiny_args(tmp_path, data_dir=mine / "thesis.tex"))
-    assert not [p for p in tmp_path.iterdir() if ".tmp" in p.name]
+    assert {p.name for p in tmp_path.iterdir()} == {"data", "models", "mine"}  # no partial folder is left
 
 
 def test_importing_does_nothing(tmp_path):
-    code = (
-        "import random, sys, torch; sys.argv = ['x', '--nonsense']; a, b = random.getstate(), torch.get_rng_state()\n"
-        "import summarize_from_feedback_details.toy_tldr\n"
-        "assert random.getstate() == a and torch.equal(torch.get_rng_state(), b)"
-    )
+    code = """
+import sys, torch, numpy
+sys.argv = ["x", "--nonsense"]
+before = torch.get_rng_state().tolist(), numpy.random.get_state()[1].tolist()
+import summarize_from_feedback_details.toy_tldr as toy_tldr
+assert (torch.get_rng_state().tolist(), numpy.random.get_state()[1].tolist()) == before
+assert not toy_tldr._known_bigrams.cache_info().currsize
+"""
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout == "" and not list(tmp_path.iterdir())
-
-
-ROOT = Path(toy_tldr.__file__).parents[1]
 
 
 def test_all_policies_and_workers_matter():

@@ -1,0 +1,159 @@
+"""A tiny toy world, tokenised, with one trained checkpoint of each stage, made once a session; and ways to run stages."""
+
+import os
+import subprocess
+import sys
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
+STAGES = ROOT / "summarize_from_feedback_details"
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+# the first import of the hub's client reads these; no test may reach for the network
+os.environ.update(OFFLINE)
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared():
+    if not SHARED.is_dir():
+        pytest.skip("../shared (real rows, tokenizer, golden numbers) is not here")
+    return SHARED
+
+
+class World:
+    """Paths of the tiny toy world, and small arguments for each stage on it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.base, self.data = str(folder / "models/small"), str(folder / "tokenised")
+        self.other_base = str(folder / "models/medium")
+        self.sft_rows, self.pairs = f"{self.data}/sft", f"{self.data}/comparisons"
+        self.sft, self.reward = str(folder / "sft"), str(folder / "reward")
+
+    common = {"lr": 1e-3, "precision": "fp32", "weight_decay": 0.0, "print_sample_output_freq": 0}
+
+    def sft_args(self, output_dir, **changes):
+        from summarize_from_feedback_details.sft import Args
+
+        sizes = {"batch_size": 8, "local_micro_batch_size": 4, "total_episodes": 32, "local_eval_batch_size": 64}
+        task = {"base_model": self.base, "query_dataset": self.sft_rows, "response_length": 24, "num_eval_rows": 20}
+        names = {"output_dir": str(output_dir), "run_name": Path(output_dir).name}
+        return Args(**(self.common | sizes | task | names | changes))
+
+    def reward_args(self, output_dir, **changes):
+        from summarize_from_feedback_details.reward import Args
+
+        sizes = {"batch_size": 8, "local_micro_batch_size": 4, "total_episodes": 32, "local_eval_batch_size": 64}
+        task = {"base_model": self.base, "sft_model_path": self.sft, "label_dataset": self.pairs}
+        task |= {"query_dataset": self.sft_rows, "num_eval_rows": 40, "num_normalization_rows": 40}
+        names = {"output_dir": str(output_dir), "run_name": Path(output_dir).name}
+        return Args(**(self.common | sizes | task | names | changes))
+
+    def ppo_args(self, output_dir, **changes):
+        from summarize_from_feedback_details.ppo_left_padding import Args
+
+        sizes = {"batch_size": 8, "local_micro_batch_size": 4, "num_updates": 2, "local_rollout_forward_batch_size": 4}
+        task = {"base_model": self.base, "sft_model_path": self.sft, "reward_model_path": self.reward}
+        task |= {"query_dataset": self.sft_rows, "response_length": 24, "num_eval_rows": 20}
+        names = {"output_dir": str(output_dir), "run_name": Path(output_dir).name}
+        return Args(**(self.common | sizes | task | names | changes))
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """The tiny world with its SFT policy and its reward model (a few updates each: they know a little, not nothing)."""
+    from summarize_from_feedback_details import reward, sft, tldr_dataset, toy_tldr
+
+    folder = tmp_path_factory.mktemp("world")
+    here = os.getcwd()
+    os.chdir(folder)
+    try:
+        sizes = {
+            "n_sft": 400,
+            "n_sft_validation": 60,
+            "n_comparisons": 200,
+            "n_comparisons_validation": 80,
+            "n_cnndm": 20,
+        }
+        toy_tldr.main(
+            toy_tldr.Args(data_dir=folder / "raw", models_dir=folder / "models", sizes=("small", "medium"), **sizes)
+        )
+        world = World(folder)
+        tldr_dataset.main(
+            tldr_dataset.Args(
+                base_model=world.base,
+                sft_dataset=str(folder / "raw/sft"),
+                preference_dataset=str(folder / "raw/comparisons"),
+                output_dir=world.data,
+                tldr_params=tldr_dataset.TldrHParams(
+                    length=56, max_sft_response_length=24, max_sft_query_response_length=80,
+                    max_rm_response_length=32, max_rm_query_response_length=88,
+                ),
+                cnndm_params=replace(
+                    tldr_dataset.cnndm_defaults(),
+                    length=128, max_rm_response_length=32, max_rm_query_response_length=160,
+                ),
+                check_length_correctness=False,
+            )
+        )  # fmt: skip
+        sft.main(world.sft_args(world.sft, lr=3e-3, batch_size=16, total_episodes=400, run_eval=False))
+        reward.main(world.reward_args(world.reward, run_eval=False))
+    finally:
+        os.chdir(here)
+    return world
+
+
+@pytest.fixture
+def workdir(tmp_path, monkeypatch):
+    """A folder of its own for the runs of a test."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def to_flags(args) -> list[str]:
+    """The command line of an Args: what differs from the defaults, nested fields included."""
+    flags = []
+    for f in fields(args):
+        value = getattr(args, f.name)
+        if is_dataclass(value):
+            flags += [
+                flag.replace("--", f"--{f.name}.", 1) if flag.startswith("--") else flag for flag in to_flags(value)
+            ]
+        elif isinstance(value, bool):
+            flags.append(f"--{'' if value else 'no-'}{f.name}")
+        elif value is not None:
+            flags += [f"--{f.name}", str(value)]
+    return flags
+
+
+def launch(stage: str, args, cwd: Path, processes: int = 1, deepspeed: bool = False, timeout: int = 400):
+    """Run a stage as a user would: plain python, torchrun, or accelerate with DeepSpeed ZeRO-2 on CPU."""
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    script = [str(STAGES / f"{stage}.py"), *to_flags(args)]
+    env = os.environ | OFFLINE
+    if deepspeed:
+        config = cwd / "zero2_cpu.yaml"
+        config.write_text(
+            "compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\nuse_cpu: true\nnum_machines: 1\n"
+            f"num_processes: {processes}\nmachine_rank: 0\nmixed_precision: 'no'\nmain_process_port: {port}\n"
+            "deepspeed_config:\n  zero_stage: 2\n  gradient_accumulation_steps: 1\n"
+            "  offload_optimizer_device: none\n  offload_param_device: none\n  zero3_init_flag: false\n"
+        )
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), *script]
+    elif processes > 1:
+        env["ACCELERATE_USE_CPU"] = "true"
+        torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port)]
+        command = [sys.executable, *torchrun, *script]
+    else:
+        command = [sys.executable, *script]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)

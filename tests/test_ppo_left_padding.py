@@ -1,0 +1,581 @@
+"""PPO: golden numbers, tensors by hand, sampling, padding, and small runs of the whole stage."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pandas
+import pytest
+import torch
+from conftest import SHARED
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
+from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, OPTConfig
+
+from summarize_from_feedback_details import ppo_left_padding as ppo
+from summarize_from_feedback_details.ppo_left_padding import (
+    INVALID_LOGPROB,
+    PolicyAndValue,
+    PpoHParams,
+    compute_advantages,
+    deal,
+    episode_noise,
+    epoch_order,
+    first_true_indices,
+    generalised_advantages,
+    load_reward_model,
+    masked_mean,
+    masked_var,
+    masked_whiten,
+    micro_batch_loss,
+    model_inputs,
+    ppo_losses,
+    read_rewards,
+    response_logprobs,
+    sample_responses,
+    token_entropies,
+    truncate_response,
+)
+
+PAD, EOS, VOCAB = 60, 0, 64
+needs_golden = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/golden (golden numbers) is not here")
+
+
+def golden(name: str) -> dict:
+    found = np.load(SHARED / "golden" / f"{name}.npz", allow_pickle=True)
+    return {k: torch.tensor(found[k]) if found[k].dtype.kind in "fib" else found[k].item() for k in found}
+
+
+def close(ours, theirs, atol=1e-5):
+    torch.testing.assert_close(torch.as_tensor(ours).double(), theirs.double(), rtol=1e-5, atol=atol)
+
+
+def tiny_config(name: str):
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    wide = {"intermediate_size": 64, "max_position_embeddings": 128}
+    return {
+        "gpt_neox": lambda: GPTNeoXConfig(**sizes, **wide, initializer_range=0.2),
+        "llama": lambda: LlamaConfig(**sizes, **wide, initializer_range=0.2),
+        "gpt2": lambda: GPT2Config(
+            vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_range=0.2
+        ),
+        "opt": lambda: OPTConfig(
+            **sizes, ffn_dim=64, max_position_embeddings=128, word_embed_proj_dim=32, init_std=0.2
+        ),
+    }[name]()
+
+
+ARCHITECTURES = ["gpt_neox", "llama", "gpt2", "opt"]
+
+
+def tiny_policy(name="gpt_neox", seed=0):
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(tiny_config(name)).eval()
+
+
+def tiny_reward(name="gpt_neox", seed=1):
+    torch.manual_seed(seed)
+    config = tiny_config(name)
+    config.num_labels = 1
+    return AutoModelForSequenceClassification.from_config(config).eval()
+
+
+# --------------------------------------------------------------------------------------------------- golden numbers
+
+
+@needs_golden
+def test_golden_helpers():
+    g = golden("helpers")
+    for i in range(4):
+        assert torch.equal(first_true_indices(g[f"fti_in_{i}"]), g[f"fti_out_{i}"])
+    for i in range(3):
+        assert torch.equal(truncate_response(g[f"trunc_in_{i}"], EOS, PAD), g[f"trunc_out_{i}"])
+        values, mask = g[f"mask_v_{i}"], g[f"mask_m_{i}"]
+        close(masked_mean(values, mask), g[f"mask_mean_{i}"])
+        close([masked_mean(v, m) for v, m in zip(values, mask)], g[f"mask_mean_ax1_{i}"])
+        close(masked_var(values, mask), g[f"mask_var_{i}"])
+        close(masked_var(values, mask, unbiased=False), g[f"mask_var_biased_{i}"])
+        close(masked_whiten(values, mask), g[f"whiten_{i}"])
+        close(masked_whiten(values, mask, shift_mean=False), g[f"whiten_noshift_{i}"])
+
+
+def golden_rollout(g, cfg):
+    responses = truncate_response(g["in_responses"], cfg["eos"], cfg["pad"])
+    hyper = PpoHParams(gamma=cfg["gamma"], lam=cfg["lam"], kl_coef=cfg["kl_coef"], whiten_rewards=cfg["whiten_rewards"],
+                       cliprange=cfg["cliprange"], cliprange_value=cfg["cliprange_value"], vf_coef=cfg["vf_coef"])  # fmt: skip
+    args = SimpleNamespace(ppo=hyper, non_eos_penalty=cfg["non_eos_penalty"], penalty_reward_value=-1.0,
+                           temperature=cfg["temperature"])  # fmt: skip
+    columns = (g[f"in_{name}"] for name in ("logprobs", "ref_logprobs", "values", "scores"))
+    return responses, compute_advantages(responses, *columns, cfg["pad"], cfg["eos"], args), args
+
+
+@needs_golden
+@pytest.mark.parametrize("name", ["ppo_base", "ppo_whiten", "ppo_noeos"])
+def test_golden_rollout_and_loss(name):
+    g = golden(name)
+    cfg = json.loads(g["cfg"])
+    responses, adv, args = golden_rollout(g, cfg)
+    assert torch.equal(responses, g["roll_postprocessed_responses"])
+    assert torch.equal(adv.sequence_lengths, g["roll_sequence_lengths"])
+    assert torch.equal(adv.contains_stop, g["roll_contain_eos_token"])
+    assert torch.equal(adv.padding_mask, g["roll_padding_mask"])
+    assert torch.equal(adv.padding_mask_p1, g["roll_padding_mask_p1"])
+    names = {"scores": adv.scores, "logprobs": adv.logprobs, "ref_logprobs": adv.ref_logprobs, "values": adv.values,
+             "kl": adv.kl, "non_score_reward": adv.non_score_rewards, "rewards": adv.rewards,
+             "advantages": adv.advantages, "returns": adv.returns}  # fmt: skip
+    for column, ours in names.items():
+        close(ours, g[f"roll_{column}"])
+    metrics = ppo.rollout_metrics(adv)
+    close(metrics["objective/kl"], g["roll_objective_kl"])
+    close(metrics["objective/scores"], g["roll_objective_scores"])
+    close(metrics["objective/non_score_reward"], g["roll_objective_non_score_reward"])
+    close(metrics["objective/score_total"], g["roll_objective_score_total"])
+    close(metrics["objective/entropy"], (-g["roll_logprobs"]).masked_fill(g["roll_padding_mask"], 0).sum(1).mean())
+
+    # the loss, its parts and its gradients, through the micro-batch function that training uses, in two micro batches
+    logits = g["in_policy_logits_unscaled"].clone().requires_grad_()
+    vpreds = g["in_vpred_raw"].clone().requires_grad_()
+    mask, mask_p1 = ~adv.padding_mask, ~adv.padding_mask_p1
+    counts, stats, loss = [int(mask.sum()), int(mask_p1.sum())], 0, 0
+    for mb in (torch.arange(3), torch.arange(3, 8)):
+        model = lambda tokens, K, pad, mb=mb: (logits[mb, :K], vpreds[mb, :K])
+        part, values, _ = micro_batch_loss(model, g["in_queries"][mb], responses[mb], adv, mb, counts, PAD, args)
+        stats, loss = stats + values, loss + part
+    loss.backward()
+    close(loss.detach(), g["loss_loss"])
+    ours = dict(zip(ppo.STATISTICS, stats))
+    close(ours["loss/policy"], g["loss_pg_loss"])
+    close(ours["loss/value"], g["loss_vf_loss"])
+    close(ours["value/clipfrac"], g["loss_vf_clipfrac"])
+    close(ours["policy/clipfrac"], g["loss_pg_clipfrac_masked"])
+    # means over real tokens of the file's per-token numbers (the logged ones include padding, which we do not repeat)
+    close(ours["policy/ratio"], masked_mean(g["loss_ratio"], mask))
+    close(ours["policy/approxkl"], masked_mean(0.5 * g["loss_logprobs_diff"] ** 2, mask))
+    close(ours["policy/entropy"], masked_mean(g["loss_entropy"], mask))
+    close(logits.grad, g["loss_grad_logits"])
+    close(vpreds.grad, g["loss_grad_vpred"])
+
+
+@needs_golden
+def test_golden_loss_terms():
+    g = golden("ppo_base")
+    cfg = json.loads(g["cfg"])
+    responses, adv, args = golden_rollout(g, cfg)
+    new = response_logprobs(g["in_policy_logits_unscaled"], responses, cfg["temperature"])
+    new = new.masked_fill(adv.padding_mask, INVALID_LOGPROB)
+    close(new, g["loss_new_logprobs"])
+    vpreds = g["in_vpred_raw"].masked_fill(adv.padding_mask_p1, 0)
+    found = ppo_losses(new, vpreds, adv.logprobs, adv.values, adv.advantages, adv.returns, 0.2, 0.2)
+    close(found["pg"], torch.max(g["loss_pg_losses"], g["loss_pg_losses2"]))
+    close(found["ratio"], g["loss_ratio"])
+    value_losses = torch.max((g["loss_vpred"] - adv.returns) ** 2, (g["loss_vpredclipped"] - adv.returns) ** 2)
+    close(found["vf"], 0.5 * value_losses)
+    close(token_entropies(g["in_policy_logits_unscaled"], cfg["temperature"]), g["loss_entropy"])
+
+
+@needs_golden
+def test_golden_models():
+    """Logits, response log-probs, values and rewards of the tiny GPT-NeoX, in both layouts of padding."""
+    g = golden("tiny_par")
+    policy = AutoModelForCausalLM.from_pretrained(SHARED / "golden/tiny_par", dtype=torch.float32).eval()
+    reward = AutoModelForSequenceClassification.from_pretrained(
+        SHARED / "golden/tiny_par", num_labels=1, dtype=torch.float32
+    ).eval()
+    reward.score.weight.data.copy_(g["scalar_w"])
+    bias = float(g["scalar_b"]) - g["scalar_bias"]
+    tokens, responses = g["query_responses"], g["responses"]
+    R = responses.shape[1]
+    with torch.no_grad():
+        logits = policy(**model_inputs(tokens, PAD)).logits
+        real = tokens != PAD
+        close(logits[real], g["logits"][real])
+        trained = PolicyAndValue(policy, reward, bias)
+        response_logits, values = trained(tokens, R, PAD)
+        ours = response_logprobs(response_logits, responses, 0.7)
+        mask = responses != PAD
+        close(ours[mask], g["resp_logprobs_T07"][mask])
+        before = real[:, -R - 1 : -1]  # values are read at the token before; pads hold nothing
+        close(values[before], g["values_full"][:, -R - 1 : -1, 0][before])  # head, bias and normalising constant
+        close(read_rewards(reward, bias, tokens, PAD), g["reward"])
+        close(read_rewards(reward, bias, g["right_padded"], PAD), g["reward_rp"])
+        # Detail: layouts agree
+        close(read_rewards(reward, bias, tokens, PAD), read_rewards(reward, bias, g["right_padded"], PAD))
+
+
+@needs_golden
+def test_golden_generation():
+    """What the original generated: our logits along its samples, and our own greedy sampling at T = 0.01."""
+    g = golden("tiny_par")
+    policy = AutoModelForCausalLM.from_pretrained(SHARED / "golden/tiny_par", dtype=torch.float32).eval()
+    queries = g["queries"]
+    for name, T in (("T07", 0.7), ("T001", 0.01)):
+        tokens = g[f"gen_{name}_tokens"]
+        assert torch.equal(tokens[:, :12], queries)
+        usable = ~(tokens[:, 12:] == PAD).any(1)  # a sampled pad id cannot be told from padding
+        assert usable.sum() >= 4
+        with torch.no_grad():
+            logits = policy(**model_inputs(tokens[usable], PAD), logits_to_keep=9).logits[:, :-1]
+        # divided by T = 0.01, float32 rounding grows a hundredfold
+        close(logits / T, g[f"gen_{name}_scores"][usable], atol=1e-5 / T)
+    noise = episode_noise(0, list(range(6)), queries.device)
+    ours, _ = sample_responses(policy, queries, noise, PAD, -1, 8, 0.0, VOCAB)
+    theirs, scores = g["gen_T001_tokens"][:, 12:], g["gen_T001_scores"]
+    for i in usable.nonzero()[:, 0].tolist():
+        differ = (ours[i] != theirs[i]).nonzero()[:, 0].tolist()
+        if differ:  # theirs was drawn at T = 0.01: where it is not greedy, the two tokens have to be close
+            t = differ[0]
+            assert scores[i, t, ours[i, t]] - scores[i, t, theirs[i, t]] < 5
+    assert (ours[usable] == theirs[usable]).all(1).float().mean() >= 0.6
+
+
+@needs_golden
+def test_golden_sums_of_logprobs():
+    """Log-probabilities of whole responses (the file's DPO quantities), through `response_logprobs` at T = 1."""
+    g = golden("tiny_par")
+    policy = AutoModelForCausalLM.from_pretrained(SHARED / "golden/tiny_par", dtype=torch.float32).eval()
+    tokens, labels = g["right_padded"], g["dpo_labels"]
+    with torch.no_grad():
+        logits = policy(**model_inputs(tokens, PAD)).logits[:, :-1]
+    logprobs = response_logprobs(logits, tokens[:, 1:], 1.0)
+    sums = (logprobs * (labels[:, 1:] != PAD)).sum(1)
+    close(sums[:3], g["dpo_chosen"], atol=1e-4)
+    close(sums[3:], g["dpo_rejected"], atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------- tensors by hand
+
+
+def test_where_the_score_lands():
+    """Right after EOS when there is room, else at the last token; without EOS the score IS -1."""
+    responses = torch.tensor([[5, EOS, PAD, PAD], [5, 6, 7, EOS], [5, 6, 7, 8]])
+    zeros = torch.zeros(3, 4)
+    args = SimpleNamespace(ppo=PpoHParams(gamma=1.0, lam=1.0), non_eos_penalty=True, penalty_reward_value=-1.0)
+    adv = compute_advantages(responses, zeros, zeros, zeros, torch.tensor([2.0, 3.0, 4.0]), PAD, EOS, args)
+    assert adv.rewards.tolist() == [[0, 0, 2, 0], [0, 0, 0, 3], [0, 0, 0, -1]]
+    assert adv.returns[0].tolist() == [2, 2, 2, 0]
+    assert adv.padding_mask_p1[0].tolist() == [False, False, False, True]
+    args.non_eos_penalty = False
+    adv = compute_advantages(responses, zeros, zeros, zeros, torch.tensor([2.0, 3.0, 4.0]), PAD, EOS, args)
+    assert adv.rewards[2].tolist() == [0, 0, 0, 4]
+
+
+def test_kl_in_the_reward():
+    responses = torch.tensor([[5, EOS, PAD]])
+    args = SimpleNamespace(ppo=PpoHParams(kl_coef=0.5), non_eos_penalty=True, penalty_reward_value=-1.0)
+    logprobs, ref = torch.tensor([[-1.0, -2.0, -9.0]]), torch.tensor([[-1.5, -1.0, -3.0]])
+    adv = compute_advantages(responses, logprobs, ref, torch.zeros(1, 3), torch.tensor([1.0]), PAD, EOS, args)
+    assert adv.rewards.tolist() == [[-0.25, 0.5, 1.0]]
+
+
+def test_generalised_advantages_by_hand():
+    rewards, values = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.25]])
+    last = 1.0 - 0.25
+    assert generalised_advantages(rewards, values, 1.0, 0.5).tolist() == [[0.0 + 0.25 - 0.5 + 0.5 * last, last]]
+
+
+def test_advantages_are_whitened_over_real_tokens_of_the_whole_batch():
+    torch.manual_seed(0)
+    responses = torch.randint(1, 50, (16, 6))
+    responses[:8, 3], responses[:8, 4:] = EOS, PAD
+    args = SimpleNamespace(ppo=PpoHParams(), non_eos_penalty=True, penalty_reward_value=-1.0)
+    adv = compute_advantages(responses, *torch.randn(3, 16, 6), torch.randn(16), PAD, EOS, args)
+    real = adv.advantages[~adv.padding_mask]
+    assert real.mean().abs() < 1e-6 and abs(float(real.var(unbiased=False)) - 1) < 1e-5
+    assert (adv.advantages[adv.padding_mask] == 0).all()
+
+
+def test_clipping_by_hand():
+    zero, one = torch.zeros(1, 1), torch.ones(1, 1)
+    found = ppo_losses(math.log(1.5) * one, 0.5 * one, zero, zero, one, one, 0.2, 0.2)
+    assert found["pg"].item() == pytest.approx(-1.2) and found["pg_clipped"].item()  # ratio 1.5 counts as 1.2
+    assert found["vf"].item() == pytest.approx(0.5 * 0.64) and found["vf_clipped"].item()  # 0.5 counts as 0.2
+    found = ppo_losses(math.log(1.5) * one, 0.1 * one, zero, zero, -one, one, 0.2, 0.2)
+    assert found["pg"].item() == pytest.approx(1.5) and not found["pg_clipped"].item()
+
+
+def test_epoch_order_is_one_permutation_a_pass():
+    order = epoch_order(10, 25, seed=3)
+    assert sorted(order[:10]) == sorted(order[10:20]) == list(range(10)) and len(set(order[20:])) == 5
+    assert order[:10].tolist() != order[10:20].tolist()
+    assert order.tolist() == epoch_order(10, 25, seed=3).tolist() != epoch_order(10, 25, seed=4).tolist()
+
+
+@pytest.mark.parametrize("rows, micro, world_size", [(8, 2, 2), (7, 2, 2), (1, 4, 2), (13, 3, 4), (5, 1, 1)])
+def test_deal_gives_each_row_once_and_the_same_number_of_steps(rows, micro, world_size):
+    lengths = [(7 * i) % 5 for i in range(rows)]
+    parts = [deal(lengths, micro, rank, world_size) for rank in range(world_size)]
+    assert sorted(i for rank in parts for part in rank for i in part) == list(range(rows))
+    assert len({len(rank) for rank in parts}) == 1
+    assert max(len(part) for rank in parts for part in rank) <= micro
+
+
+# ------------------------------------------------------------------------------------------------------- sampling
+
+
+def some_queries(lengths=(3, 9, 5, 1), seed=0):
+    torch.manual_seed(seed)
+    return [torch.randint(1, 50, (n,)).tolist() for n in lengths]
+
+
+def draw(policy, rows, temperature, R=12, seed=7, episodes=None, stop=EOS, vocab=PAD, width=0):
+    queries = ppo.pad_rows(rows, PAD, "left")
+    queries = torch.nn.functional.pad(queries, (width, 0), value=PAD)
+    noise = episode_noise(seed, episodes or list(range(len(rows))), queries.device)
+    return sample_responses(policy, queries, noise, PAD, stop, R, temperature, vocab)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_greedy_sampling_equals_generate(name):
+    policy, rows = tiny_policy(name), some_queries()
+    responses, _ = draw(policy, rows, temperature=0.0)
+    for row, ours in zip(rows, responses):
+        config = GenerationConfig(
+            do_sample=False, max_new_tokens=12, eos_token_id=EOS, pad_token_id=PAD, bad_words_ids=[[i] for i in range(PAD, VOCAB)]
+        )  # fmt: skip
+        theirs = policy.generate(torch.tensor([row]), attention_mask=torch.ones(1, len(row)), generation_config=config)
+        assert ours[ours != PAD].tolist() == theirs[0, len(row) :].tolist()
+
+
+def test_sampled_frequencies_follow_the_softmax():
+    policy, n, T = tiny_policy(), 4000, 0.7
+    row = some_queries((5,))[0]
+    responses, logprobs = draw(policy, [row] * n, T, R=1, stop=-1)
+    with torch.no_grad():
+        logits = policy(torch.tensor([row])).logits[0, -1]
+    allowed = (logits / T)[:PAD].softmax(-1)
+    counts = torch.bincount(responses[:, 0], minlength=PAD).double()
+    big = allowed * n >= 5  # the rest as one cell
+    expected = torch.cat([allowed[big], allowed[~big].sum()[None]]).double() * n
+    observed = torch.cat([counts[big], counts[~big].sum()[None]])
+    chi2 = ((observed - expected) ** 2 / expected.clamp(min=1e-9)).sum()
+    degrees = torch.tensor((len(expected) - 1) / 2.0).double()
+    p_value = torch.special.gammaincc(degrees, chi2 / 2)
+    assert p_value > 0.001, f"chi2 {chi2:.1f} with {2 * degrees:.0f} degrees"
+    full = (logits / T).log_softmax(-1)
+    torch.testing.assert_close(logprobs[:, 0], full[responses[:, 0]], rtol=0, atol=1e-5)
+
+
+def test_noise_belongs_to_the_episode():
+    """The same tokens whatever else is in the batch, how much padding there is, and in which order rows stand."""
+    policy, rows = tiny_policy(), some_queries((3, 9, 5, 1, 7, 2))
+    together, logprobs = draw(policy, rows, 0.9)
+    order = [4, 1, 5, 0, 2, 3]
+    shuffled, _ = draw(policy, [rows[i] for i in order], 0.9, episodes=order, width=6)
+    assert torch.equal(shuffled, together[order])
+    for i, row in enumerate(rows):
+        alone, alone_logprobs = draw(policy, [row], 0.9, episodes=[i])
+        assert torch.equal(alone[0], together[i])
+        torch.testing.assert_close(alone_logprobs[0], logprobs[i], rtol=0, atol=1e-5)
+    assert not torch.equal(draw(policy, rows, 0.9, seed=8)[0], together)
+
+
+def test_never_draws_the_pad_or_an_id_outside_the_tokenizer():
+    policy = tiny_policy()
+    policy.lm_head.weight.data[PAD:] = 50 * policy.lm_head.weight.data[:1]  # tempting in one direction or the other
+    responses, _ = draw(policy, some_queries((4,) * 64), 1.0, R=8, stop=-1)
+    assert int(responses.max()) < PAD
+
+
+def test_sampling_stops_at_eos_and_logprobs_are_those_of_a_forward_pass():
+    policy, rows = tiny_policy(), some_queries((3, 9, 5, 1) * 4)
+    responses, logprobs = draw(policy, rows, 0.7, R=20)
+    ended = (responses == EOS).any(1)
+    assert ended.any()
+    for row in responses[ended].tolist():
+        assert set(row[row.index(EOS) + 1 :]) <= {PAD}
+    query_responses = torch.cat([ppo.pad_rows(rows, PAD, "left"), responses], 1)
+    with torch.no_grad():
+        logits = policy(**model_inputs(query_responses, PAD)).logits[:, -21:-1]
+    mask = responses != PAD
+    again = response_logprobs(logits, responses, 0.7)
+    torch.testing.assert_close(logprobs[mask], again[mask], rtol=0, atol=1e-5)
+    assert (logprobs[~mask] == INVALID_LOGPROB).all()
+
+
+def test_tokens_after_eos_influence_nothing_that_is_kept():
+    """Values, log-probs and score of a response are the same whatever was sampled after its EOS."""
+    reward, policy = tiny_reward(), tiny_policy()
+    model = PolicyAndValue(policy, reward, 0.3)
+    queries = ppo.pad_rows(some_queries((3, 6)), PAD, "left")
+    truncated = torch.tensor([[5, 7, EOS, PAD, PAD, PAD], [9, EOS, PAD, PAD, PAD, PAD]])
+    untruncated = torch.tensor([[5, 7, EOS, 12, 13, 14], [9, EOS, 31, EOS, 2, 2]])
+    args = SimpleNamespace(ppo=PpoHParams(), non_eos_penalty=True, penalty_reward_value=-1.0)
+    results = []
+    with torch.no_grad():
+        for sampled in (truncated, untruncated):
+            # the critic of the original reads what was sampled, the reward model what was kept
+            logits, values = model(torch.cat([queries, sampled], 1), 6, PAD)
+            logprobs = response_logprobs(logits, truncated, 0.7)
+            score = read_rewards(reward, 0.3, torch.cat([queries, truncated], 1), PAD)
+            results.append(compute_advantages(truncated, logprobs, logprobs - 0.1, values, score, PAD, EOS, args))
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------------- padding
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_padding_changes_nothing(name):
+    """Logits, values and rewards of real tokens with more padding on the left and on the right."""
+    model, rows = PolicyAndValue(tiny_policy(name), tiny_reward(name), 0.1), some_queries((3, 9, 5, 1))
+    responses = torch.tensor([[5, 7, EOS, PAD], [9, EOS, PAD, PAD], [1, 2, 3, 4], [EOS, PAD, PAD, PAD]])
+    tight = torch.cat([ppo.pad_rows(rows, PAD, "left"), responses], 1)
+    loose = torch.nn.functional.pad(tight, (5, 3), value=PAD)
+    mask = responses != PAD
+    with torch.no_grad():
+        logits, values = model(tight, 4, PAD)
+        more_logits, more_values = (x[:, :4] for x in model(loose, 7, PAD))
+        torch.testing.assert_close(logits[mask], more_logits[mask], rtol=0, atol=1e-5)
+        torch.testing.assert_close(values[mask], more_values[mask], rtol=0, atol=1e-5)
+        rewards = read_rewards(model.value_model, 0.1, tight, PAD)
+        torch.testing.assert_close(rewards, read_rewards(model.value_model, 0.1, loose, PAD), rtol=0, atol=1e-5)
+        for i, row in enumerate(rows):  # and each row by itself, without any padding
+            whole = torch.tensor([row + responses[i][mask[i]].tolist()])
+            alone, _ = model(whole, int(mask[i].sum()), PAD)
+            torch.testing.assert_close(alone[0], logits[i][mask[i]], rtol=0, atol=1e-5)
+            torch.testing.assert_close(
+                read_rewards(model.value_model, 0.1, whole, PAD)[0], rewards[i], rtol=0, atol=1e-5
+            )
+
+
+def test_dropout_is_off():
+    config = tiny_config("gpt2")
+    config.attn_pdrop = config.resid_pdrop = config.embd_pdrop = 0.5
+    model = AutoModelForCausalLM.from_config(config).train()
+    tokens = torch.tensor([[1, 2, 3]])
+    assert not torch.equal(model(tokens).logits, model(tokens).logits)
+    ppo.disable_dropout(model)
+    assert torch.equal(model(tokens).logits, model(tokens).logits)
+    config = tiny_config("gpt_neox")
+    config.attention_dropout = config.hidden_dropout = 0.5
+    model = AutoModelForCausalLM.from_config(config).train()
+    assert not torch.equal(model(tokens).logits, model(tokens).logits)
+    ppo.disable_dropout(model)
+    assert torch.equal(model(tokens).logits, model(tokens).logits)
+
+
+# -------------------------------------------------------------------------------------------- checkpoints of others
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "bin"])
+def test_reads_the_original_scalar_model(tmp_path, layout):
+    """`ScalarModel`: lm_backbone.*, scalar_head.*, config.bias, a base_config, a path of the training machine."""
+    model = tiny_reward()
+    state = {f"lm_backbone.{k}": v for k, v in model.gpt_neox.state_dict().items()}
+    state |= {"scalar_head.weight": model.score.weight.data, "scalar_head.bias": torch.tensor([0.25])}
+    state["lm_backbone.layers.0.attention.masked_bias"] = torch.tensor(-1e9)  # a buffer of old versions
+    if layout == "safetensors":
+        from safetensors.torch import save_file
+
+        save_file({k: v.clone() for k, v in state.items()}, tmp_path / "model.safetensors")
+    else:
+        torch.save(state, tmp_path / "pytorch_model.bin")
+    base = model.config.to_dict() | {"_name_or_path": "/some/training/machine/models/sft_policy"}
+    config = {"architectures": ["ScalarModel"], "base_model": "/some/training/machine/models/sft_policy",
+              "base_config": base, "bias": 1.5, "hidden_size": 32}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded, bias = load_reward_model(str(tmp_path))
+    tokens = torch.tensor([[5, 6, 7, EOS, PAD]])
+    with torch.no_grad():
+        expected = model.score(model.gpt_neox(tokens[:, :4]).last_hidden_state[:, -1])[:, 0] + 0.25 - 1.5
+        torch.testing.assert_close(read_rewards(loaded.eval(), bias, tokens, PAD), expected, rtol=0, atol=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------------- the stage
+
+
+def test_main_writes_a_run_and_a_standard_checkpoint(world, workdir, capsys):
+    metrics = ppo.main(world.ppo_args(workdir / "policy", num_updates=3, eval_freq=2, print_sample_output_freq=2))
+    policy, tokenizer = AutoModelForCausalLM.from_pretrained("policy"), AutoTokenizer.from_pretrained("policy")
+    assert tokenizer.pad_token == "[PAD]" and policy.config.vocab_size >= len(tokenizer)
+    before = AutoModelForCausalLM.from_pretrained(world.sft).state_dict()
+    assert any(not torch.equal(v, before[k]) for k, v in policy.state_dict().items())
+    assert str(world.folder) not in "".join(p.read_text() for p in (workdir / "policy").glob("*config*.json"))
+    run = workdir / "runs/policy"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["update"] for line in lines] == [1, 2, 3, 4]
+    assert lines[0]["policy/first_pass_ratio_error"] < 1e-4  # fp32: what sampling recorded is what training computes
+    assert abs(lines[0]["objective/kl"]) < 1e-4  # the policy still is the reference
+    assert lines[0]["train/ppo/lr"] == pytest.approx(1e-3) and lines[2]["train/ppo/lr"] == pytest.approx(1e-3 / 3)
+    assert all(np.isfinite(v) for line in lines for v in line.values())
+    table = pandas.read_parquet(run / "tables/validation.parquet")
+    assert len(table) == 20 and set(table) >= {"query", "response", "reference", "score", "reference_score"}
+    assert table["query"].nunique() == 20
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["state"] == "finished" and summary["metrics"]["eval/ppo/validation/score"] == pytest.approx(
+        metrics["eval/ppo/validation/score"]
+    )
+    assert json.loads((run / "args.json").read_text())["batch_size"] == 8
+    assert list((run / "tensorboard").iterdir())
+    assert "WARNING" not in capsys.readouterr().out
+
+
+def test_learns_what_is_rewarded(world, workdir):
+    """With a reward that only likes one token, that token becomes frequent."""
+    import shutil
+
+    shutil.copytree(world.reward, workdir / "likes")
+    model, _ = load_reward_model(world.reward)
+    # whatever the response says: reward = length of what stands before EOS, through a trunk that cannot see it, is not
+    # possible; so the penalty teaches: responses without EOS get -1, all others 0
+    model.score.weight.data.zero_()
+    model.config.reward_bias = 0.0
+    model.save_pretrained(workdir / "likes")
+    ppo.main(
+        world.ppo_args(
+            workdir / "policy", sft_model_path=world.base, reward_model_path="likes", num_updates=12, batch_size=32,
+            local_micro_batch_size=32, local_rollout_forward_batch_size=32, lr=3e-3, run_eval=False, temperature=1.0,
+        )
+    )  # fmt: skip
+    lines = [json.loads(line) for line in (workdir / "runs/policy/metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["objective/scores"] > lines[0]["objective/scores"] + 0.2
+
+
+def test_every_argument_of_ppo_changes_something(world, workdir):
+    """Settings of the algorithm reach the weights: each of these gives other weights than the default."""
+    base = {"num_updates": 1, "run_eval": False, "max_grad_norm": 1.0}
+    changes = {
+        "default": {}, "kl": {"ppo": PpoHParams(kl_coef=5.0, cliprange=1e-3)}, "vf": {"ppo": PpoHParams(vf_coef=10.0)},
+        "whiten": {"ppo": PpoHParams(whiten_rewards=True)}, "epochs": {"ppo": PpoHParams(noptepochs=1)},
+        "mini": {"nminibatches": 2, "local_micro_batch_size": 2}, "temperature": {"temperature": 1.0},
+        "penalty": {"penalty_reward_value": -9.0}, "lam": {"ppo": PpoHParams(lam=0.1)}, "seed": {"seed": 1},
+    }  # fmt: skip
+    weights = {}
+    for name, change in changes.items():
+        ppo.main(world.ppo_args(workdir / name, **(base | change)))
+        weights[name] = torch.cat([p.flatten() for p in AutoModelForCausalLM.from_pretrained(name).parameters()])
+    for name, found in weights.items():
+        if name not in ("default", "penalty"):  # the penalty only counts where a response has no EOS
+            assert not torch.equal(found, weights["default"]), name
+
+
+def test_layout_does_not_change_the_result(world, workdir):
+    """Micro batch 8, 4 or 1, rollout batches of any size, offloaded or not: the same responses and weights."""
+    found = {}
+    layouts = {"a": (8, 8, {}), "b": (1, 3, {"offload": True}), "c": (4, 1, {"gradient_checkpointing": True})}
+    for name, (micro, rollout, more) in layouts.items():
+        ppo.main(
+            world.ppo_args(
+                workdir / name, local_micro_batch_size=micro, local_rollout_forward_batch_size=rollout, **more
+            )
+        )
+        found[name] = AutoModelForCausalLM.from_pretrained(name).state_dict()
+    for name in ("b", "c"):
+        for key, weight in found["a"].items():
+            torch.testing.assert_close(found[name][key], weight, rtol=0, atol=1e-5)
+        a, b = (pandas.read_parquet(f"runs/{run}/tables/validation.parquet") for run in ("a", name))
+        assert a["response"].tolist() == b["response"].tolist()
+
+
+def test_stops_on_numbers_that_are_not_finite(world, workdir):
+    model, _ = load_reward_model(world.reward)
+    model.score.weight.data.fill_(math.nan)
+    model.save_pretrained("bad")
+    AutoTokenizer.from_pretrained(world.reward).save_pretrained("bad")
+    with pytest.raises(FloatingPointError, match="update 1 is not finite; the batch is saved as"):
+        ppo.main(world.ppo_args(workdir / "policy", reward_model_path="bad"))
+    saved = torch.load(next((workdir / "runs/policy").glob("bad_batch_update_1_*.pt")), weights_only=False)
+    assert len(saved["responses"]) == 4 and len(saved["query_rows"]) if "query_rows" in saved else True
+    assert json.loads((workdir / "runs/policy/summary.json").read_text())["state"] == "failed"
+    assert not (workdir / "policy").exists()

@@ -1,0 +1,182 @@
+"""Reward model: head, loss, shared prefix, accuracies, normalisation, and small runs of the whole stage."""
+
+import json
+import math
+
+import numpy as np
+import pandas
+import pytest
+import torch
+from conftest import SHARED
+from test_ppo_left_padding import ARCHITECTURES, EOS, PAD, golden, needs_golden, tiny_reward
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+from summarize_from_feedback_details import reward
+from summarize_from_feedback_details.ppo_left_padding import load_reward_model, read_rewards
+from summarize_from_feedback_details.reward import (
+    RewardModel,
+    init_head,
+    pair_rewards,
+    preference_losses,
+    prefix_can_be_shared,
+    separate_rows,
+    shared_prefix_rows,
+)
+
+PAIRS = [
+    ([3, 4, 5, 6, EOS], [3, 4, 5, 9, 9, 8, EOS]),
+    ([8, 9, EOS], [8, EOS]),
+    ([1, 2, 3, 4, 5, 6, 7, EOS], [1, 2, 3, 4, 5, 6, EOS]),
+    ([5, 5, EOS], [5, 5, EOS]),  # the same text twice
+]
+
+
+@needs_golden
+def test_golden_reward():
+    g = golden("tiny_par")
+    model = AutoModelForSequenceClassification.from_pretrained(
+        SHARED / "golden/tiny_par", num_labels=1, dtype=torch.float32
+    ).eval()
+    model.score.weight.data.copy_(g["scalar_w"])
+    bias = float(g["scalar_b"]) - g["scalar_bias"]
+    rows = [[i for i in row.tolist() if i != PAD] for row in g["query_responses"]]
+    with torch.no_grad():
+        rewards = RewardModel(model)(**separate_rows(rows, PAD, "cpu"))[:, 0] + bias
+    torch.testing.assert_close(rewards, g["reward"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(rewards, g["reward_rp"], rtol=1e-5, atol=1e-5)
+    loss = preference_losses(rewards[:3], rewards[3:]).mean()
+    torch.testing.assert_close(loss, g["rm_loss_first3_vs_last3"].float(), rtol=1e-5, atol=1e-5)
+
+
+@needs_golden
+def test_golden_dpo_losses():
+    """DPO is the preference loss on beta * log-ratios; with label smoothing, a mix of both orders."""
+    g = golden("tiny_par")
+    chosen = g["beta"] * (g["dpo_chosen"] - g["dpo_ref_chosen"])
+    rejected = g["beta"] * (g["dpo_rejected"] - g["dpo_ref_rejected"])
+    losses = preference_losses(chosen, rejected)
+    torch.testing.assert_close(losses.float(), g["dpo_loss"], rtol=0, atol=1e-5)
+    smoothed = 0.9 * losses + 0.1 * preference_losses(rejected, chosen)
+    torch.testing.assert_close(smoothed.float(), g["dpo_loss_smooth01"], rtol=0, atol=1e-5)
+
+
+def test_loss_by_hand():
+    losses = preference_losses(torch.tensor([1.0, 0.0, -1.0]), torch.tensor([0.0, 0.0, 1.0]))
+    assert losses.tolist() == pytest.approx([math.log(1 + math.exp(-1)), math.log(2), math.log(1 + math.exp(2))])
+
+
+def test_head_initialisation():
+    """N(0, 1/sqrt(d+1)), not N(0, 1/(d+1)); no bias."""
+    torch.manual_seed(0)
+    model = tiny_reward()
+    model.score = torch.nn.Linear(4096, 1, bias=False)
+    model.config.hidden_size = 4096
+    init_head(model)
+    assert model.score.weight.std().item() == pytest.approx(1 / math.sqrt(4097), rel=0.05)
+    assert tiny_reward().score.bias is None
+
+
+def test_shared_prefix_layout_by_hand():
+    found = shared_prefix_rows(PAIRS[:2], "cpu")
+    assert found["input_ids"][0].tolist() == [3, 4, 5, 6, EOS, 9, 9, 8, EOS]
+    assert found["position_ids"][0].tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 6]
+    assert found["ends"].tolist() == [[4, 8], [2, 3]]
+    sees = found["attention_mask"][0, 0] == 0
+    assert sees[4].tolist() == [True] * 5 + [False] * 4  # chosen's EOS sees the prefix and chosen
+    assert sees[8].tolist() == [True] * 3 + [False] * 2 + [True] * 4  # rejected's does not see chosen
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_shared_prefix_gives_the_same_rewards_and_gradients(name):
+    model = RewardModel(tiny_reward(name))
+    results = []
+    for shared in (True, False):
+        model.zero_grad()
+        chosen, rejected = pair_rewards(model, PAIRS, PAD, "cpu", shared)
+        preference_losses(chosen, rejected).mean().backward()
+        gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        results.append((chosen.detach(), rejected.detach(), gradients))
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    chosen, rejected, _ = results[0]
+    assert chosen[3] == pytest.approx(rejected[3].item(), abs=1e-6)
+    for i, pair in enumerate(PAIRS):  # and each by itself, through the plain class
+        for ours, tokens in zip((chosen[i], rejected[i]), pair):
+            model.model.config.pad_token_id = PAD
+            plain = model.model(torch.tensor([tokens])).logits[0, 0]
+            torch.testing.assert_close(ours, plain, rtol=0, atol=1e-5)
+    assert prefix_can_be_shared(model, PAIRS, PAD, "cpu", torch.float32)
+
+
+def test_an_architecture_that_ignores_positions_is_noticed():
+    class Ignores(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.inner = RewardModel(model)
+
+        def forward(self, position_ids, **inputs):
+            plain = torch.arange(position_ids.shape[1]).expand_as(position_ids)
+            return self.inner(position_ids=plain, **inputs)
+
+    assert not prefix_can_be_shared(Ignores(tiny_reward("gpt2")), PAIRS, PAD, "cpu", torch.float32)
+
+
+def test_main_learns_normalises_and_writes_a_standard_checkpoint(world, workdir, capsys):
+    metrics = reward.main(world.reward_args(workdir / "rm", total_episodes=100, num_eval_rows=None, eval_freq=6))
+    run = workdir / "runs/rm"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert sum("train/rm/loss" in line and "train/rm/lr" in line for line in lines) == 13
+    assert lines[0]["update"] == 0 and "eval/rm/validation/accuracy" in lines[0]
+    table = pandas.read_parquet(run / "tables/validation.parquet")
+    assert len(table) == 80 == metrics["eval/rm/validation/pairs"]
+    correct = table["chosen_reward"] > table["rejected_reward"]
+    assert metrics["eval/rm/validation/accuracy"] == pytest.approx(correct.mean())
+    accuracy = pandas.read_parquet(run / "tables/accuracy.parquet")
+    for group in ("batch", "split", "confidence", "policies"):
+        part = accuracy[(accuracy["split"] == "validation") & (accuracy["group"] == group)]
+        assert part["pairs"].sum() == 80
+        assert (part["accuracy"] * part["pairs"]).sum() == pytest.approx(correct.sum())
+    assert (accuracy["split"] == "validation_cnndm").any()
+    # normalisation: stored in the config, applied by our loader, mean 0 over the demonstrations
+    model, bias = load_reward_model("rm")
+    assert bias == pytest.approx(-metrics["eval/rm/demonstrations/before/mean"])
+    from datasets import load_dataset
+
+    demonstrations = load_dataset(world.sft_rows)["train"].select(range(40))
+    tokenizer = AutoTokenizer.from_pretrained("rm")
+    tokens = torch.tensor(demonstrations["query_reference_response_token"])
+    with torch.no_grad():
+        rewards = read_rewards(model.eval(), bias, tokens, tokenizer.pad_token_id)
+    assert rewards.mean().abs() < 1e-4 and rewards.std() > 1e-3
+    # plain classes and a pipeline read it: the logit is the reward before normalisation
+    plain = AutoModelForSequenceClassification.from_pretrained("rm").eval()
+    assert plain.config.num_labels == 1
+    text = demonstrations["query_reference_response"][0]
+    scorer = pipeline("text-classification", model="rm", function_to_apply="none", device="cpu")
+    assert scorer(text)[0]["score"] + bias == pytest.approx(rewards[0].item(), abs=1e-4)
+    both = scorer([text, demonstrations["query_reference_response"][1]], batch_size=2)  # padded by the pipeline
+    assert both[1]["score"] + bias == pytest.approx(rewards[1].item(), abs=1e-4)
+    assert "confidence" in capsys.readouterr().out
+    assert str(world.folder) not in "".join(p.read_text() for p in (workdir / "rm").glob("*config*.json"))
+
+
+def test_learns_to_prefer(world, workdir):
+    """A few passes over few pairs are learned by heart: the loss falls far below chance."""
+    reward.main(world.reward_args(workdir / "rm", lr=3e-3, batch_size=20, local_micro_batch_size=20, total_episodes=2000,
+                                  num_train_epochs=10, run_eval=False))  # fmt: skip
+    lines = [json.loads(line) for line in (workdir / "runs/rm/metrics.jsonl").read_text().splitlines()]
+    assert np.mean([line["train/rm/loss"] for line in lines[-6:-1]]) < 0.5
+
+
+def test_layout_does_not_change_the_result(world, workdir):
+    found, tables = {}, {}
+    layouts = {"a": {"local_micro_batch_size": 8}, "b": {"local_micro_batch_size": 1},
+               "c": {"shared_prefix": False}, "d": {"gradient_checkpointing": True}}  # fmt: skip
+    for name, change in layouts.items():
+        reward.main(world.reward_args(workdir / name, total_episodes=28, **change))
+        found[name] = AutoModelForSequenceClassification.from_pretrained(name).state_dict()
+        tables[name] = pandas.read_parquet(f"runs/{name}/tables/validation.parquet")["chosen_reward"]
+    for name in ("b", "c", "d"):
+        for key, weight in found["a"].items():
+            torch.testing.assert_close(found[name][key], weight, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(tables[name], tables["a"], rtol=0, atol=1e-4)

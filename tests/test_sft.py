@@ -1,0 +1,195 @@
+"""SFT: the loss by hand and against golden numbers, batches, ROUGE, and small runs of the whole stage."""
+
+import json
+import math
+
+import numpy as np
+import pandas
+import pytest
+import torch
+from conftest import SHARED
+from test_ppo_left_padding import ARCHITECTURES, EOS, PAD, golden, needs_golden, tiny_policy
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+from summarize_from_feedback_details import sft
+from summarize_from_feedback_details.sft import (
+    batch_losses,
+    make_batch,
+    model_inputs,
+    rouge_means,
+    sft_losses,
+    token_weights,
+)
+
+
+@needs_golden
+@pytest.mark.parametrize("layout", ["query_responses", "right_padded"])
+def test_golden_sft_loss(layout):
+    """Our per-row losses, weighted as the original weighs a micro batch of six rows: the mean over all tokens."""
+    g = golden("tiny_par")
+    model = AutoModelForCausalLM.from_pretrained(SHARED / "golden/tiny_par", dtype=torch.float32).eval()
+    tokens = g[layout]
+    weights = token_weights(tokens, torch.ones_like(tokens, dtype=torch.bool), PAD, 1.0)
+    with torch.no_grad():
+        logits = model(**model_inputs(tokens, PAD)).logits
+    rows, counts = sft_losses(logits[:, :-1], tokens, weights), weights[:, 1:].sum(1)
+    torch.testing.assert_close((rows * counts).sum() / counts.sum(), g["sft_loss"].float(), rtol=0, atol=1e-5)
+    # and ours, the mean of row means, is the original at micro batch 1: each row's own token mean
+    nll = -logits[:, :-1].log_softmax(-1).gather(2, tokens[:, 1:, None].clamp(max=63))[..., 0]
+    counted = (tokens != PAD)[:, 1:] & (tokens != PAD)[:, :-1]
+    by_hand = torch.stack([nll[i][counted[i]].mean() for i in range(6)])
+    torch.testing.assert_close(rows, by_hand, rtol=0, atol=1e-5)
+
+
+@needs_golden
+def test_golden_sft_eval_loss():
+    """The original's evaluation loss also counts each left-padded row's first token, predicted from a pad."""
+    g = golden("tiny_par")
+    tokens = g["query_responses"]
+    weights = (tokens != PAD).float()
+    rows, counts = sft_losses(g["logits"][:, :-1], tokens, weights), weights[:, 1:].sum(1)
+    torch.testing.assert_close((rows * counts).sum() / counts.sum(), g["sft_eval_loss"].float(), rtol=0, atol=1e-5)
+
+
+def test_weights_and_loss_by_hand():
+    tokens = torch.tensor([[PAD, 5, 6, 7, EOS]])
+    response = torch.tensor([[False, False, False, True, True]])
+    # nothing predicts the first token of a row
+    assert token_weights(tokens, response, PAD, 0.5).tolist() == [[0.0, 0.0, 0.5, 1.0, 1.0]]
+    logits = torch.zeros(1, 4, 64)
+    logits[0, 2, 7] = 2.0  # predicts the 7
+    flat = math.log(64)
+    seven = math.log(63 + math.exp(2.0)) - 2.0
+    loss = sft_losses(logits, tokens, token_weights(tokens, response, PAD, 0.0))
+    assert loss.item() == pytest.approx((seven + flat) / 2, abs=1e-6)
+    loss = sft_losses(logits, tokens, token_weights(tokens, response, PAD, 0.5))
+    assert loss.item() == pytest.approx((0.5 * flat + seven + flat) / 2.5, abs=1e-6)
+
+
+def rows_of(pairs, width=12):
+    pad = lambda row: row + [PAD] * (width - len(row))
+    return {
+        "query_reference_response_token": [pad(q + r) for q, r in pairs],
+        "query_reference_response_token_response_label": [pad([PAD] * len(q) + r) for q, r in pairs],
+    }
+
+
+PAIRS = [([3, 4, 5], [6, EOS]), ([8], [9, 10, 11, EOS]), ([1, 2, 3, 4, 5, 6], [EOS])]
+
+
+def test_make_batch_aligns_responses_right_and_trims():
+    batch = make_batch(rows_of(PAIRS), PAD, "cpu")
+    assert batch.tokens.tolist() == [
+        [PAD, PAD, 3, 4, 5, 6, EOS],
+        [PAD, PAD, 8, 9, 10, 11, EOS],
+        [1, 2, 3, 4, 5, 6, EOS],
+    ]
+    assert batch.response_mask.sum(1).tolist() == [2, 4, 1] and batch.response_len == 4
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("query_loss_weight", [0.0, 1.0])
+def test_loss_of_a_row_does_not_depend_on_its_batch(name, query_loss_weight):
+    """Neither padding nor the shortcut that computes logits only where a weight is not 0 changes a row's loss."""
+    model = tiny_policy(name)
+    with torch.no_grad():
+        together = batch_losses(model, make_batch(rows_of(PAIRS), PAD, "cpu"), PAD, query_loss_weight)
+        for i, (query, response) in enumerate(PAIRS):
+            alone = batch_losses(model, make_batch(rows_of([PAIRS[i]]), PAD, "cpu"), PAD, query_loss_weight)
+            torch.testing.assert_close(alone[0], together[i], rtol=0, atol=1e-5)
+            whole = torch.tensor([query + response])
+            nll = -model(whole).logits[0, :-1].log_softmax(-1).gather(1, whole[0, 1:, None])[:, 0]
+            weight = torch.tensor([query_loss_weight] * (len(query) - 1) + [1.0] * len(response))
+            torch.testing.assert_close(together[i], (nll * weight).sum() / weight.sum(), rtol=0, atol=1e-5)
+
+
+def test_rouge_by_hand():
+    found = rouge_means(["the cat sat", "a b"], ["the cat sat down", "c d"])
+    # first row: 3 of 3 and 3 of 4 unigrams, F = 6/7; bigrams 2 of 2 and 2 of 3, F = 4/5; second row: nothing
+    assert found["rouge1"] == pytest.approx(3 / 7) and found["rouge2"] == pytest.approx(2 / 5)
+    assert found["rougeL"] == pytest.approx(3 / 7) and found["rougeLsum"] == pytest.approx(3 / 7)
+
+
+def test_main_learns_and_writes_a_standard_checkpoint(world, workdir, capsys):
+    metrics = sft.main(
+        world.sft_args(workdir / "policy", lr=3e-3, total_episodes=100, eval_freq=5, print_sample_output_freq=6)
+    )
+    lines = [json.loads(line) for line in (workdir / "runs/policy/metrics.jsonl").read_text().splitlines()]
+    updates = [line["update"] for line in lines if "train/sft/loss" in line and line["update"] <= 13]
+    assert updates == list(range(1, 14))  # 12 whole batches of 8 and one of 4
+    assert lines[-1]["validation/sft/loss"] < lines[0]["validation/base/loss"] - 1.0
+    assert set(metrics) >= {"validation/sft/rouge/rougeL", "test/sft/rouge/rougeL", "validation/sft/rouge/rougeLsum"}
+    assert sum("train/sft/episode" in line for line in lines) == 13
+    assert [line["train/sft/episode"] for line in lines if "train/sft/episode" in line][-1] == 100
+    tables = pandas.read_parquet("runs/policy/tables/validation.parquet")
+    assert list(tables)[:3] == ["query", "response", "reference"] and len(tables) == 20
+    out = capsys.readouterr().out
+    assert "references, shuffled" in out and "base model" in out and "runs/policy/tables/test.parquet" in out
+    # plain classes read it
+    tokenizer = AutoTokenizer.from_pretrained("policy")
+    writer = pipeline("text-generation", model="policy", tokenizer=tokenizer, device="cpu")
+    text = writer(tables["query"][0], max_new_tokens=24, do_sample=False, return_full_text=False)[0]["generated_text"]
+    assert text.strip() == tables["response"][0]  # greedy, and the stage's own sample at temperature 0.01
+
+
+def test_the_short_last_batch_is_scaled_by_its_own_rows(world, workdir):
+    """A last batch of 4 in micro batches of 4 steps as a batch of 4 would, not as half a batch of 8."""
+    sft.main(world.sft_args(workdir / "a", total_episodes=4, batch_size=4, run_eval=False))
+    sft.main(world.sft_args(workdir / "b", total_episodes=4, batch_size=8, run_eval=False))
+    a, b = (AutoModelForCausalLM.from_pretrained(n).state_dict() for n in ("a", "b"))
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=0, atol=1e-6)
+
+
+def test_layout_does_not_change_the_result(world, workdir):
+    found = {}
+    for name, change in {"a": {"local_micro_batch_size": 8}, "b": {"local_micro_batch_size": 1},
+                         "c": {"local_micro_batch_size": 4, "gradient_checkpointing": True}}.items():  # fmt: skip
+        sft.main(world.sft_args(workdir / name, total_episodes=28, **change))
+        found[name] = AutoModelForCausalLM.from_pretrained(name).state_dict()
+    for name in ("b", "c"):
+        for key, weight in found["a"].items():
+            torch.testing.assert_close(found[name][key], weight, rtol=0, atol=1e-5)
+        tables = [pandas.read_parquet(f"runs/{run}/tables/test.parquet")["response"].tolist() for run in ("a", name)]
+        assert tables[0] == tables[1]
+
+
+def test_gradient_clipping_and_weight_decay_have_an_effect(world, workdir):
+    found = {}
+    for name, change in {"a": {}, "b": {"max_grad_norm": 1e-3, "eps": 1.0}, "c": {"weight_decay": 10.0}}.items():
+        change = {"eps": 1.0} | change if name == "a" else change
+        sft.main(
+            world.sft_args(workdir / name, total_episodes=8, run_eval=False, lr=0.1 if name != "c" else 1e-3, **change)
+        )
+        found[name] = AutoModelForCausalLM.from_pretrained(name).state_dict()["gpt_neox.embed_in.weight"]
+    start = AutoModelForCausalLM.from_pretrained(world.base).state_dict()["gpt_neox.embed_in.weight"]
+    # with eps 1 Adam's step is nearly lr * gradient: clipping shrinks it
+    assert (found["b"] - start).norm() < 0.5 * (found["a"] - start).norm()
+    unused = (found["a"] == start).all(1)  # rows of the embedding without gradient only decay
+    assert unused.any()
+    torch.testing.assert_close(found["c"][unused], start[unused] * (1 - 1e-3 * 10.0), rtol=1e-5, atol=1e-7)
+
+
+def test_tracking_offline(world, workdir, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    sft.main(world.sft_args(workdir / "policy", total_episodes=8, run_eval=False, track=True))
+    assert list((workdir / "runs/policy/wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_stops_on_numbers_that_are_not_finite(world, workdir):
+    import shutil
+
+    shutil.copytree(world.base, "bad")
+    model = AutoModelForCausalLM.from_pretrained("bad")
+    model.gpt_neox.final_layer_norm.weight.data.fill_(np.inf)
+    model.save_pretrained("bad")
+    with pytest.raises(FloatingPointError, match="loss at update 1 is not finite"):
+        sft.main(world.sft_args(workdir / "policy", base_model="bad", run_eval=False))
+    assert json.loads((workdir / "runs/policy/summary.json").read_text())["state"] == "failed"
+    saved = torch.load(next((workdir / "runs/policy").glob("bad_batch_*.pt")), weights_only=False)
+    assert len(saved["rows"]) == 4 and saved["batch"]["tokens"].shape[0] == 4
+    # starting again keeps what the failed run wrote
+    with pytest.raises(FloatingPointError):
+        sft.main(world.sft_args(workdir / "policy", base_model="bad", run_eval=False))
+    assert list((workdir / "runs/policy.stopped-1").glob("bad_batch_*.pt"))
