@@ -207,6 +207,7 @@ class Args:
     non_eos_penalty: bool = True
     """whether a response without the truncate token gets that score"""
     ppo: PpoHParams = field(default_factory=PpoHParams)
+    """the algorithm's own settings, written `--ppo.kl_coef` and so on"""
 
     # results
     output_dir: str = "models/ppo_policy"

@@ -227,7 +227,7 @@ def format_queries(infos: list[dict], encoder, hparams: TaskQueryHParams) -> lis
     return queries
 
 
-def pad_rows(rows: list[list[int]], length: int, pad_id: int, side: str = "right") -> np.ndarray:
+def pad_lists(rows: list[list[int]], length: int, pad_id: int, side: str = "right") -> np.ndarray:
     """Rows of tokens, cut and padded to one length: [B, length]."""
     padded = np.full((len(rows), length), pad_id, dtype=np.int64)
     for target, tokens in zip(padded, rows):
@@ -241,7 +241,7 @@ def pad_queries(queries: list[Query], encoder, hparams: TaskQueryHParams, pad_id
     if hparams.padding == "empty_space":
         pad_id = encode(encoder, [" "])[0][0]
     # Detail: query padding - left-padded to exactly `length`
-    return pad_rows([q.tokens for q in queries], hparams.length, pad_id, hparams.pad_side)
+    return pad_lists([q.tokens for q in queries], hparams.length, pad_id, hparams.pad_side)
 
 
 def process_query(query_info: dict, *, encoder, hparams: TaskQueryHParams, pad_token_id: int | None = None) -> dict:
@@ -292,11 +292,11 @@ def tokenise_responses(
         query_tokens[i] = again
     # Deviates: fault 6 - the query ends where ITS STRIPPED tokens end (CNN/DM queries lose a newline to `strip`)
     joined, ends = join_tokens(stripped, query_tokens, responses, encoder)
-    joined_token = pad_rows(joined, joined_length, pad_id)
+    joined_token = pad_lists(joined, joined_length, pad_id)
     label = np.where(np.arange(joined_length) < np.array(ends)[:, None], pad_id, joined_token)
     return {
         name: responses,
-        f"{name}_token": pad_rows(tokens, length, pad_id),
+        f"{name}_token": pad_lists(tokens, length, pad_id),
         f"{name}_token_len": [len(ids) for ids in tokens],  # true lengths: more than `length` if cut there
         f"query_{name}": [query + response for query, response in zip(stripped, responses)],
         f"query_{name}_token": joined_token,
@@ -515,7 +515,7 @@ class Lengths(NamedTuple):
     declared: tuple[int, int, int]  # query, response, joined
 
 
-def measure(split: str, rows: Dataset, kind: str, prefix: str, hparams: TaskQueryHParams) -> Lengths:
+def measure_lengths(split: str, rows: Dataset, kind: str, prefix: str, hparams: TaskQueryHParams) -> Lengths:
     column = lambda name: np.asarray(rows.data.column(name))
     names = ["reference_response"] if kind == "sft" else ["chosen", "rejected"]
     limits = (getattr(hparams, f"max_{kind}_{what}_length") for what in ("response", "query_response"))
@@ -650,7 +650,7 @@ def tokenise(args: Args, kind: str, raw: DatasetDict, encoder, pad_id: int) -> t
         except ValueError as error:
             where = f"the split '{split}' of --{name} {' '.join(getattr(error, '__notes__', ()))}"
             refuse(f"{prefix}.length", f"{reason(error)} {where}", f"room for more than {hparams.length} tokens")
-        measured.append(measure(split, rows, kind, prefix, hparams))
+        measured.append(measure_lengths(split, rows, kind, prefix, hparams))
         done[split] = rows.remove_columns(["truncated", "query_token_len"] if kind == "sft" else ["truncated"])
     return done, measured
 

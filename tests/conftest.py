@@ -1,4 +1,4 @@
-"""A tiny toy world, tokenised, with one trained checkpoint of each stage, made once a session; and ways to run stages."""
+"""A tiny toy world, tokenised, with a checkpoint of SFT and one of the reward model, made once; ways to run stages."""
 
 import os
 import subprocess

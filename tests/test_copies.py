@@ -1,9 +1,11 @@
-"""One name, one body: the stage scripts copy small helpers on purpose, and the copies are the same; each stands alone."""
+"""One name, one body: stage scripts copy small helpers on purpose, and the copies are the same; each stands alone."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
+import time
 from collections import defaultdict
 
 import pytest
@@ -65,7 +67,9 @@ def test_every_argument_is_read(script):
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and node.name in ("Args", "PpoHParams"):
             for field in (n.target.id for n in node.body if isinstance(n, ast.AnnAssign)):
-                assert re.search(rf"args\.(ppo\.)?{field}\b", readers), f"{script}: --{field} is read nowhere"
+                assert re.search(rf"args\.(ppo\.)?{field}\b|args, \"{field}\"", readers), (
+                    f"{script}: --{field} is read nowhere"
+                )
 
 
 @pytest.mark.parametrize("script", ["sft.py", "reward.py", "ppo_left_padding.py"])
@@ -84,6 +88,8 @@ def test_importing_does_nothing(script, tmp_path):
     code = (
         "import os, random, socket, sys\n"
         "import numpy, torch\n"
+        f"import {module}\n"  # libraries may draw random numbers when they are first imported
+        f"del sys.modules['{module}']\n"
         "random.seed(1); numpy.random.seed(1); torch.manual_seed(1)\n"
         "before = (random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist())\n"
         "def no(*a, **k): raise AssertionError('a socket was opened')\n"
@@ -94,8 +100,6 @@ def test_importing_does_nothing(script, tmp_path):
         "assert before == after\n"
         "assert not os.listdir('.')\n"
     )
-    import os
-
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | OFFLINE, capture_output=True, text=True
     )
@@ -104,13 +108,10 @@ def test_importing_does_nothing(script, tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_answers_offline_and_soon(script, tmp_path):
-    import os
-    import time
-
     start = time.time()
     done = subprocess.run([sys.executable, str(STAGES / script), "--help"], cwd=tmp_path, env=os.environ | OFFLINE,
                           capture_output=True, text=True, timeout=60)  # fmt: skip
-    assert done.returncode == 0 and "--seed" in done.stdout.replace("-", "-") or "--base" in done.stdout
+    assert done.returncode == 0 and ("--seed" in done.stdout or "--base" in done.stdout), done.stderr
     assert time.time() - start < 30  # 5 s on an idle machine; the limit of 10 s is checked by hand, this one by CI
     assert not list(tmp_path.iterdir())
 

@@ -9,8 +9,16 @@ import pandas
 import pytest
 import torch
 from conftest import SHARED
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
-from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, OPTConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    OPTConfig,
+)
 
 from summarize_from_feedback_details import ppo_left_padding as ppo
 from summarize_from_feedback_details.ppo_left_padding import (
@@ -101,10 +109,13 @@ def test_golden_helpers():
 
 def golden_rollout(g, cfg):
     responses = truncate_response(g["in_responses"], cfg["eos"], cfg["pad"])
-    hyper = PpoHParams(gamma=cfg["gamma"], lam=cfg["lam"], kl_coef=cfg["kl_coef"], whiten_rewards=cfg["whiten_rewards"],
-                       cliprange=cfg["cliprange"], cliprange_value=cfg["cliprange_value"], vf_coef=cfg["vf_coef"])  # fmt: skip
-    args = SimpleNamespace(ppo=hyper, non_eos_penalty=cfg["non_eos_penalty"], penalty_reward_value=-1.0,
-                           temperature=cfg["temperature"])  # fmt: skip
+    names = ("gamma", "lam", "kl_coef", "whiten_rewards", "cliprange", "cliprange_value", "vf_coef")
+    args = SimpleNamespace(
+        ppo=PpoHParams(**{name: cfg[name] for name in names}),
+        non_eos_penalty=cfg["non_eos_penalty"],
+        penalty_reward_value=-1.0,
+        temperature=cfg["temperature"],
+    )
     columns = (g[f"in_{name}"] for name in ("logprobs", "ref_logprobs", "values", "scores"))
     return responses, compute_advantages(responses, *columns, cfg["pad"], cfg["eos"], args), args
 
@@ -329,9 +340,9 @@ def test_greedy_sampling_equals_generate(name):
     policy, rows = tiny_policy(name), some_queries()
     responses, _ = draw(policy, rows, temperature=0.0)
     for row, ours in zip(rows, responses):
-        config = GenerationConfig(
-            do_sample=False, max_new_tokens=12, eos_token_id=EOS, pad_token_id=PAD, bad_words_ids=[[i] for i in range(PAD, VOCAB)]
-        )  # fmt: skip
+        never = [[i] for i in range(PAD, VOCAB)]
+        ids = {"eos_token_id": EOS, "pad_token_id": PAD, "bad_words_ids": never}
+        config = GenerationConfig(do_sample=False, max_new_tokens=12, **ids)
         theirs = policy.generate(torch.tensor([row]), attention_mask=torch.ones(1, len(row)), generation_config=config)
         assert ours[ours != PAD].tolist() == theirs[0, len(row) :].tolist()
 

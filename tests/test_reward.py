@@ -162,8 +162,8 @@ def test_main_learns_normalises_and_writes_a_standard_checkpoint(world, workdir,
 
 def test_learns_to_prefer(world, workdir):
     """A few passes over few pairs are learned by heart: the loss falls far below chance."""
-    reward.main(world.reward_args(workdir / "rm", lr=3e-3, batch_size=20, local_micro_batch_size=20, total_episodes=2000,
-                                  num_train_epochs=10, run_eval=False))  # fmt: skip
+    sizes = {"batch_size": 20, "local_micro_batch_size": 20, "total_episodes": 2000, "num_train_epochs": 10}
+    reward.main(world.reward_args(workdir / "rm", lr=3e-3, run_eval=False, **sizes))
     lines = [json.loads(line) for line in (workdir / "runs/rm/metrics.jsonl").read_text().splitlines()]
     assert np.mean([line["train/rm/loss"] for line in lines[-6:-1]]) < 0.5
 
