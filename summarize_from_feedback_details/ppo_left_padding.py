@@ -61,6 +61,7 @@ from summarize_from_feedback_details.run_folder import (
     memory_gb,
     print_table,
     push,
+    quiet_libraries,
     refuse,
     refuse_dropped,
     refuse_unwritable,
@@ -696,6 +697,7 @@ def ppo_losses(new_logprobs, vpreds, logprobs, values, advantages, returns, clip
         dict of [B, R]: `pg` and `vf` (with its factor 0.5) losses, to be averaged over real tokens by the caller;
         `ratio`; `pg_clipped` and `vf_clipped` (bool, where the clipped term is the larger).
     """
+    # Detail: clipping - the ratio to 1 +- 0.2, the value prediction to the old value +- 0.2; the larger loss counts
     ratio = torch.exp(new_logprobs - logprobs)
     pg_losses, pg_losses2 = -advantages * ratio, -advantages * ratio.clamp(1.0 - cliprange, 1.0 + cliprange)
     clipped = torch.clamp(vpreds, values - cliprange_value, values + cliprange_value)
@@ -745,6 +747,7 @@ def micro_batch_loss(model, query_tokens, responses, adv: Advantages, mb, counts
                       mean_p1(losses["vf_clipped"]), mean(token_entropies(logits, args.temperature))]  # fmt: skip
         statistics = torch.stack(statistics)
         ratio_error = ((losses["ratio"] - 1.0) * mask).abs().max()
+    # Detail: nothing else - no entropy bonus, no adaptive KL, no pretraining loss
     return pg_loss + args.ppo.vf_coef * vf_loss, statistics, ratio_error
 
 
@@ -789,8 +792,8 @@ def make_rollout(
     if resample:
         logits = policy(**inputs, logits_to_keep=K + 1, use_cache=False).logits[:, :-1]
         logprobs = response_logprobs(logits, short, args.temperature)
-    # the critic may see the truncated response: values[t] has seen the tokens < t only, and those that are kept are
-    # read at EOS at the latest
+    # Detail: critic sees the untruncated response - values[t] has seen the tokens < t only, and those that are kept are
+    # read at EOS at the latest: what stands after EOS influences nothing, so the truncated one gives the same values
     values = policy_and_value.values(inputs, K)
     scores = read_rewards(reward_model, reward_bias, query_responses, pad_id)
     columns = (
@@ -857,12 +860,15 @@ def rollout_metrics(adv: Advantages) -> dict[str, float]:
     """Metrics of a batch of episodes; means are over all episodes, or all real tokens."""
     mask, mask_p1 = ~adv.padding_mask, ~adv.padding_mask_p1
     kl = (adv.kl * mask).sum(1)  # [B] nats per episode
+    # the same KL by an estimate that is never negative (k3, Schulman 2020, "Approximating KL divergence")
+    kl_k3 = ((torch.expm1(-adv.kl) + adv.kl) * mask).sum(1)
     errors = adv.returns - adv.values
     unexplained = masked_var(errors, mask_p1, unbiased=False) / masked_var(adv.returns, mask_p1, unbiased=False)
     non_score = (adv.non_score_rewards * mask).sum(1)
     metrics = {
         "objective/scores": adv.scores.mean(), "objective/scores_std": adv.scores.std(unbiased=False),
         "objective/kl": kl.mean(), "objective/kl_standard_error": kl.std(unbiased=False) / math.sqrt(len(kl)),
+        "objective/kl_k3": kl_k3.mean(),
         "objective/entropy": (-adv.logprobs * mask).sum(1).mean(),
         "objective/non_score_reward": non_score.mean(), "objective/score_total": (adv.scores + non_score).mean(),
         "objective/eos_rate": adv.contains_stop.float().mean(),
@@ -934,6 +940,7 @@ def main(args: Args) -> dict[str, float]:
     """Run the stage; returns the final metrics."""
     # ------------------------------------------------------------------------------------------------------------------
     # sizes
+    quiet_libraries()
     stamp = int(time.time())
     args.run_name = args.run_name or f"{args.exp_name}__{args.seed}__{stamp}"
     tokenizer, dataset, stop_id = check_args(args)
@@ -974,8 +981,10 @@ def main(args: Args) -> dict[str, float]:
             policy.gradient_checkpointing_enable({"use_reentrant": False})
             value_model.gradient_checkpointing_enable({"use_reentrant": False})
         model = PolicyAndValue(policy, value_model, reward_bias)
+        # Detail: optimiser - AdamW, eps 1e-5, lr 3e-6 in all stages; weight decay 0.01 is torch's default
         make = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
         optimizer = make(model.parameters(), lr=args.lr, eps=args.eps, weight_decay=args.weight_decay)
+        # Detail: learning rate - linear to 0 over updates
         scheduler = get_scheduler(args.scheduler, optimizer, args.warm_up_steps, args.num_updates)
         model, optimizer = accelerator.prepare(model, optimizer)
         whole = accelerator.unwrap_model(model)

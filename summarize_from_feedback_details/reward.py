@@ -51,6 +51,7 @@ from summarize_from_feedback_details.run_folder import (
     memory_gb,
     print_table,
     push,
+    quiet_libraries,
     refuse,
     refuse_dropped,
     refuse_unwritable,
@@ -339,6 +340,7 @@ def init_head(model) -> None:
 
 def preference_losses(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
     """-log sigmoid(r_chosen - r_rejected): [B], [B] -> [B] nats (Stiennon et al. 2020, section 3.4)."""
+    # Detail: reward model loss
     return -F.logsigmoid(chosen - rejected)
 
 
@@ -459,6 +461,8 @@ def group_columns(rows) -> dict[str, list]:
 
 def report(split: str, rows, chosen: np.ndarray, rejected: np.ndarray):
     """Metrics `eval/rm/<split>/...` and a table (split, group, value, pairs, accuracy) of one evaluated split."""
+    # Detail: report - accuracy varies a lot between batches and grows with the annotator's confidence
+    # Deviates: each pair counts once; the original's evaluation repeated rows to fill its last batch
     correct = chosen > rejected
     losses = preference_losses(torch.tensor(chosen), torch.tensor(rejected))
     metrics = {
@@ -512,6 +516,7 @@ def main(args: Args) -> dict[str, float]:
     """Run the stage; returns the final metrics."""
     # ------------------------------------------------------------------------------------------------------------------
     # sizes
+    quiet_libraries()
     stamp = int(time.time())
     args.run_name = args.run_name or f"{args.exp_name}__{args.seed}__{stamp}"
     tokenizer, dataset, sft_dataset = check_args(args)
@@ -542,6 +547,7 @@ def main(args: Args) -> dict[str, float]:
         if args.gradient_checkpointing:
             scorer.gradient_checkpointing_enable({"use_reentrant": False})
         model = RewardModel(scorer)
+        # Detail: optimiser - AdamW, eps 1e-5, lr 3e-6 in all stages; weight decay 0.01 is torch's default
         make = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
         optimizer = make(model.parameters(), lr=args.lr, eps=args.eps, weight_decay=args.weight_decay)
         scheduler = get_scheduler(args.scheduler, optimizer, args.warm_up_steps, args.num_updates)
@@ -632,6 +638,7 @@ def main(args: Args) -> dict[str, float]:
             range(min(len(demonstrations), args.num_normalization_rows or len(demonstrations)))
         )
         before = score_demonstrations(accelerator, model, demonstrations, pad_id, args, "demonstrations")
+        # Deviates: the original kept it in a class of its own, without which the checkpoint did not load
         scorer.config.reward_bias = -float(before.mean())
         after = before + scorer.config.reward_bias
         for name, values in (("before", before), ("after", after)):

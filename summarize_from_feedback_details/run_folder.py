@@ -330,3 +330,18 @@ def print_table(table) -> None:
     from rich.console import Console
 
     Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own notices, and their progress bars where there is no terminal, out of the output."""
+    import logging
+
+    import datasets
+    import transformers
+
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    transformers.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
+        datasets.disable_progress_bars()

@@ -51,6 +51,7 @@ from summarize_from_feedback_details.run_folder import (
     memory_gb,
     print_table,
     push,
+    quiet_libraries,
     refuse,
     refuse_dropped,
     refuse_unwritable,
@@ -523,6 +524,7 @@ def main(args: Args) -> dict[str, float]:
     """Run the stage; returns the final metrics."""
     # ------------------------------------------------------------------------------------------------------------------
     # sizes
+    quiet_libraries()
     stamp = int(time.time())
     args.run_name = args.run_name or f"{args.exp_name}__{args.seed}__{stamp}"
     tokenizer, dataset, stop_id = check_args(args)
@@ -548,6 +550,7 @@ def main(args: Args) -> dict[str, float]:
         disable_dropout(model)
         if args.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        # Detail: optimiser - AdamW, eps 1e-5, lr 3e-6 in all stages; weight decay 0.01 is torch's default
         make = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
         optimizer = make(model.parameters(), lr=args.lr, eps=args.eps, weight_decay=args.weight_decay)
         scheduler = get_scheduler(args.scheduler, optimizer, args.warm_up_steps, args.num_updates)

@@ -1,0 +1,35 @@
+# Two commands are all that a fresh machine with Python 3.11 needs:
+#   make hello    installs into .venv and runs the whole pipeline on the toy world
+#   make test     installs into .venv and runs the tests
+PYTHON ?= python3.11
+PY := .venv/bin/python
+
+.PHONY: hello test lint format toy-seeds clean
+
+hello: .venv/installed
+	./hello_world.sh
+
+test: .venv/installed
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	OMP_NUM_THREADS=1 $(PY) -m pytest --durations=15
+
+# the table of the README: the toy world on three seeds
+toy-seeds: .venv/installed
+	for seed in 1 2 3; do SEED=$$seed ./hello_world.sh || exit 1; done
+	$(PY) eval/hello_report.py --chains toy_small_seed1 toy_small_seed2 toy_small_seed3 \
+	    --raw_dirs data/toy_small_seed1_raw data/toy_small_seed2_raw data/toy_small_seed3_raw --name toy_seeds
+
+lint: .venv/installed
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: .venv/installed
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+.venv/installed: requirements.txt pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "error: PYTHON: found no '$(PYTHON)'; expected Python 3.11 (make PYTHON=...)" >&2; exit 2; }
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@

@@ -1,0 +1,163 @@
+"""What a chain of stages reached: a table, its numbers as CSV, and the training curves as a figure.
+
+Reads   runs/<chain>_{sft,reward,ppo} of one or several chains (`hello_world.sh` makes them); with --raw_dirs also the
+        toy world's raw rows, whose annotator then scores the responses
+Writes  eval/reports/<name>.{csv,md,png}
+
+    python eval/hello_report.py --chains toy_small_seed1 --raw_dirs data/toy_small_seed1_raw
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas
+import tyro
+from rich.table import Table
+
+from summarize_from_feedback_details.run_folder import print_table, refuse
+from summarize_from_feedback_details.toy_tldr import annotator_ceiling, blind_accuracy, gold_score
+
+STAGES = ("sft", "reward", "ppo")
+CURVES = {  # title of a panel: (stage, metric, label)
+    "SFT: loss": [("sft", "train/sft/loss", "train")],
+    "Reward model: accuracy": [("reward", "train/rm/accuracy", "train")],
+    "PPO: score of the reward model": [("ppo", "objective/scores", "score")],
+    "PPO: KL to the SFT policy (nats per response)": [("ppo", "objective/kl", "KL")],
+    "PPO: response length (tokens)": [("ppo", "objective/response_length", "length")],
+    "PPO: responses that end (share)": [("ppo", "objective/eos_rate", "EOS")],
+}
+
+
+@dataclass
+class Args:
+    chains: tuple[str, ...]
+    """chains to report, e.g. `toy_small_seed1`: their runs are `runs/<chain>_sft` and so on"""
+    raw_dirs: tuple[str, ...] = ()
+    """for toy chains, the folder of raw rows of each"""
+    runs_dir: str = "runs"
+    """folder of the runs"""
+    output_dir: str = "eval/reports"
+    """folder of the report"""
+    name: str | None = None
+    """name of the report (default: the first chain)"""
+
+
+def read_run(path: Path) -> tuple[dict, pandas.DataFrame]:
+    """Summary and metrics of a run folder."""
+    summary = json.loads((path / "summary.json").read_text())
+    return summary, pandas.read_json(path / "metrics.jsonl", lines=True)
+
+
+def judge(table: pandas.DataFrame) -> dict[str, float]:
+    """The annotator's mean gold score of a table's responses, its standard error, and the win rate against references.
+
+    Equal scores count as half a win. The post is read from the query, between `POST: ` and the closing `TL;DR:`.
+    """
+    posts = [query.split("\n\nPOST: ", 1)[1].rsplit("\n\nTL;DR:", 1)[0] for query in table["query"]]
+    gold = np.array([gold_score(p, r)["score"] for p, r in zip(posts, table["response"])])
+    reference = np.array([gold_score(p, r)["score"] for p, r in zip(posts, table["reference"])])
+    wins = (gold > reference + 1e-9) + 0.5 * (np.abs(gold - reference) <= 1e-9)
+    wrong = np.mean([gold_score(p, r)["wrong"] > 0 for p, r in zip(posts, table["response"])])
+    return {"gold": gold.mean(), "gold_se": gold.std(ddof=1) / math.sqrt(len(gold)), "win_rate": wins.mean(),
+            "reference_gold": reference.mean(), "invented": wrong}  # fmt: skip
+
+
+def report_chain(chain: str, runs_dir: str, raw_dir: str | None) -> tuple[dict[str, float], dict]:
+    """All numbers of a chain, and its runs: stage -> (summary, metrics)."""
+    runs = {stage: read_run(Path(runs_dir) / f"{chain}_{stage}") for stage in STAGES}
+    final = {stage: summary["metrics"] for stage, (summary, _) in runs.items()}
+    ppo = runs["ppo"][1]
+    training = ppo[ppo["objective/kl"].notna()] if "objective/kl" in ppo else ppo
+    row = {
+        "sft/rougeL": final["sft"].get("validation/sft/rouge/rougeL"),
+        "sft/rougeL_shuffled": final["sft"].get("validation/shuffled_references/rouge/rougeL"),
+        "rm/accuracy": final["reward"].get("eval/rm/validation/accuracy"),
+        "rm/accuracy_cnndm": final["reward"].get("eval/rm/validation_cnndm/accuracy"),
+        "ppo/score": final["ppo"].get("eval/ppo/validation/score"),
+        "ppo/reference_score": final["ppo"].get("eval/ppo/validation/reference_score"),
+        "ppo/kl_last": float(training["objective/kl"].iloc[-1]),
+        "ppo/kl_k3_smallest_after_first": float(training["objective/kl_k3"].iloc[1:].min()),
+        "ppo/eos_rate_last": float(training["objective/eos_rate"].iloc[-1]),
+        "ppo/first_pass_ratio_error": float(training["policy/first_pass_ratio_error"].max()),
+    }
+    if raw_dir is not None:
+        for stage in ("sft", "ppo"):
+            found = judge(pandas.read_parquet(Path(runs_dir) / f"{chain}_{stage}" / "tables/validation.parquet"))
+            row |= {f"{stage}/{name}": float(value) for name, value in found.items()}
+        se = math.hypot(row["sft/gold_se"], row["ppo/gold_se"])
+        row["ppo/gain_in_standard_errors"] = (row["ppo/gold"] - row["sft/gold"]) / se
+        row["ppo/win_rate_gain"] = row["ppo/win_rate"] - row["sft/win_rate"]
+        rows = {
+            split: [
+                json.loads(line) for line in (Path(raw_dir) / f"comparisons/{split}.jsonl").read_text().splitlines()
+            ]
+            for split in ("train", "validation")
+        }
+        held_out = [r for r in rows["validation"] if "cnndm" not in r["batch"]]
+        row["rm/ceiling"], row["rm/blind"] = annotator_ceiling(held_out), blind_accuracy(rows["train"], held_out)
+        row["rm/share_of_the_way"] = (row["rm/accuracy"] - row["rm/blind"]) / (row["rm/ceiling"] - row["rm/blind"])
+    for stage, (summary, _) in runs.items():
+        row[f"{stage}/minutes"] = summary["wall_clock_seconds"] / 60
+    return row, runs
+
+
+def draw_curves(runs_by_chain: dict[str, dict], path: Path) -> None:
+    """Training curves, one line a chain."""
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), constrained_layout=True)
+    colours = plt.get_cmap("viridis")(np.linspace(0.1, 0.85, len(runs_by_chain)))
+    for axis, (title, curves) in zip(axes.flat, CURVES.items()):
+        for colour, (chain, runs) in zip(colours, runs_by_chain.items()):
+            for stage, metric, _ in curves:
+                metrics = runs[stage][1]
+                if metric in metrics:
+                    line = metrics[metrics[metric].notna() & (metrics["update"] > 0)]
+                    smooth = line[metric].rolling(max(1, len(line) // 25), min_periods=1).mean()
+                    axis.plot(line["update"], smooth, color=colour, label=chain)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("update")
+        axis.grid(alpha=0.3)
+    axes.flat[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(args: Args) -> pandas.DataFrame:
+    """Print the table and write the report; returns the numbers, one column a chain."""
+    if args.raw_dirs and len(args.raw_dirs) != len(args.chains):
+        refuse("raw_dirs", f"{len(args.raw_dirs)} folders", f"one for each of {len(args.chains)} chains")
+    for chain in args.chains:
+        for stage in STAGES:
+            if not (Path(args.runs_dir) / f"{chain}_{stage}" / "summary.json").exists():
+                refuse("chains", f"no run {args.runs_dir}/{chain}_{stage}", "a chain whose three stages have run")
+    columns, runs = {}, {}
+    for chain, raw_dir in zip(args.chains, args.raw_dirs or [None] * len(args.chains)):
+        columns[chain], runs[chain] = report_chain(chain, args.runs_dir, raw_dir)
+    numbers = pandas.DataFrame(columns)
+    shown = Table("", *numbers.columns, title="What each stage reached")
+    for name, row in numbers.iterrows():
+        shown.add_row(str(name), *("-" if pandas.isna(v) else f"{v:.3f}" for v in row))
+    print_table(shown)
+    name, folder = args.name or args.chains[0], Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers.to_csv(folder / f"{name}.csv", index_label="metric")
+    lines = ["| | " + " | ".join(numbers.columns) + " |", "|---|" + "---|" * len(numbers.columns)]
+    lines += ["| " + str(n) + " | " + " | ".join("-" if pandas.isna(v) else f"{v:.3f}" for v in r) + " |" for n, r in numbers.iterrows()]  # fmt: skip  # noqa: E501
+    (folder / f"{name}.md").write_text("\n".join(lines) + "\n")
+    draw_curves(runs, folder / f"{name}.png")
+    for chain in args.chains:
+        for stage, (summary, _) in runs[chain].items():
+            model = json.loads((Path(args.runs_dir) / f"{chain}_{stage}" / "args.json").read_text())["output_dir"]
+            print(f"{stage:7} {summary['state']:9} model {model}   run {args.runs_dir}/{chain}_{stage}")
+    print(f"report: {folder / name}.md, .csv, .png", flush=True)
+    return numbers
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, use_underscores=True))

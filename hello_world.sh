@@ -1,0 +1,153 @@
+#!/usr/bin/env bash
+# The whole pipeline: dataset -> SFT -> reward model -> PPO -> a table of what each stage reached.
+#
+#   ./hello_world.sh                                         the toy world, on what this machine has (about ten minutes)
+#   SEED=2 ./hello_world.sh                                  another seed
+#   SMOKE=1 ./hello_world.sh                                 all stages in about a minute, learning nothing
+#   FRESH=1 ./hello_world.sh                                 do not reuse finished stages
+#   MODEL=EleutherAI/pythia-1b-deduped ./hello_world.sh      the real thing: real data, the paper's batch sizes
+#   MICRO=4 PPO_MICRO=8 ROLLOUT=32 MODEL=... ./hello_world.sh    rows of one forward pass on one GPU: SFT and reward
+#                                                            model, PPO training, PPO sampling
+#
+# A finished stage with the same arguments is reused; changed arguments start that stage and those that depend on it
+# again. What was there before is set aside (*.old-1, *.old-2, ...), never deleted.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+MODEL=${MODEL:-toy} SMOKE=${SMOKE:-0} FRESH=${FRESH:-0}
+STAGES=summarize_from_feedback_details
+export TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}
+
+refuse() { echo "error: $1: found $2; expected $3" >&2; exit 2; }
+is_count() { [[ $1 =~ ^[1-9][0-9]*$ ]]; }
+for flag in SMOKE FRESH; do [[ ${!flag} =~ ^[01]$ ]] || refuse "$flag" "'${!flag}'" "0 or 1"; done
+
+# ----------------------------------------------------------------------------------------------------------- machine
+GPUS=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+if [ "$GPUS" -gt 1 ]; then
+    LAUNCH=("$PYTHON" -m accelerate.commands.launch --config_file deepspeed.yaml --num_processes "$GPUS")
+    DEEPSPEED=(--deepspeed)
+else
+    LAUNCH=("$PYTHON" -m accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no
+        --dynamo_backend no)
+    [ "$GPUS" = 0 ] && LAUNCH+=(--cpu)
+    DEEPSPEED=()
+fi
+PROCESSES=$((GPUS > 1 ? GPUS : 1))
+
+# ------------------------------------------------------------------------------------------------------------- stages
+set_aside() { # move a path to a new name beside it
+    local n=1
+    [ -e "$1" ] || return 0
+    while [ -e "$1.old-$n" ]; do n=$((n + 1)); done
+    mv "$1" "$1.old-$n"
+    echo "   $1 was there: now $1.old-$n"
+}
+
+# stage NAME "OUTPUT ..." "STAGE IT DEPENDS ON ..." COMMAND...: run a stage unless its outputs are there, made by the same
+# command from the same inputs
+stage() {
+    local name=$1 outputs=$2 inputs=$3 stamp=.hello/$CHAIN/$1 wanted output input complete=1
+    shift 3
+    wanted="$*"
+    for input in $inputs; do wanted+=" $(cksum <".hello/$CHAIN/$input")"; done
+    for output in $outputs; do [ -e "$output" ] || complete=0; done
+    if [ $complete = 1 ] && [ -e "$stamp" ] && [ "$(head -n 1 "$stamp")" = "$wanted" ] && [ "$FRESH" = 0 ]; then
+        echo "== $name: reused"
+        return
+    fi
+    if [ ! -e "$stamp" ]; then echo "== $name"; else echo "== $name: again, since its arguments or inputs changed"; fi
+    # an interrupted run of the same command goes on from its own folder; a finished one is set aside
+    if [ -e "$stamp" ] || [ "$FRESH" = 1 ]; then for output in $outputs; do set_aside "$output"; done; fi
+    rm -f "$stamp"
+    local start=$SECONDS
+    "$@"
+    mkdir -p "$(dirname "$stamp")"
+    printf '%s\n%s\n' "$wanted" "$(date +%s.%N)" >"$stamp"
+    echo "== $name: $((SECONDS - start)) s"
+}
+
+if [ "$MODEL" = toy ]; then
+    # ----------------------------------------------------------------------------------------------------- toy world
+    SEED=${SEED:-1}
+    is_count "$SEED" || refuse SEED "'$SEED'" "a number above 0"
+    SIZE=${SIZE:-small}
+    CHAIN=toy_${SIZE}_seed$SEED
+    ROWS=(--n_sft 16000 --n_comparisons 16000)
+    EPISODES=(19200 16000 1600) EVAL=()
+    if [ "$SMOKE" = 1 ]; then
+        CHAIN=smoke_seed$SEED
+        ROWS=(--n_sft 600 --n_sft_validation 32 --n_comparisons 400 --n_comparisons_validation 40 --n_cnndm 10)
+        EPISODES=(640 320 128) EVAL=(--num_eval_rows 32)
+    fi
+    BASE=models/$CHAIN/base/$SIZE DATA=data/$CHAIN RAW=data/${CHAIN}_raw
+    BATCH=32 PPO_BATCH=64
+    for batch in $BATCH $PPO_BATCH; do
+        [ $((batch % PROCESSES)) = 0 ] || refuse "number of GPUs" "$PROCESSES" "a divisor of the batch size $batch"
+    done
+    TOY=(--lr 3e-3 --warm_up_steps 20 --eps 1e-8 --weight_decay 0 --max_grad_norm 1 --precision fp32
+        --local_eval_batch_size 128 --print_sample_output_freq 0)
+
+    "$PYTHON" eval/speed_probe.py --smoke "$SMOKE"
+    stage world "$RAW models/$CHAIN/base" "" "$PYTHON" $STAGES/toy_tldr.py --seed "$SEED" --sizes "$SIZE" \
+        --data_dir "$RAW" --models_dir "models/$CHAIN/base" "${ROWS[@]}"
+    stage dataset "$DATA" "world" "$PYTHON" $STAGES/tldr_dataset.py --base_model "$BASE" --sft_dataset "$RAW/sft" \
+        --preference_dataset "$RAW/comparisons" --output_dir "$DATA" --visuals_dir "dataset_visuals/$CHAIN" --overwrite \
+        --tldr_params.length 56 --tldr_params.max_sft_response_length 24 \
+        --tldr_params.max_sft_query_response_length 80 --tldr_params.max_rm_response_length 32 \
+        --tldr_params.max_rm_query_response_length 80 --cnndm_params.length 128 \
+        --cnndm_params.max_rm_response_length 32 --cnndm_params.max_rm_query_response_length 160 \
+        --no-check_length_correctness
+    stage sft "runs/${CHAIN}_sft models/$CHAIN/sft" "dataset" "${LAUNCH[@]}" $STAGES/sft.py "${DEEPSPEED[@]}" \
+        --seed "$SEED" --base_model "$BASE" --query_dataset "$DATA/sft" --output_dir "models/$CHAIN/sft" \
+        --run_name "${CHAIN}_sft" "${TOY[@]}" "${EVAL[@]}" --query_loss_weight 0 --response_length 24 \
+        --num_train_epochs 2 --total_episodes "${EPISODES[0]}" --batch_size $BATCH \
+        --local_micro_batch_size $((BATCH / PROCESSES))
+    stage reward "runs/${CHAIN}_reward models/$CHAIN/reward" "dataset sft" "${LAUNCH[@]}" $STAGES/reward.py \
+        "${DEEPSPEED[@]}" --seed "$SEED" --base_model "$BASE" --sft_model_path "models/$CHAIN/sft" \
+        --label_dataset "$DATA/comparisons" --query_dataset "$DATA/sft" --output_dir "models/$CHAIN/reward" \
+        --run_name "${CHAIN}_reward" "${TOY[@]}" "${EVAL[@]}" --num_normalization_rows 2048 \
+        --total_episodes "${EPISODES[1]}" --batch_size $BATCH --local_micro_batch_size $((BATCH / PROCESSES))
+    stage ppo "runs/${CHAIN}_ppo models/$CHAIN/ppo" "dataset sft reward" "${LAUNCH[@]}" $STAGES/ppo_left_padding.py \
+        "${DEEPSPEED[@]}" --seed "$SEED" --base_model "$BASE" --sft_model_path "models/$CHAIN/sft" \
+        --reward_model_path "models/$CHAIN/reward" --query_dataset "$DATA/sft" --output_dir "models/$CHAIN/ppo" \
+        --run_name "${CHAIN}_ppo" "${TOY[@]}" "${EVAL[@]}" --lr 3e-4 --eps 1e-5 --warm_up_steps 0 --response_length 24 \
+        --total_episodes "${EPISODES[2]}" --batch_size $PPO_BATCH --local_micro_batch_size $((PPO_BATCH / PROCESSES))
+    "$PYTHON" eval/hello_report.py --chains "$CHAIN" --raw_dirs "$RAW"
+else
+    # ------------------------------------------------------------------------------------------------- the real thing
+    [ "$SMOKE" = 0 ] || refuse SMOKE "1 with MODEL=$MODEL" "0: the smoke run is the toy world's"
+    SEED=${SEED:-44413}
+    is_count "$SEED" || refuse SEED "'$SEED'" "a number above 0"
+    CHAIN=$(basename "$MODEL")_seed$SEED
+    # rows of one forward pass on one 80 GB GPU: the paper's for its three sizes (README: hardware)
+    case $MODEL in
+        *2.8b*) sizes=(1 4 32) ;;
+        *6.9b*) sizes=(1 1 4) ;;
+        *) sizes=(1 16 64) ;;
+    esac
+    MICRO=${MICRO:-${sizes[0]}} PPO_MICRO=${PPO_MICRO:-${sizes[1]}} ROLLOUT=${ROLLOUT:-${sizes[2]}}
+    for name in MICRO PPO_MICRO ROLLOUT; do is_count "${!name}" || refuse $name "'${!name}'" "a number above 0"; done
+    echo "$MODEL on $PROCESSES process(es), $GPUS GPU(s); the paper's global batches are kept:"
+    for row in "SFT 128 $MICRO" "reward 64 $MICRO" "PPO 512 $PPO_MICRO"; do
+        read -r what batch micro <<<"$row"
+        [ $((batch % (micro * PROCESSES))) = 0 ] ||
+            refuse "$([ "$what" = PPO ] && echo PPO_MICRO || echo MICRO)" "$micro on $PROCESSES processes" \
+                "rows of a forward pass that divide the batch of $batch: $micro x $PROCESSES does not"
+        echo "   $what: batch $batch = $PROCESSES processes x $((batch / micro / PROCESSES)) accumulation x $micro rows"
+    done
+    [ "$GPUS" -gt 0 ] || echo "   there is no GPU here: this works, and takes years"
+    REAL=(--seed "$SEED" --base_model "$MODEL")
+    SFT=models/$CHAIN/sft REWARD=models/$CHAIN/reward PPO=models/$CHAIN/ppo
+    stage sft "runs/${CHAIN}_sft $SFT" "" "${LAUNCH[@]}" $STAGES/sft.py "${DEEPSPEED[@]}" "${REAL[@]}" \
+        --output_dir "$SFT" --run_name "${CHAIN}_sft" --batch_size 128 --local_micro_batch_size "$MICRO"
+    stage reward "runs/${CHAIN}_reward $REWARD" "sft" "${LAUNCH[@]}" $STAGES/reward.py "${DEEPSPEED[@]}" "${REAL[@]}" \
+        --sft_model_path "$SFT" --output_dir "$REWARD" --run_name "${CHAIN}_reward" --batch_size 64 \
+        --local_micro_batch_size "$MICRO"
+    stage ppo "runs/${CHAIN}_ppo $PPO" "sft reward" "${LAUNCH[@]}" $STAGES/ppo_left_padding.py "${DEEPSPEED[@]}" \
+        "${REAL[@]}" --sft_model_path "$SFT" --reward_model_path "$REWARD" --output_dir "$PPO" \
+        --run_name "${CHAIN}_ppo" --batch_size 512 --local_micro_batch_size "$PPO_MICRO" \
+        --local_rollout_forward_batch_size "$ROLLOUT"
+    "$PYTHON" eval/hello_report.py --chains "$CHAIN"
+fi

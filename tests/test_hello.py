@@ -1,0 +1,70 @@
+"""The pipeline as a user starts it: `hello_world.sh`, its reuse of finished stages, and its refusals."""
+
+import os
+import subprocess
+
+import pandas
+import pytest
+from conftest import OFFLINE, ROOT
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """The tracked files in a folder of their own, with this environment's python."""
+    folder = tmp_path_factory.mktemp("hello") / "project"
+    folder.mkdir()
+    for name in ("hello_world.sh", "summarize_from_feedback_details", "eval", "deepspeed.yaml"):
+        subprocess.run(["cp", "-r", str(ROOT / name), str(folder)], check=True)
+    return folder
+
+
+def hello(folder, timeout=400, **variables):
+    import sys
+
+    env = os.environ | OFFLINE | {"PYTHON": sys.executable} | variables
+    return subprocess.run(["./hello_world.sh"], cwd=folder, env=env, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.mark.slow
+def test_smoke_run_then_reuse_then_changed_arguments(copy):
+    done = hello(copy, SMOKE="1")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "will take about" in done.stdout and "What each stage reached" in done.stdout
+    numbers = pandas.read_csv(copy / "eval/reports/smoke_seed1.csv", index_col="metric")["smoke_seed1"]
+    assert numbers["rm/blind"] < numbers["rm/ceiling"] and numbers["ppo/first_pass_ratio_error"] < 1e-3
+    for written in ("smoke_seed1.md", "smoke_seed1.png"):
+        assert (copy / "eval/reports" / written).stat().st_size > 100
+    for model in ("sft", "reward", "ppo"):
+        assert (copy / f"models/smoke_seed1/{model}/model.safetensors").exists()
+    weights = (copy / "models/smoke_seed1/ppo/model.safetensors").read_bytes()
+
+    again = hello(copy, SMOKE="1")
+    assert again.returncode == 0 and again.stdout.count("reused") == 5, again.stdout
+
+    # one stage's arguments change: it and those that depend on it start again, and what was there is kept
+    script = copy / "hello_world.sh"
+    script.write_text(script.read_text().replace("--num_normalization_rows 2048", "--num_normalization_rows 100"))
+    changed = hello(copy, SMOKE="1")
+    assert changed.returncode == 0, changed.stderr[-3000:]
+    assert changed.stdout.count("reused") == 3
+    assert "== reward: again" in changed.stdout and "== ppo: again" in changed.stdout
+    assert (copy / "models/smoke_seed1/ppo.old-1/model.safetensors").read_bytes() == weights
+    assert (copy / "runs/smoke_seed1_reward.old-1/metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "variables, message",
+    [
+        ({"SEED": "x"}, "error: SEED: found 'x'; expected a number above 0"),
+        ({"SMOKE": "yes"}, "error: SMOKE: found 'yes'; expected 0 or 1"),
+        ({"MODEL": "EleutherAI/pythia-1b-deduped", "MICRO": "7"}, "error: MICRO: found 7 on 1 processes"),
+        ({"MODEL": "EleutherAI/pythia-1b-deduped", "PPO_MICRO": "0"}, "error: PPO_MICRO: found '0'"),
+        ({"MODEL": "EleutherAI/pythia-1b-deduped", "SMOKE": "1"}, "error: SMOKE: found 1 with MODEL="),
+    ],
+)
+def test_bad_settings_are_refused(copy, variables, message):
+    before = sorted(p.name for p in copy.iterdir())
+    done = hello(copy, **variables)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith(message)
+    assert sorted(p.name for p in copy.iterdir()) == before
