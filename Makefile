@@ -18,7 +18,8 @@ test: .venv/installed
 toy-seeds: .venv/installed
 	for seed in 1 2 3; do SEED=$$seed ./hello_world.sh || exit 1; done
 	$(PY) eval/hello_report.py --chains toy_small_seed1 toy_small_seed2 toy_small_seed3 \
-	    --raw_dirs data/toy_small_seed1_raw data/toy_small_seed2_raw data/toy_small_seed3_raw --name toy_seeds
+	    --raw_dirs data/toy_small_seed1_raw data/toy_small_seed2_raw data/toy_small_seed3_raw \
+	    --name toy_seeds --output_dir docs/images
 
 lint: .venv/installed
 	$(PY) -m ruff check .

@@ -8,6 +8,8 @@ import torch
 from conftest import launch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from summarize_from_feedback_details.ppo_left_padding import choose_precision
+
 LOAD = {
     "sft": AutoModelForCausalLM,
     "reward": AutoModelForSequenceClassification,
@@ -56,3 +58,20 @@ def test_the_same_on_two_processes_and_under_deepspeed(world, workdir, stage):
         for column in metrics["one"]:
             if not column.startswith(("time/", "memory/")):
                 pandas.testing.assert_series_equal(metrics[name][column], metrics["one"][column], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deepspeed", [False, True])
+def test_bf16(world, workdir, deepspeed):
+    """The code path of GPUs, small: bf16 weights with float32 masters under DeepSpeed, autocast without."""
+    if choose_precision("auto") != "bf16":
+        pytest.skip("this CPU does not multiply in bf16")
+    launched = {"world_size": 2, "deepspeed": True, "local_micro_batch_size": 2} if deepspeed else {}
+    args = replace(world.ppo_args(workdir / "bf16", lr=1e-4), precision="bf16", **launched)
+    done = launch("ppo_left_padding", args, workdir, 1 + deepspeed, deepspeed)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "precision bf16" in done.stdout and "WARNING: update" not in done.stdout
+    metrics = pandas.read_json("runs/bf16/metrics.jsonl", lines=True)
+    # old log-probabilities come from the same forward pass as the new ones: the ratio is 1 but for batch shapes
+    assert metrics["policy/first_pass_ratio_error"][0] < 0.1 and abs(metrics["objective/kl"][0]) < 0.05
+    assert metrics["loss/value"].dropna().gt(0).all()
