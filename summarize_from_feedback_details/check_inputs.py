@@ -34,8 +34,8 @@ def _reason(error: Exception) -> str:
 def check_sizes(args: Any, positive: tuple[str, ...] = (), at_least_zero: tuple[str, ...] = ()) -> None:
     """Refuse arguments that are not positive (or not at least zero); None passes. `ppo.lam` style names work."""
     for names, ok, expected in (
-        (positive, lambda v: v > 0, "more than 0"),
-        (at_least_zero, lambda v: v >= 0, "at least 0"),
+        (positive, lambda v: math.isfinite(v) and v > 0, "more than 0"),
+        (at_least_zero, lambda v: math.isfinite(v) and v >= 0, "at least 0"),
     ):
         for name in names:
             value = args
@@ -77,15 +77,15 @@ def load_rows(argument: str, path: str, revision: str | None, kind: str, columns
     finally:
         if shown:
             datasets.enable_progress_bars()
-    for split in splits:
-        if split not in found:
-            refuse(argument, f"'{path}' with the splits {', '.join(found)}", f"a split '{split}'")
     other = {"sft": ("query_chosen_token", "comparisons", "SFT rows"),
              "comparisons": ("query_reference_response_token", "SFT rows", "comparisons")}[kind]  # fmt: skip
-    first = found[splits[0]]
+    first = next(iter(found.values()))
     missing = [c for c in columns if c not in first.column_names]
     if missing and other[0] in first.column_names:
         refuse(argument, f"'{path}', which holds {other[1]}", other[2])
+    for split in splits:
+        if split not in found:
+            refuse(argument, f"'{path}' with the splits {', '.join(found)}", f"a split '{split}'")
     for split, rows in found.items():
         missing = [c for c in columns if c not in rows.column_names]
         if missing:

@@ -1,0 +1,294 @@
+"""Bad input is refused before any model is loaded: one line that names the argument, exit code 2, nothing written."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import pytest
+from conftest import OFFLINE, STAGES
+from transformers import AutoTokenizer
+
+from summarize_from_feedback_details import ppo_left_padding, reward, sft
+from summarize_from_feedback_details.ppo_left_padding import PpoHParams
+from summarize_from_feedback_details.run_folder import refuse_dropped
+
+MODULES = {"sft": sft, "reward": reward, "ppo": ppo_left_padding}
+ROWS = "query_reference_response_token"  # a token column that SFT and the reward model read
+
+
+def rewrite(source: str, folder: Path, change, drop: str | None = None) -> str:
+    """A few rows of a tokenised dataset with `change(split, row)` applied, or without a split."""
+    for split, rows in datasets.load_dataset(source).items():
+        if split == drop:
+            continue
+        rows = [change(split, dict(row)) for row in rows.select(range(4))]
+        nested = ("info", "summaries", "extra")  # their nulls would get other types in each split
+        rows = [{k: v for k, v in row.items() if k not in nested} for row in rows if row is not None]
+        kept = datasets.Dataset.from_list(rows) if rows else datasets.load_dataset(source)[split].select([])
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        kept.to_parquet(folder / f"data/{split}-00000-of-00001.parquet")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def bad(world, tmp_path_factory):
+    """Everything that can be wrong with a folder, made once."""
+    root, found = tmp_path_factory.mktemp("bad"), {}
+
+    def column(name, value):
+        return lambda split, row: row | {name: value(row[name])}
+
+    for kind, source, token in (("sft", world.sft_rows, "query_token"), ("pairs", world.pairs, "query_chosen_token")):
+        make = lambda name, change, drop=None, s=source, k=kind: found.__setitem__(
+            f"{k}_{name}", rewrite(s, root / f"{k}_{name}", change, drop)
+        )
+        make("no_column", lambda split, row, t=token: {k: v for k, v in row.items() if k != t})
+        make("empty_split", lambda split, row: None if split == "train" else row)
+        make("no_split", lambda split, row: row, "validation")
+        make("strings", column(token, lambda v: [str(i) for i in v]))
+        counter = iter(range(100))
+        make("ragged", column(token, lambda v: v + [1] * (next(counter) % 2)))
+        make("large_ids", column(token, lambda v: v[:-1] + [10**6]))
+        make("negative_ids", column(token, lambda v: v[:-1] + [-7]))
+        make("other_vocabulary", column("query_token", lambda v: [(i + 5) % 300 for i in v]))
+    (root / "empty").mkdir()
+    found["empty"] = str(root / "empty")
+    (root / "file").write_text("x")
+    found["file"] = str(root / "file")
+    (root / "full").mkdir()
+    (root / "full/notes.txt").write_text("x")
+    found["full"] = str(root / "full")
+    for name, source in (("sft", world.sft), ("reward", world.reward)):
+        for fault in ("no_config", "garbage", "torn", "zeros", "shard", "vocabulary", "tokenizer"):
+            folder = root / f"{name}_{fault}"
+            shutil.copytree(source, folder)
+            weights, config = folder / "model.safetensors", folder / "config.json"
+            if fault == "no_config":
+                config.unlink()
+            elif fault == "garbage":
+                config.write_text("{not json")
+            elif fault == "torn":
+                weights.write_bytes(weights.read_bytes()[:-1000])
+            elif fault == "zeros":
+                weights.write_bytes(bytes(weights.stat().st_size))
+            elif fault == "shard":
+                weights.unlink()
+                index = {"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}
+                (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+            elif fault == "vocabulary":
+                config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": 77}))
+            elif fault == "tokenizer":
+                tokenizer = AutoTokenizer.from_pretrained(source)
+                tokenizer.add_tokens(["zebra"])
+                tokenizer.save_pretrained(folder)
+            found[f"{name}_{fault}"] = str(folder)
+    return found
+
+
+def dataset_cases(stage: str, argument: str, kind: str):
+    other = "sft_rows" if kind == "pairs" else "pairs"
+    expected = {
+        "no_column": "column", "empty_split": "empty", "strings": "whole numbers", "ragged": "one length",
+        "large_ids": "1000000", "negative_ids": "-7", "other_vocabulary": "does not decode",
+    }  # fmt: skip
+    yield stage, argument, lambda w, b: "no/such/folder", "does not exist"
+    yield stage, argument, lambda w, b: "nobody/nothing", "offline"
+    yield stage, argument, lambda w, b: b["empty"], "empty folder"
+    yield stage, argument, lambda w, b: b["file"], "which is a file"
+    yield stage, argument, lambda w, b: getattr(w, other), "holds"
+    for name, words in expected.items():
+        # the reward model reads the joined tokens of SFT rows, not query_token
+        if not (stage == "reward" and kind == "sft" and name in ("strings", "ragged", "large_ids", "negative_ids")):
+            yield stage, argument, lambda w, b, n=name: b[f"{kind}_{n}"], words
+    if not (stage == "reward" and kind == "sft"):
+        yield stage, argument, lambda w, b: b[f"{kind}_no_split"], "validation"
+
+
+def checkpoint_cases(stage: str, argument: str, kind: str):
+    yield stage, argument, lambda w, b: "no/such/folder", "does not exist"
+    yield stage, argument, lambda w, b: "nobody/nothing", "offline"
+    yield stage, argument, lambda w, b: b["empty"], "empty folder"
+    yield stage, argument, lambda w, b: b["file"], "which is a file"
+    yield stage, argument, lambda w, b: w.sft if kind == "reward" else w.reward, "found"
+    expected = {
+        "no_config": "config.json",
+        "garbage": "config.json",
+        "torn": "torn",
+        "zeros": "torn",
+        "shard": "without",
+    }
+    if argument != "base_model":
+        expected |= {"vocabulary": "vocabulary of 77", "tokenizer": "another tokenizer"}
+    for fault, words in expected.items():
+        yield stage, argument, lambda w, b, f=fault: b[f"{kind}_{f}"], words
+
+
+def value_cases():
+    for stage in MODULES:
+        for name in ("eps", "local_micro_batch_size", "batch_size", "total_episodes", "num_updates", "local_eval_batch_size",
+                     "num_eval_rows", "max_grad_norm", "gradient_accumulation_steps"):  # fmt: skip
+            for value in (0, -1):
+                yield stage, name, value, "more than 0"
+        for name in ("lr", "weight_decay", "warm_up_steps", "eval_freq", "print_sample_output_freq"):
+            yield stage, name, -1, "at least 0"
+        for name in ("lr", "eps", "weight_decay"):
+            yield stage, name, math.nan, "found nan"
+        yield stage, "lr", math.inf, "found inf"
+        yield stage, "scheduler", "zigzag", "one of linear, cosine"
+        yield stage, "batch_size", 7, "multiple of"
+        yield stage, "micro_batch_size", 3, "expected 4"
+        yield stage, "local_batch_size", 12, "expected 8"
+        yield stage, "world_size", 2, "expected 1"
+        yield stage, "run_name", "a/b", "plain folder name"
+        yield stage, "output_dir", lambda w, b: b["full"], "another run's results"
+        yield stage, "output_dir", lambda w, b: b["file"], "which is a file"
+        yield stage, "output_dir", lambda w, b: b["file"] + "/below", "cannot be"
+        yield stage, "push_to_hub", True, "no hub login"
+        yield stage, "deepspeed", True, "a launch without DeepSpeed"
+    for stage in ("sft", "reward"):
+        yield stage, "total_episodes", 10**6, "at most"
+        yield stage, "num_updates", 1000, "32 episodes / 8"
+        yield stage, "num_train_epochs", 0, "more than 0"
+    yield "reward", "num_normalization_rows", 0, "more than 0"
+    for stage in ("sft", "ppo"):
+        yield stage, "response_length", 0, "more than 0"
+        yield stage, "truncate_token", "two words", "tokens"
+    yield "sft", "temperature", -0.1, "at least 0"
+    yield "sft", "query_loss_weight", -1.0, "at least 0"
+    yield "ppo", "temperature", 0.0, "more than 0"
+    yield "ppo", "eval_temperature", -1.0, "at least 0"
+    yield "ppo", "nminibatches", 0, "more than 0"
+    yield "ppo", "local_rollout_forward_batch_size", 0, "more than 0"
+    yield "ppo", "total_episodes", 7, "at least one batch"
+    for name, value in (("gamma", 1.1), ("gamma", -0.1), ("lam", 2.0), ("lam", math.nan), ("kl_coef", -1.0),
+                        ("vf_coef", -1.0), ("cliprange", 0.0), ("cliprange_value", -1.0), ("noptepochs", 0)):  # fmt: skip
+        yield "ppo", f"ppo.{name}", value, f"found {value}"
+
+
+CASES = [
+    *dataset_cases("sft", "query_dataset", "sft"),
+    *dataset_cases("reward", "label_dataset", "pairs"),
+    *dataset_cases("reward", "query_dataset", "sft"),
+    *dataset_cases("ppo", "query_dataset", "sft"),
+    *checkpoint_cases("sft", "base_model", "sft"),
+    *checkpoint_cases("reward", "sft_model_path", "sft"),
+    *checkpoint_cases("ppo", "sft_model_path", "sft"),
+    *checkpoint_cases("ppo", "reward_model_path", "reward"),
+    *value_cases(),
+]
+
+
+def listing(*folders: Path) -> list[str]:
+    return sorted(str(p) for folder in folders for p in folder.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    "stage, argument, value, words",
+    CASES,
+    ids=[f"{i}-{stage}-{argument}" for i, (stage, argument, _, _) in enumerate(CASES)],
+)
+def test_refused(stage, argument, value, words, world, bad, workdir, monkeypatch, capsys):
+    module = MODULES[stage]
+
+    def loaded(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    for name in ("AutoModelForCausalLM", "AutoModelForSequenceClassification"):
+        if hasattr(module, name):
+            monkeypatch.setattr(getattr(module, name), "from_pretrained", loaded)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    args = getattr(world, f"{stage}_args")(workdir / "model")
+    if stage != "ppo":
+        args = replace(args, num_train_epochs=1)
+    value = value(world, bad) if callable(value) else value
+    if argument.startswith("ppo."):
+        args = replace(args, ppo=replace(PpoHParams(), **{argument.removeprefix("ppo."): value}))
+    else:
+        args = replace(args, **{argument: value})
+    before = listing(workdir, world.folder)
+    with pytest.raises(SystemExit) as stopped:
+        module.main(args)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2
+    assert len(lines) == 1 and lines[0].startswith(f"error: --{argument}: found ") and "; expected " in lines[0], lines
+    assert words in lines[0], lines
+    assert listing(workdir, world.folder) == before
+
+
+def test_a_finished_or_different_run_is_not_overwritten(world, workdir, capsys):
+    args = world.sft_args(workdir / "model", total_episodes=8, run_eval=False)
+    sft.main(replace(args))
+    metrics = (workdir / "runs/model/metrics.jsonl").read_bytes()
+    for change, words in (({}, "a finished run"), ({"output_dir": str(workdir / "b"), "lr": 0.5}, "a finished run")):
+        args_again = replace(args, **({"output_dir": str(workdir / "b")} | change))
+        with pytest.raises(SystemExit) as stopped:
+            sft.main(args_again)
+        assert stopped.value.code == 2 and words in capsys.readouterr().err
+    summary = workdir / "runs/model/summary.json"
+    summary.write_text(summary.read_text().replace('"finished"', '"running"'))  # as a killed run leaves it
+    with pytest.raises(SystemExit):
+        sft.main(replace(args, output_dir=str(workdir / "b"), lr=0.5))
+    error = capsys.readouterr().err
+    assert "lr (0.001 there, 0.5 now)" in error and "output_dir" in error
+    assert (workdir / "runs/model/metrics.jsonl").read_bytes() == metrics and not (workdir / "b").exists()
+
+
+def test_two_processes_do_not_share_a_run(world, workdir, capsys):
+    """The second is refused while the first goes on; its files are not touched."""
+    import fcntl
+
+    args = world.sft_args(workdir / "model", total_episodes=8, run_eval=False)
+    sft.main(replace(args))
+    shutil.rmtree(workdir / "model")
+    summary = workdir / "runs/model/summary.json"
+    summary.write_text(summary.read_text().replace('"finished"', '"running"'))
+    with open(workdir / "runs/model/lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit):
+            sft.main(replace(args))
+    assert "still goes on" in capsys.readouterr().err and summary.exists()
+
+
+@pytest.mark.parametrize("stage", MODULES)
+def test_dropped_arguments_say_what_to_use(stage, capsys):
+    dropped = MODULES[stage].DROPPED
+    assert {"cuda", "load_from_cache_file"} <= set(dropped)
+    for name, instead in dropped.items():
+        for spelling in (f"--{name}", f"--{name.replace('_', '-')}=1", f"--no-{name}"):
+            with pytest.raises(SystemExit) as stopped:
+                refuse_dropped(["--lr", "1", spelling], dropped)
+            assert stopped.value.code == 2
+            assert instead in capsys.readouterr().err
+    refuse_dropped(["--lr", "1", "--seed=3"], dropped)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["sft.py", "--cuda"],
+        ["sft.py", "--base_model", "nobody/nothing"],
+        ["reward.py", "--label_dataset", "no/such/folder", "--base_model", "nobody/nothing"],
+        ["ppo_left_padding.py", "--ppo.lam", "3"],
+    ],
+)
+def test_a_command_line_ends_in_one_line(command, tmp_path):
+    done = subprocess.run([sys.executable, str(STAGES / command[0]), *command[1:]], cwd=tmp_path, env=os.environ | OFFLINE,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: --") and done.stderr.count("\n") == 1, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_argument(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(STAGES / "sft.py"), "--no_such_thing", "1"], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "no_such_thing" in done.stderr + done.stdout
