@@ -123,6 +123,8 @@ def draw_curves(runs_by_chain: dict[str, dict], path: Path) -> None:
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("update")
         axis.grid(alpha=0.3)
+        if "share" in title:
+            axis.set_ylim(0, 1.05)
     axes.flat[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -131,8 +131,10 @@ def checkpoint_cases(stage: str, argument: str, kind: str):
 
 def value_cases():
     for stage in MODULES:
-        for name in ("eps", "local_micro_batch_size", "batch_size", "total_episodes", "num_updates", "local_eval_batch_size",
-                     "num_eval_rows", "max_grad_norm", "gradient_accumulation_steps"):  # fmt: skip
+        positive = (
+            "eps local_micro_batch_size batch_size total_episodes num_updates local_eval_batch_size num_eval_rows"
+        )
+        for name in f"{positive} max_grad_norm gradient_accumulation_steps".split():
             for value in (0, -1):
                 yield stage, name, value, "more than 0"
         for name in ("lr", "weight_decay", "warm_up_steps", "eval_freq", "print_sample_output_freq"):
@@ -166,8 +168,9 @@ def value_cases():
     yield "ppo", "nminibatches", 0, "more than 0"
     yield "ppo", "local_rollout_forward_batch_size", 0, "more than 0"
     yield "ppo", "total_episodes", 7, "at least one batch"
-    for name, value in (("gamma", 1.1), ("gamma", -0.1), ("lam", 2.0), ("lam", math.nan), ("kl_coef", -1.0),
-                        ("vf_coef", -1.0), ("cliprange", 0.0), ("cliprange_value", -1.0), ("noptepochs", 0)):  # fmt: skip
+    rates = (("gamma", 1.1), ("gamma", -0.1), ("lam", 2.0), ("lam", math.nan))
+    others = (("kl_coef", -1.0), ("vf_coef", -1.0), ("cliprange", 0.0), ("cliprange_value", -1.0), ("noptepochs", 0))
+    for name, value in rates + others:
         yield "ppo", f"ppo.{name}", value, f"found {value}"
 
 
@@ -280,8 +283,8 @@ def test_dropped_arguments_say_what_to_use(stage, capsys):
     ],
 )
 def test_a_command_line_ends_in_one_line(command, tmp_path):
-    done = subprocess.run([sys.executable, str(STAGES / command[0]), *command[1:]], cwd=tmp_path, env=os.environ | OFFLINE,
-                          capture_output=True, text=True)  # fmt: skip
+    command = [sys.executable, str(STAGES / command[0]), *command[1:]]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | OFFLINE, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: --") and done.stderr.count("\n") == 1, done.stderr
     assert not list(tmp_path.iterdir())
