@@ -32,7 +32,7 @@ def test_named_functions_exist():
 
 
 def test_named_files_exist():
-    for path in re.findall(r"`((?:tests|eval|docs|summarize_from_feedback_details)/[\w./]*)`", README):
+    for path in re.findall(r"`((?:tests|eval|docs|summarize_from_feedback_details)/[\w./]*\.\w+)`", README):
         assert (ROOT / path).exists(), path
     for path in re.findall(r"\]\(([\w/.]+)\)", README):
         assert (ROOT / path).exists(), path

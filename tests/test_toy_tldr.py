@@ -12,6 +12,7 @@ from statistics import mean
 
 import pytest
 import torch
+from conftest import SHARED
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -129,7 +130,7 @@ def test_sft_schema(world):
 
 def test_comparison_schema_and_conventions(world):
     folder, _ = world
-    real = read(Path("/work/shared/tldr/comparisons/train.jsonl"))[0] if Path("/work/shared/tldr").is_dir() else None
+    real = read(SHARED / "tldr/comparisons/train.jsonl")[0] if SHARED.is_dir() else None
     train, validation = (read(folder / "data" / "comparisons" / f"{s}.jsonl") for s in ("train", "validation"))
     for row in train + validation:
         assert list(row) == ["info", "summaries", "choice", "worker", "batch", "split", "extra"]
