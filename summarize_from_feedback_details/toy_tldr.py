@@ -41,7 +41,7 @@ from summarize_from_feedback_details.run_folder import atomic_folder, refuse, re
 
 # ----------------------------------------------------------------------------------------------------------- lengths
 # Tokens, EOS included: what to pass to `tldr_dataset.py` and to the stages. Every row fits; `main` checks it.
-QUERY_LENGTH = 56  # TL;DR queries (mean 36)
+QUERY_LENGTH = 56  # TL;DR queries (mean 33)
 RESPONSE_LENGTH = 24  # reference summaries, and what a policy may generate (mean 10)
 SFT_QUERY_RESPONSE_LENGTH = 80
 RM_RESPONSE_LENGTH = 32  # either summary of a comparison
