@@ -27,7 +27,7 @@ def _reason(error: Exception) -> str:
     chain, names = error, ""
     while chain is not None:
         names, chain = names + type(chain).__name__ + str(chain), chain.__cause__ or chain.__context__
-    offline = any(w in names for w in ("Connect", "Offline", "resolve", "Max retries", "couldn't connect"))
+    offline = any(w in names for w in ("Connect", "Offline", "Max retries", "couldn't connect", "name resolution"))
     return f"the hub cannot be reached (offline): {text}" if offline else text
 
 
@@ -291,7 +291,7 @@ def check_batch_sizes(args, world_size: int, default_batch_size: int) -> None:
 
 def check_scheduler(args) -> None:
     """Refuse a learning rate schedule that transformers does not know, or that needs more than a name."""
-    known = ["linear", "cosine", "constant", "constant_with_warmup", "polynomial"]
+    known = ["linear", "cosine", "constant", "constant_with_warmup"]
     if args.scheduler not in known:
         refuse("scheduler", args.scheduler, f"one of {', '.join(known)}")
 
@@ -314,7 +314,7 @@ def find_stop_id(truncate_token: str, tokenizer) -> int:
     """Id of the token that ends a response: `eos`, or a text that is one token."""
     if truncate_token == "eos":
         return tokenizer.eos_token_id
-    ids = tokenizer.encode(truncate_token)
+    ids = tokenizer.encode(truncate_token, add_special_tokens=False)
     if len(ids) != 1:
         refuse("truncate_token", f"{truncate_token!r}, which is {len(ids)} tokens", "`eos` or the text of one token")
     return ids[0]

@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from rich.table import Table
 from transformers import (
     AutoConfig,
@@ -140,7 +140,7 @@ class Args:
     optimizer: Literal["adam", "adamw"] = "adamw"
     """optimiser"""
     scheduler: str = "linear"
-    """learning rate schedule over all updates: linear, cosine, polynomial (to 0), constant, constant_with_warmup"""
+    """learning rate schedule over all updates: linear, cosine (to 0), constant, constant_with_warmup"""
     warm_up_steps: int = 0
     """updates of linear warm-up"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -270,7 +270,7 @@ def choose_precision(wanted: str) -> str:
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if wanted == "bf16" and not native:
+    if wanted == "bf16" and not native and os.environ.get("RANK", "0") == "0":
         times = []
         for dtype in (torch.float32, torch.bfloat16):
             x = torch.ones(128, 128, dtype=dtype)
@@ -294,7 +294,7 @@ def make_accelerator(args) -> Accelerator:
         refuse("deepspeed", "a launch without DeepSpeed", "`accelerate launch --config_file deepspeed.yaml`")
     if plugin is not None:
         if plugin.zero_stage == 3:
-            refuse("deepspeed", "ZeRO stage 3", "stage 0, 1 or 2: sampling needs whole weights")
+            refuse("deepspeed", "ZeRO stage 3", "stage 0, 1 or 2")
         # the loops accumulate by hand, so that a short last batch is scaled right
         plugin.deepspeed_config["gradient_accumulation_steps"] = 1
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.local_micro_batch_size
@@ -402,13 +402,10 @@ def disable_dropout(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    for name in ("attention_dropout", "hidden_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "dropout"):
-        if isinstance(getattr(model.config, name, None), float):
-            setattr(model.config, name, 0.0)
-    for module in model.modules():  # some attention layers keep the probability as a number
-        for name in ("attention_dropout", "dropout_prob"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+    # configurations, and the layers of some architectures, keep probabilities as numbers (OPT: `dropout`, `layerdrop`)
+    for keeper in (model.config, *model.modules()):
+        for name in [k for k, v in vars(keeper).items() if "drop" in k and isinstance(v, float)]:
+            setattr(keeper, name, 0.0)
 
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -475,9 +472,8 @@ def sample_responses(model, queries, noise, pad_id, stop_id, response_length, te
                 exponential = torch.empty(logits.shape[1], device=logits.device).exponential_(generator=noise[i])
                 allowed[i] -= exponential.log()
         drawn = allowed.argmax(-1)  # [B]
-        responses[:, t] = torch.where(alive, drawn, responses[:, t])
-        drawn_logprobs = logits.log_softmax(-1).gather(1, drawn[:, None])[:, 0]
-        logprobs[:, t] = torch.where(alive, drawn_logprobs, logprobs[:, t])
+        responses[:, t] = drawn
+        logprobs[:, t] = logits.log_softmax(-1).gather(1, drawn[:, None])[:, 0]
         # tokens after EOS influence nothing that is kept: sampling may stop there
         alive &= drawn != stop_id
         if not alive.any():
@@ -485,7 +481,8 @@ def sample_responses(model, queries, noise, pad_id, stop_id, response_length, te
         tokens = drawn[:, None]
         mask = torch.cat([mask, mask.new_ones(B, 1)], dim=1)
         positions = positions[:, -1:] + 1
-    return responses, logprobs
+    responses = truncate_response(responses, stop_id, pad_id)
+    return responses, logprobs.masked_fill(responses == pad_id, INVALID_LOGPROB)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -917,6 +914,12 @@ def check_args(args: Args):
     check_ppo_batch_sizes(args, int(os.environ.get("WORLD_SIZE", 1)))
     refuse_unwritable("output_dir", args.output_dir)
     check_push(args)
+    # the default revision belongs to the default model
+    if args.sft_model_path != Args.sft_model_path and args.sft_model_revision == Args.sft_model_revision:
+        args.sft_model_revision = None
+    # the default revision belongs to the default model
+    if args.reward_model_path != Args.reward_model_path and args.reward_model_revision == Args.reward_model_revision:
+        args.reward_model_revision = None
     base = find_model("base_model", args.base_model, args.base_model_revision, "policy")
     sft = find_model("sft_model_path", args.sft_model_path, args.sft_model_revision, "policy")
     check_same_vocabulary("sft_model_path", args.sft_model_path, sft, "base_model", args.base_model, base)
@@ -945,6 +948,7 @@ def main(args: Args) -> dict[str, float]:
     args.run_name = args.run_name or f"{args.exp_name}__{args.seed}__{stamp}"
     tokenizer, dataset, stop_id = check_args(args)
     accelerator = make_accelerator(args)
+    args.run_name = broadcast_object_list([args.run_name])[0]  # the time in it may differ between processes
     is_main, device, pad_id = accelerator.is_main_process, accelerator.device, tokenizer.pad_token_id
     rank, world_size = accelerator.process_index, args.world_size
     ids = (pad_id, stop_id, len(tokenizer))
@@ -1061,6 +1065,7 @@ def main(args: Args) -> dict[str, float]:
                         mb = mini_batch[part]
                         columns = {name: column[mb].cpu() for name, column in adv._asdict().items()}
                         columns |= {"responses": rollout.responses[mb].cpu(), "queries": [queries[j] for j in mb]}
+                        columns["query_rows"] = order[episodes[mb]]
                         run.stop_on_bad_numbers(update, what, columns)
 
                     parts = deal([total_lengths[j] for j in mini_batch], args.local_micro_batch_size, rank, world_size)

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from rich.table import Table
 from transformers import AutoModelForSequenceClassification, get_scheduler
 
@@ -110,7 +110,7 @@ class Args:
     optimizer: Literal["adam", "adamw"] = "adamw"
     """optimiser"""
     scheduler: str = "cosine"
-    """learning rate schedule, over all updates: linear, cosine, polynomial (to 0), constant, constant_with_warmup"""
+    """learning rate schedule, over all updates: linear, cosine (to 0), constant, constant_with_warmup"""
     warm_up_steps: int = 0
     """updates of linear warm-up"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -183,7 +183,7 @@ def choose_precision(wanted: str) -> str:
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if wanted == "bf16" and not native:
+    if wanted == "bf16" and not native and os.environ.get("RANK", "0") == "0":
         times = []
         for dtype in (torch.float32, torch.bfloat16):
             x = torch.ones(128, 128, dtype=dtype)
@@ -207,7 +207,7 @@ def make_accelerator(args) -> Accelerator:
         refuse("deepspeed", "a launch without DeepSpeed", "`accelerate launch --config_file deepspeed.yaml`")
     if plugin is not None:
         if plugin.zero_stage == 3:
-            refuse("deepspeed", "ZeRO stage 3", "stage 0, 1 or 2: sampling needs whole weights")
+            refuse("deepspeed", "ZeRO stage 3", "stage 0, 1 or 2")
         # the loops accumulate by hand, so that a short last batch is scaled right
         plugin.deepspeed_config["gradient_accumulation_steps"] = 1
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.local_micro_batch_size
@@ -301,13 +301,10 @@ def disable_dropout(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    for name in ("attention_dropout", "hidden_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "dropout"):
-        if isinstance(getattr(model.config, name, None), float):
-            setattr(model.config, name, 0.0)
-    for module in model.modules():  # some attention layers keep the probability as a number
-        for name in ("attention_dropout", "dropout_prob"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+    # configurations, and the layers of some architectures, keep probabilities as numbers (OPT: `dropout`, `layerdrop`)
+    for keeper in (model.config, *model.modules()):
+        for name in [k for k, v in vars(keeper).items() if "drop" in k and isinstance(v, float)]:
+            setattr(keeper, name, 0.0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -398,11 +395,14 @@ def pair_rewards(model, pairs, pad_id: int, device, shared_prefix: bool, dtype=t
 
 
 @torch.no_grad()
-def prefix_can_be_shared(model, pairs, pad_id: int, device, dtype) -> bool:
-    """Whether this architecture gives the same rewards with the prefix read once; tried on a few pairs."""
+def prefix_can_be_shared(model, pairs, pad_id: int, device, dtype, exact: bool = True) -> bool:
+    """Whether this architecture gives the same rewards with the prefix read once; tried on a few pairs.
+
+    `exact`: everything is computed in float32; bf16 has a wider tolerance.
+    """
     shared = torch.cat(pair_rewards(model, pairs, pad_id, device, True, dtype))
     apart = torch.cat(pair_rewards(model, pairs, pad_id, device, False, dtype))
-    return torch.allclose(shared, apart, rtol=0, atol=1e-3 if dtype == torch.float32 else 0.2)
+    return torch.allclose(shared, apart, rtol=0, atol=1e-3 if exact else 0.2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -492,6 +492,9 @@ def check_args(args: Args):
     check_batch_sizes(args, int(os.environ.get("WORLD_SIZE", 1)), default_batch_size=64)
     refuse_unwritable("output_dir", args.output_dir)
     check_push(args)
+    # the default revision belongs to the default model
+    if args.sft_model_path != Args.sft_model_path and args.sft_model_revision == Args.sft_model_revision:
+        args.sft_model_revision = None
     base = find_model("base_model", args.base_model, args.base_model_revision, "policy")
     sft = find_model("sft_model_path", args.sft_model_path, args.sft_model_revision, "policy")
     check_same_vocabulary("sft_model_path", args.sft_model_path, sft, "base_model", args.base_model, base)
@@ -521,6 +524,7 @@ def main(args: Args) -> dict[str, float]:
     args.run_name = args.run_name or f"{args.exp_name}__{args.seed}__{stamp}"
     tokenizer, dataset, sft_dataset = check_args(args)
     accelerator = make_accelerator(args)
+    args.run_name = broadcast_object_list([args.run_name])[0]  # the time in it may differ between processes
     is_main, device, pad_id = accelerator.is_main_process, accelerator.device, tokenizer.pad_token_id
     train = dataset["train"].with_format("numpy", columns=["query_chosen_token", "query_rejected_token"])
     if is_main:
@@ -558,7 +562,8 @@ def main(args: Args) -> dict[str, float]:
         if shared:
             with accelerator.autocast():
                 some = read_pairs(train[: min(4, len(train))], pad_id)
-                shared = prefix_can_be_shared(accelerator.unwrap_model(model), some, pad_id, device, dtype)
+                exact = accelerator.mixed_precision == "no"
+                shared = prefix_can_be_shared(accelerator.unwrap_model(model), some, pad_id, device, dtype, exact)
             if is_main:
                 how = "read once for each pair" if shared else "read twice: this architecture scores differently else"
                 print(f"the prefix that chosen and rejected share is {how}", flush=True)

@@ -93,7 +93,7 @@ def atomic_folder(path: str) -> Iterator[Path]:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of one."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     partial.write_text(json.dumps(content, indent=2, default=str) + "\n")
     partial.replace(path)
 
@@ -217,7 +217,8 @@ class RunFolder:
             if self.wandb is not None:
                 import wandb
 
-                self.wandb.log({f"tables/{name}": wandb.Table(dataframe=frame)})
+                # part of the present step: without `commit=False` the step would run ahead of `log`
+                self.wandb.log({f"tables/{name}": wandb.Table(dataframe=frame)}, commit=False)
         return path
 
     def stop_on_bad_numbers(self, update: int, what: str, batch: dict[str, Any]) -> NoReturn:
@@ -244,6 +245,8 @@ class RunFolder:
 
     def __exit__(self, kind, error, traceback) -> None:
         if not self.is_main:
+            if kind is not None and self.path.is_dir():  # the launcher will end rank 0, which then writes nothing
+                self._write_summary("failed", f"rank {os.environ.get('RANK')}: {kind.__name__}: {error}")
             return
         self._write_summary("failed" if kind else "finished", f"{kind.__name__}: {error}" if kind else None)
         self.tensorboard.close()

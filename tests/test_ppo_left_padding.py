@@ -450,20 +450,19 @@ def test_padding_changes_nothing(name):
             )
 
 
-def test_dropout_is_off():
-    config = tiny_config("gpt2")
-    config.attn_pdrop = config.resid_pdrop = config.embd_pdrop = 0.5
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_dropout_is_off(name):
+    """Every probability of a configuration at a half: noisy before, the same output twice after."""
+    config = tiny_config(name)
+    dropouts = [k for k, v in vars(config).items() if "drop" in k and isinstance(v, int | float)]
+    for key in dropouts:
+        setattr(config, key, 0.5)
     model = AutoModelForCausalLM.from_config(config).train()
     tokens = torch.tensor([[1, 2, 3]])
-    assert not torch.equal(model(tokens).logits, model(tokens).logits)
+    assert dropouts
+    assert not all(torch.equal(model(tokens).logits, model(tokens).logits) for _ in range(5))
     ppo.disable_dropout(model)
-    assert torch.equal(model(tokens).logits, model(tokens).logits)
-    config = tiny_config("gpt_neox")
-    config.attention_dropout = config.hidden_dropout = 0.5
-    model = AutoModelForCausalLM.from_config(config).train()
-    assert not torch.equal(model(tokens).logits, model(tokens).logits)
-    ppo.disable_dropout(model)
-    assert torch.equal(model(tokens).logits, model(tokens).logits)
+    assert all(torch.equal(model(tokens).logits, model(tokens).logits) for _ in range(5))
 
 
 # -------------------------------------------------------------------------------------------- checkpoints of others
@@ -547,7 +546,9 @@ def test_every_argument_of_ppo_changes_something(world, workdir):
     """Settings of the algorithm reach the weights: each of these gives other weights than the default."""
     base = {"num_updates": 1, "run_eval": False, "max_grad_norm": 1.0}
     changes = {
-        "default": {}, "kl": {"ppo": PpoHParams(kl_coef=5.0, cliprange=1e-3)}, "vf": {"ppo": PpoHParams(vf_coef=10.0)},
+        "default": {}, "kl": {"ppo": PpoHParams(kl_coef=5.0)},
+        "gamma": {"ppo": PpoHParams(gamma=0.5)}, "cliprange": {"ppo": PpoHParams(cliprange=1e-3)},
+        "vf": {"ppo": PpoHParams(vf_coef=10.0)},
         "whiten": {"ppo": PpoHParams(whiten_rewards=True)}, "epochs": {"ppo": PpoHParams(noptepochs=1)},
         "mini": {"nminibatches": 2, "local_micro_batch_size": 2}, "temperature": {"temperature": 1.0},
         "penalty": {"penalty_reward_value": -9.0}, "lam": {"ppo": PpoHParams(lam=0.1)}, "seed": {"seed": 1},
@@ -587,6 +588,6 @@ def test_stops_on_numbers_that_are_not_finite(world, workdir):
     with pytest.raises(FloatingPointError, match="update 1 is not finite; the batch is saved as"):
         ppo.main(world.ppo_args(workdir / "policy", reward_model_path="bad"))
     saved = torch.load(next((workdir / "runs/policy").glob("bad_batch_update_1_*.pt")), weights_only=False)
-    assert len(saved["responses"]) == 4 and len(saved["query_rows"]) if "query_rows" in saved else True
+    assert len(saved["responses"]) == len(saved["query_rows"]) == len(saved["queries"]) == 4
     assert json.loads((workdir / "runs/policy/summary.json").read_text())["state"] == "failed"
     assert not (workdir / "policy").exists()
