@@ -22,13 +22,13 @@ from summarize_from_feedback_details.run_folder import print_table, refuse
 from summarize_from_feedback_details.toy_tldr import annotator_ceiling, blind_accuracy, gold_score
 
 STAGES = ("sft", "reward", "ppo")
-CURVES = {  # title of a panel: (stage, metric, label)
-    "SFT: loss": [("sft", "train/sft/loss", "train")],
-    "Reward model: accuracy": [("reward", "train/rm/accuracy", "train")],
-    "PPO: score of the reward model": [("ppo", "objective/scores", "score")],
-    "PPO: KL to the SFT policy (nats per response)": [("ppo", "objective/kl", "KL")],
-    "PPO: response length (tokens)": [("ppo", "objective/response_length", "length")],
-    "PPO: responses that end (share)": [("ppo", "objective/eos_rate", "EOS")],
+CURVES = {  # title of a panel: (stage, metric)
+    "SFT: loss": ("sft", "train/sft/loss"),
+    "Reward model: accuracy": ("reward", "train/rm/accuracy"),
+    "PPO: score of the reward model": ("ppo", "objective/scores"),
+    "PPO: KL to the SFT policy (nats per response)": ("ppo", "objective/kl"),
+    "PPO: response length (tokens)": ("ppo", "objective/response_length"),
+    "PPO: responses that end (share)": ("ppo", "objective/eos_rate"),
 }
 
 
@@ -112,14 +112,13 @@ def draw_curves(runs_by_chain: dict[str, dict], path: Path) -> None:
 
     figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), constrained_layout=True)
     colours = plt.get_cmap("viridis")(np.linspace(0.1, 0.85, len(runs_by_chain)))
-    for axis, (title, curves) in zip(axes.flat, CURVES.items()):
+    for axis, (title, (stage, metric)) in zip(axes.flat, CURVES.items()):
         for colour, (chain, runs) in zip(colours, runs_by_chain.items()):
-            for stage, metric, _ in curves:
-                metrics = runs[stage][1]
-                if metric in metrics:
-                    line = metrics[metrics[metric].notna() & (metrics["update"] > 0)]
-                    smooth = line[metric].rolling(max(1, len(line) // 25), min_periods=1).mean()
-                    axis.plot(line["update"], smooth, color=colour, label=chain)
+            metrics = runs[stage][1]
+            if metric in metrics:
+                line = metrics[metrics[metric].notna() & (metrics["update"] > 0)]
+                smooth = line[metric].rolling(max(1, len(line) // 25), min_periods=1).mean()
+                axis.plot(line["update"], smooth, color=colour, label=chain)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("update")
         axis.grid(alpha=0.3)

@@ -12,7 +12,7 @@ The paper's (add `--push_to_hub` to share it):
     python summarize_from_feedback_details/tldr_dataset.py --base_model EleutherAI/pythia-1b-deduped
 A laptop, from local folders, whose longest rows are not those of the full data:
     python summarize_from_feedback_details/tldr_dataset.py --base_model models/toy/small --sft_dataset data/toy/sft \
-        --preference_dataset data/toy/comparisons --no-check-length-correctness
+        --preference_dataset data/toy/comparisons --no-check-length-correctness --output_dir data/toy_tokenized
 
 Paper: Huang et al. 2024, section on dataset preprocessing; Stiennon et al. 2020, appendix on data.
 """

@@ -522,19 +522,17 @@ def test_main_writes_a_run_and_a_standard_checkpoint(world, workdir, capsys):
 
 
 def test_learns_what_is_rewarded(world, workdir):
-    """With a reward that only likes one token, that token becomes frequent."""
+    """All scores are 0, but -1 without EOS: an untrained policy learns to end its responses."""
     import shutil
 
-    shutil.copytree(world.reward, workdir / "likes")
+    shutil.copytree(world.reward, workdir / "flat")
     model, _ = load_reward_model(world.reward)
-    # whatever the response says: reward = length of what stands before EOS, through a trunk that cannot see it, is not
-    # possible; so the penalty teaches: responses without EOS get -1, all others 0
     model.score.weight.data.zero_()
     model.config.reward_bias = 0.0
-    model.save_pretrained(workdir / "likes")
+    model.save_pretrained(workdir / "flat")
     ppo.main(
         world.ppo_args(
-            workdir / "policy", sft_model_path=world.base, reward_model_path="likes", num_updates=12, batch_size=32,
+            workdir / "policy", sft_model_path=world.base, reward_model_path="flat", num_updates=12, batch_size=32,
             local_micro_batch_size=32, local_rollout_forward_batch_size=32, lr=3e-3, run_eval=False, temperature=1.0,
         )
     )  # fmt: skip
