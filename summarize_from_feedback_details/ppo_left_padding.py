@@ -124,7 +124,7 @@ class Args:
     run_eval: bool = True
     """evaluate on validation after training: a table of responses with their scores"""
     eval_freq: int = 0
-    """also evaluate every so many updates (0: only at the end)"""
+    """also evaluate every so many updates, a table of responses each (0: only at the end)"""
     num_eval_rows: int | None = None
     """rows of the validation split to evaluate on (default: the whole split)"""
 
@@ -213,6 +213,8 @@ class Args:
     # results
     output_dir: str = "models/ppo_policy"
     """folder of the trained policy"""
+    value_output_dir: str | None = None
+    """also keep the trained value network, in this folder: `visualize_tokens.py` shows its values"""
     push_to_hub: bool = False
     """also upload the policy"""
     hf_entity: str | None = None
@@ -913,6 +915,10 @@ def check_args(args: Args):
     check_scheduler(args)
     check_ppo_batch_sizes(args, int(os.environ.get("WORLD_SIZE", 1)))
     refuse_unwritable("output_dir", args.output_dir)
+    if args.value_output_dir is not None:
+        refuse_unwritable("value_output_dir", args.value_output_dir)
+        if Path(args.value_output_dir).resolve() == Path(args.output_dir).resolve():
+            refuse("value_output_dir", f"'{args.value_output_dir}', which is --output_dir", "another folder")
     check_push(args)
     # the default revision belongs to the default model
     if args.sft_model_path != Args.sft_model_path and args.sft_model_revision == Args.sft_model_revision:
@@ -987,6 +993,7 @@ def main(args: Args) -> dict[str, float]:
         model = PolicyAndValue(policy, value_model, reward_bias)
         # Detail: optimiser - AdamW, eps 1e-5, lr 3e-6 in all stages; weight decay 0.01 is torch's default
         make = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
+        run.parameters = sum(p.numel() for p in policy.parameters())
         optimizer = make(model.parameters(), lr=args.lr, eps=args.eps, weight_decay=args.weight_decay)
         # Detail: learning rate - linear to 0 over updates
         scheduler = get_scheduler(args.scheduler, optimizer, args.warm_up_steps, args.num_updates)
@@ -1088,7 +1095,9 @@ def main(args: Args) -> dict[str, float]:
             if is_main:
                 warn(update, metrics, exact=accelerator.mixed_precision == "no")
             if args.run_eval and args.eval_freq and update % args.eval_freq == 0 and update < args.num_updates:
-                metrics |= report(evaluate(validation, f"update {update}, validation"))
+                found = evaluate(validation, f"update {update}, validation")
+                run.table(f"validation_{update}", found)
+                metrics |= report(found)
             if args.print_sample_output_freq and update % args.print_sample_output_freq == 0:
                 found = evaluate(validation.select(range(min(len(validation), 2 * world_size))), "samples")
                 run.table(f"samples_{update}", found)
@@ -1107,7 +1116,10 @@ def main(args: Args) -> dict[str, float]:
             table = run.table("validation", found)
             run.log(args.num_updates + 1, report(found))
         policy.generation_config = GenerationConfig.from_model_config(policy.config)
-        save_model(accelerator, model, policy, tokenizer, args)
+        save_model(accelerator, model, policy, tokenizer, args.output_dir)
+        if args.value_output_dir:
+            value_model.config.reward_bias = float(whole.value_bias)
+            save_model(accelerator, model, value_model, tokenizer, args.value_output_dir)
         if is_main:
             shown = Table("PPO", "last value")
             for name in (*CLOSING_METRICS, *(k for k in final if k.startswith("eval/"))):

@@ -553,6 +553,7 @@ def main(args: Args) -> dict[str, float]:
         model = RewardModel(scorer)
         # Detail: optimiser - AdamW, eps 1e-5, lr 3e-6 in all stages; weight decay 0.01 is torch's default
         make = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
+        run.parameters = sum(p.numel() for p in model.parameters())
         optimizer = make(model.parameters(), lr=args.lr, eps=args.eps, weight_decay=args.weight_decay)
         scheduler = get_scheduler(args.scheduler, optimizer, args.warm_up_steps, args.num_updates)
         model, optimizer = accelerator.prepare(model, optimizer)
@@ -652,7 +653,7 @@ def main(args: Args) -> dict[str, float]:
         run.log(args.num_updates + 1, final)
         scorer.config.pad_token_id = pad_id  # where the plain class looks for the last real token
         scorer.config.id2label, scorer.config.label2id = {0: "reward"}, {"reward": 0}
-        save_model(accelerator, model, scorer, tokenizer, args)
+        save_model(accelerator, model, scorer, tokenizer, args.output_dir)
         if is_main:
             print_tables(table, before, after)
             print(f"reward model: {args.output_dir}\ntables: {run.path / 'tables'}\nrun:    {run.path}", flush=True)

@@ -5,7 +5,7 @@
         metrics.jsonl      one object per update: {"update": 1, "train/sft/loss": 3.2, ...}
         tensorboard/       the same numbers as TensorBoard events
         tables/*.parquet   sampled responses and evaluation results
-        summary.json       state (running | finished | failed), final metrics, wall clock, commit, versions
+        summary.json       state (running | finished | failed), final metrics, wall clock, size, commit, versions
 
 Nothing here knows about RLHF: this is the plumbing that the stage scripts would otherwise repeat at length.
 """
@@ -133,6 +133,7 @@ class RunFolder:
         self.path = Path(root) / args.run_name
         self.args, self.stage, self.is_main = args, stage, is_main
         self.start, self.metrics, self.wandb = time.time(), {}, None
+        self.parameters: int | None = None  # of the trained model, once it is there
 
     @staticmethod
     def refuse_taken(args: Any, root: str = "runs") -> None:
@@ -222,14 +223,14 @@ class RunFolder:
         return path
 
     def stop_on_bad_numbers(self, update: int, what: str, batch: dict[str, Any]) -> NoReturn:
-        """Save the offending batch and stop the run (every rank saves its own)."""
+        """Save the offending batch and stop the run: one line, exit code 1 (every rank saves its own)."""
         import torch
 
         rank = os.environ.get("RANK", "0")
         path = self.path / f"bad_batch_update_{update}_rank_{rank}.pt"
         self.path.mkdir(parents=True, exist_ok=True)
         torch.save(batch, path)
-        raise FloatingPointError(f"{what} at update {update} is not finite; the batch is saved as {path}")
+        raise SystemExit(f"error: {what} at update {update} is not finite; the batch is saved as {path}")
 
     def _write_summary(self, state: str, reason: str | None = None) -> None:
         content = {
@@ -237,6 +238,7 @@ class RunFolder:
             "run_name": self.args.run_name,
             "state": state,
             "wall_clock_seconds": round(time.time() - self.start, 1),
+            "parameters": self.parameters,
             "commit": _commit(),
             "versions": _versions(),
             "metrics": self.metrics,
@@ -248,7 +250,8 @@ class RunFolder:
             if kind is not None and self.path.is_dir():  # the launcher will end rank 0, which then writes nothing
                 self._write_summary("failed", f"rank {os.environ.get('RANK')}: {kind.__name__}: {error}")
             return
-        self._write_summary("failed" if kind else "finished", f"{kind.__name__}: {error}" if kind else None)
+        reason = str(error) if kind is SystemExit else f"{kind.__name__}: {error}" if kind else None
+        self._write_summary("failed" if kind else "finished", reason)
         self.tensorboard.close()
         if self.wandb is not None:
             self.wandb.finish(exit_code=1 if kind else 0)
@@ -295,7 +298,7 @@ def memory_gb(device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def save_model(accelerator, wrapped, model, tokenizer, args) -> None:
+def save_model(accelerator, wrapped, model, tokenizer, path: str) -> None:
     """Write a standard checkpoint: safetensors, config, tokenizer; loads with the plain Auto classes.
 
     Args:
@@ -307,7 +310,7 @@ def save_model(accelerator, wrapped, model, tokenizer, args) -> None:
     )
     state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     if accelerator.is_main_process:
-        with atomic_folder(args.output_dir) as folder:
+        with atomic_folder(path) as folder:
             model.save_pretrained(folder, state_dict=state)
             tokenizer.save_pretrained(folder)
     accelerator.wait_for_everyone()

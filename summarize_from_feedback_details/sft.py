@@ -550,6 +550,7 @@ def main(args: Args) -> dict[str, float]:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         # Detail: optimiser - AdamW, eps 1e-5, lr 3e-6 in all stages; weight decay 0.01 is torch's default
         make = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
+        run.parameters = sum(p.numel() for p in model.parameters())
         optimizer = make(model.parameters(), lr=args.lr, eps=args.eps, weight_decay=args.weight_decay)
         scheduler = get_scheduler(args.scheduler, optimizer, args.warm_up_steps, args.num_updates)
         model, optimizer = accelerator.prepare(model, optimizer)
@@ -638,7 +639,7 @@ def main(args: Args) -> dict[str, float]:
             run.log(args.num_updates + 1, final)
         whole = accelerator.unwrap_model(model)
         whole.generation_config = GenerationConfig.from_model_config(whole.config)
-        save_model(accelerator, model, whole, tokenizer, args)
+        save_model(accelerator, model, whole, tokenizer, args.output_dir)
         if is_main:
             print_table(shown)
             print(

@@ -448,7 +448,7 @@ def blind_accuracy(
 
 
 # ---------------------------------------------------------------------------------------------- tokenizer and models
-SIZES = {"small": (96, 3, 4), "medium": (144, 4, 4), "large": (192, 6, 6)}
+SIZES = {"tiny": (48, 2, 2), "small": (96, 3, 4), "medium": (144, 4, 4), "large": (192, 6, 6)}
 """Size -> hidden size, layers, heads."""
 
 

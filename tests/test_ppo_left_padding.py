@@ -583,9 +583,26 @@ def test_stops_on_numbers_that_are_not_finite(world, workdir):
     model.score.weight.data.fill_(math.nan)
     model.save_pretrained("bad")
     AutoTokenizer.from_pretrained(world.reward).save_pretrained("bad")
-    with pytest.raises(FloatingPointError, match="update 1 is not finite; the batch is saved as"):
+    with pytest.raises(SystemExit, match="update 1 is not finite; the batch is saved as"):
         ppo.main(world.ppo_args(workdir / "policy", reward_model_path="bad"))
     saved = torch.load(next((workdir / "runs/policy").glob("bad_batch_update_1_*.pt")), weights_only=False)
     assert len(saved["responses"]) == len(saved["query_rows"]) == len(saved["queries"]) == 4
     assert json.loads((workdir / "runs/policy/summary.json").read_text())["state"] == "failed"
     assert not (workdir / "policy").exists()
+
+
+def test_evaluations_on_the_way_and_the_value_network_are_kept(world, workdir):
+    args = world.ppo_args(workdir / "policy", num_updates=3, eval_freq=1, value_output_dir="value")
+    final = ppo.main(args)
+    tables = sorted(p.stem for p in (workdir / "runs/policy/tables").glob("*.parquet"))
+    assert tables == ["validation", "validation_1", "validation_2"]
+    assert len(pandas.read_parquet("runs/policy/tables/validation_1.parquet")) == args.num_eval_rows
+    # it loads as a reward model, and is no longer the one it started from
+    value, bias = load_reward_model("value")
+    start, start_bias = load_reward_model(world.reward)
+    moved = [not torch.equal(a, b) for a, b in zip(value.parameters(), start.parameters())]
+    assert any(moved) and bias != start_bias and abs(bias - start_bias) < 0.1
+    assert len(AutoTokenizer.from_pretrained("value")) == len(AutoTokenizer.from_pretrained("policy"))
+    summary = json.loads((workdir / "runs/policy/summary.json").read_text())
+    policy = AutoModelForCausalLM.from_pretrained("policy")
+    assert summary["parameters"] == sum(p.numel() for p in policy.parameters()) and math.isfinite(final["objective/kl"])

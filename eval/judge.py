@@ -1,0 +1,829 @@
+"""Win rate of policies against the reference summaries, or of one policy against another.
+
+Reads   the table of responses of a run (`runs/<run>/tables/validation.parquet`), or any parquet, csv or jsonl file with
+        the columns `query, response, reference`; for two policies, two of them joined on the query
+Writes  report.json, report.md and verdicts.parquet (one row a post) in runs/<run>/judge/<judge>
+
+Gold    python eval/judge.py --run toy_small_seed1_sft toy_small_seed1_ppo
+Server  OPENAI_API_KEY=... python eval/judge.py --judge openai --model gpt-4o-mini --max_requests 2000 --run my_ppo
+Local   python eval/judge.py --judge openai --base_url http://localhost:8000/v1 --model Qwen/Qwen3-8B --run my_ppo
+Reward  python eval/judge.py --judge reward --reward_model models/reward --run my_ppo
+Two     python eval/judge.py --run my_ppo --against my_sft --paired_difference
+
+The server is asked about every pair in both orders. A pair is won, or lost, when both answers say so, and a tie when
+they disagree. An answer that cannot be read is asked for again, then counted apart, never guessed. Every answer is in
+the cache on disk before the next one is asked for: start a stopped command again and it goes on.
+
+Deviates: the original asked each pair once, in a random order, and turned an unreadable answer into a coin flip.
+"""
+
+import asyncio
+import email.utils
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import socket
+import sqlite3
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas
+import tyro
+from rich.table import Table
+from scipy import stats
+from scipy.special import expit
+
+from summarize_from_feedback_details.run_folder import (
+    Progress,
+    atomic_folder,
+    print_table,
+    quiet_libraries,
+    refuse,
+    write_json,
+)
+
+HERE = Path(__file__).resolve().parent
+LENGTH_RATIOS = (0.0, 0.5, 0.75, 0.9, 1.1, 1.33, 2.0, math.inf)  # words of the response over words of the reference
+CALIBRATION_BINS = 10
+CHARACTERS_PER_TOKEN = 4  # of English text, for the estimate of the cost
+ANSWER_TOKENS = 60  # of an answer as the prompt asks for, for the estimate of the cost
+LONGEST_WAIT = 60.0  # seconds between two attempts, unless the server asks for more
+REFUSED = "(the server refuses this question)"  # stands in the cache for an answer
+
+
+@dataclass
+class Args:
+    run: tuple[str, ...] = ()
+    """policies to judge: names of runs, or files (parquet, csv, jsonl) with query, response, reference"""
+    against: str | None = None
+    """judge against this policy (a run or a file), instead of against the reference summaries"""
+    paired_difference: bool = False
+    """with --against: also judge both against the references; the difference of their win rates is paired by post"""
+    split: str = "validation"
+    """which table of a run: validation or test"""
+    updates: bool = False
+    """also judge the tables that a PPO run with --eval_freq wrote on its way"""
+    num_rows: int | None = None
+    """first rows of each table only (default: all)"""
+    judge: Literal["gold", "reward", "openai"] = "gold"
+    """gold: the toy world's annotator; reward: a reward model; openai: a server that speaks OpenAI's protocol"""
+    name: str | None = None
+    """name of the report (default: gold, or the last part of the model's name)"""
+    runs_dir: str = str(HERE.parent / "runs")
+    """folder of the runs"""
+    output_dir: str | None = None
+    """folder of the reports (default: `judge` in the run's folder, or beside the file)"""
+
+    # statistics
+    bootstrap: int = 2000
+    """resamples of the posts, for the intervals"""
+    seed: int = 1
+    """seed of the resampling"""
+
+    # a reward model as judge
+    reward_model: str | None = None
+    """reward model or any sequence-classification model with one label: folder or hub id"""
+    reward_model_revision: str | None = None
+    """its hub revision"""
+    reward_tokenizer: str | None = None
+    """its tokenizer, where the checkpoint has none: folder or hub id"""
+    batch_size: int = 32
+    """rows of one forward pass of the reward model"""
+
+    # a server as judge; the key is read from OPENAI_API_KEY
+    base_url: str | None = None
+    """address of the server, e.g. http://localhost:8000/v1 (default: OpenAI's)"""
+    model: str = "gpt-3.5-turbo-0125"
+    """model to ask (default: the paper's judge)"""
+    prompt: str = str(HERE / "judge_prompt.txt")
+    """file of the question, with {post}, {summary_a} and {summary_b}"""
+    temperature: float = 0.0
+    """sampling temperature of the first answer; one that cannot be read is asked for again at 1.0"""
+    max_tokens: int = 200
+    """tokens of an answer at most"""
+    concurrency: int = 16
+    """questions asked at the same time"""
+    timeout: float = 60.0
+    """seconds until an answer is given up"""
+    max_attempts: int = 8
+    """attempts at one question while the server fails, before everything stops"""
+    first_wait: float = 1.0
+    """seconds before the second attempt; doubled each time, unless the server says how long to wait"""
+    max_asks: int = 3
+    """how often to ask until an answer can be read"""
+    max_requests: int | None = None
+    """budget: requests sent at most by this command, those that fail included"""
+    price_in: float | None = None
+    """US dollars per million tokens read, for the estimate"""
+    price_out: float | None = None
+    """US dollars per million tokens written, for the estimate"""
+    cache: str = str(HERE / "judge_cache.sqlite")
+    """file of all answers; several processes may share it"""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# tables of responses
+
+
+def find_table(argument: str, policy: str, args: Args, split: str) -> Path:
+    """File of a policy's responses: that of a run, or the file itself."""
+    if Path(policy).suffix in (".parquet", ".csv", ".jsonl"):
+        if not Path(policy).is_file():
+            refuse(argument, f"'{policy}', which is not there", "a run, or a parquet, csv or jsonl file")
+        return Path(policy)
+    folder = Path(args.runs_dir) / policy
+    if "/" in policy or not folder.is_dir():
+        refuse(argument, f"'{policy}', and no such run in {args.runs_dir}", "a run, or a parquet, csv or jsonl file")
+    table = folder / "tables" / f"{split}.parquet"
+    if not table.is_file():
+        there = ", ".join(sorted(p.stem for p in (folder / "tables").glob("*.parquet"))) or "none"
+        refuse(argument, f"run '{policy}' without a table '{split}' (its tables: {there})", "a run that was evaluated")
+    return table
+
+
+def read_table(argument: str, path: Path) -> pandas.DataFrame:
+    """Rows with `query, response, reference`, and a column `copy` that counts rows of the same query."""
+    read = {
+        ".parquet": pandas.read_parquet,
+        ".csv": lambda p: pandas.read_csv(p, keep_default_na=False),
+        ".jsonl": lambda p: pandas.read_json(p, lines=True),
+    }[path.suffix]
+    try:
+        table = read(path)
+    except (ValueError, OSError) as error:
+        reason = str(error).splitlines()[0][:120]
+        refuse(argument, f"'{path}', which cannot be read: {reason}", "a table of responses")
+    missing = [c for c in ("query", "response", "reference") if c not in table]
+    if missing:
+        found = f"'{path}' without a column {', '.join(missing)}"
+        refuse(argument, found, "a table of responses: query, response, reference")
+    if len(table) == 0:
+        refuse(argument, f"'{path}' without rows", "a table of responses")
+    for column in ("query", "response", "reference"):
+        bad = table.index[~table[column].map(lambda v: isinstance(v, str))]
+        if len(bad):
+            refuse(argument, f"'{path}' whose row {bad[0]} has no text in '{column}'", "a text in each row")
+    return table.assign(copy=table.groupby("query").cumcount())
+
+
+def join_policies(table: pandas.DataFrame, other: pandas.DataFrame, argument: str, other_name: str):
+    """Pairs of two policies on the same posts: the other's response takes the reference's place.
+
+    Returns:
+        (pairs with `query, response, reference` and the scores of both, number of posts that only one of them has).
+    """
+    known = [c for c in ("score", "has_eos") if c in table and c in other]
+    left = table[["query", "copy", "response", *known]]
+    right = other[["query", "copy", "response", *known]].rename(
+        columns={"response": "reference", "score": "reference_score", "has_eos": "reference_has_eos"}
+    )
+    both = left.merge(right, on=["query", "copy"])
+    if len(both) == 0:
+        refuse(argument, f"'{other_name}', which has no query in common", "responses to the same posts")
+    return both, len(left) + len(right) - 2 * len(both)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# judges: pairs -> outcome (1 the response wins, 0.5 tie, 0 it loses, NaN unreadable), and scores where a judge has them
+
+
+def outcome_of_scores(scores: np.ndarray, reference_scores: np.ndarray) -> np.ndarray:
+    """1, 0.5 (equal up to 1e-9) or 0 for each pair: [N], [N] -> [N]."""
+    return 0.5 + 0.5 * np.sign(np.where(np.abs(scores - reference_scores) <= 1e-9, 0.0, scores - reference_scores))
+
+
+def judge_by_gold(pairs: pandas.DataFrame) -> pandas.DataFrame:
+    """The toy world's annotator, without its noise. The post is read from the query."""
+    from summarize_from_feedback_details.toy_tldr import gold_score, read_facts
+
+    posts = [query.partition("\n\nPOST: ")[2].rpartition("\n\nTL;DR:")[0] for query in pairs["query"]]
+    for query, post in zip(pairs["query"], posts):
+        if not read_facts(post):
+            refuse("judge", f"gold, and a post that is not of the toy world: {query[:40]!r}", "reward or openai")
+    columns = {}
+    for name, column in (("", "response"), ("reference_", "reference")):
+        opinions = [gold_score(post, text) for post, text in zip(posts, pairs[column])]
+        columns[f"{name}score"] = np.array([o["score"] for o in opinions])
+        columns[f"{name}invented"] = np.array([float(o["wrong"] > 0) for o in opinions])
+    return pandas.DataFrame({"outcome": outcome_of_scores(columns["score"], columns["reference_score"]), **columns})
+
+
+def judge_by_reward(pairs: pandas.DataFrame, model, bias: float, tokenizer, batch_size: int) -> pandas.DataFrame:
+    """A reward model: the reward at the last token of query and response, an end-of-text token behind it."""
+    import torch
+
+    from summarize_from_feedback_details.ppo_left_padding import pad_rows, read_rewards
+
+    device = next(model.parameters()).device
+    texts = [f"{q.strip()} {r.strip()}" for column in ("response", "reference") for q, r in zip(pairs["query"], pairs[column])]  # noqa: E501  # fmt: skip
+    # a response that was cut off has no end-of-text token, neither here nor when it was sampled
+    ended = [e for column in ("has_eos", "reference_has_eos") for e in pairs.get(column, [True] * len(pairs))]
+    tokens = [tokenizer(t + tokenizer.eos_token * bool(e))["input_ids"] for t, e in zip(texts, ended)]
+    scores, progress = np.zeros(len(tokens)), Progress("rewards", len(tokens))
+    order = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        rows = pad_rows([tokens[i] for i in part], tokenizer.pad_token_id, "right").to(device)
+        with torch.no_grad():
+            scores[part] = read_rewards(model, bias, rows, tokenizer.pad_token_id).tolist()
+        progress.step(len(part))
+    scores, reference_scores = scores[: len(pairs)], scores[len(pairs) :]
+    return pandas.DataFrame(
+        {
+            "outcome": outcome_of_scores(scores, reference_scores),
+            "score": scores,
+            "reference_score": reference_scores,
+        }
+    )
+
+
+def judge_by_server(pairs: pandas.DataFrame, args: Args, sent: list[int]) -> pandas.DataFrame:
+    """A language model behind a server, asked about each pair in both orders."""
+    template = Path(args.prompt).read_text()
+    same = [a.strip() == b.strip() for a, b in zip(pairs["response"], pairs["reference"])]
+    questions = {}
+    for i, (query, response, reference) in enumerate(zip(pairs["query"], pairs["response"], pairs["reference"])):
+        if not same[i]:  # equal texts are a tie: nothing to ask
+            questions[i, 0] = fill_prompt(template, query, response, reference)
+            questions[i, 1] = fill_prompt(template, query, reference, response)
+    answers = ask_server(questions, args, sent)
+    first = [answers.get((i, 0)) for i in range(len(pairs))]
+    second = [answers.get((i, 1)) for i in range(len(pairs))]
+    outcome = [0.5 if s else outcome_of_answers(a, b) for s, a, b in zip(same, first, second)]
+    return pandas.DataFrame({"outcome": outcome, "first_answer": first, "second_answer": second})
+
+
+def fill_prompt(template: str, query: str, summary_a: str, summary_b: str) -> str:
+    """The question; texts are put in as they are, braces included."""
+    texts = {"post": query.removesuffix("TL;DR:").strip(), "summary_a": summary_a.strip(), "summary_b": summary_b.strip()}  # noqa: E501  # fmt: skip
+    return re.sub(r"{(post|summary_a|summary_b)}", lambda field: texts[field[1]], template)
+
+
+def read_answer(text: str | None) -> str | None:
+    """`A` or `B`, or None where the answer names neither, or both, on its closing line.
+
+    >>> read_answer("The first invents a boss.\\nPreferred: B"), read_answer("Preferred: both")
+    ('B', None)
+    """
+    text = (text or "").strip()
+    if re.fullmatch(r"\W*[AB]\W*", text):
+        return re.sub(r"\W", "", text)
+    named = {m.upper() for m in re.findall(r"(?im)^\W*preferred\W+(?:summary\W+)?([ab])\W*$", text)}
+    return named.pop() if len(named) == 1 else None
+
+
+def outcome_of_answers(first: str | None, second: str | None) -> float:
+    """Both orders together; in the first one the response is A, in the second one it is B."""
+    if first is None or second is None:
+        return math.nan
+    return 0.5 * (first == "A") + 0.5 * (second == "B")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# asking a server
+
+
+class Cache:
+    """All answers on disk, and who is asking for what, in one SQLite file that several processes may use.
+
+    An answer is committed before `put` returns, so that a process killed at any moment has lost nothing it received.
+    """
+
+    def __init__(self, path: str, lease: float):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        self.lease = lease  # seconds after which a question of a process that cannot be looked up is free again
+        self.db = sqlite3.connect(path, timeout=60, isolation_level=None)
+        self.db.execute("PRAGMA journal_mode=WAL")
+        self.db.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, question TEXT, answer TEXT)")
+        self.db.execute("CREATE TABLE IF NOT EXISTS claims (key TEXT PRIMARY KEY, host TEXT, pid INTEGER, at REAL)")
+
+    def get(self, key: str) -> str | None:
+        """The answer, or None."""
+        row = self.db.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
+        return row[0] if row else None
+
+    def claim(self, key: str) -> bool:
+        """Whether this process may ask: no answer is there, and no living process is asking."""
+        self.db.execute("BEGIN IMMEDIATE")
+        try:
+            if self.get(key) is not None:
+                return False
+            row = self.db.execute("SELECT host, pid, at FROM claims WHERE key = ?", (key,)).fetchone()
+            if row and self._alive(*row):
+                return False
+            mine = (key, socket.gethostname(), os.getpid(), time.time())
+            self.db.execute("INSERT OR REPLACE INTO claims VALUES (?, ?, ?, ?)", mine)
+            return True
+        finally:
+            self.db.execute("COMMIT")
+
+    def _alive(self, host: str, pid: int, at: float) -> bool:
+        if host == socket.gethostname():
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                return False
+            except PermissionError:
+                pass
+        return abs(time.time() - at) < self.lease
+
+    def put(self, key: str, question: str, answer: str) -> None:
+        """Keep an answer and give the claim back."""
+        self.db.execute("BEGIN IMMEDIATE")
+        self.db.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?)", (key, question, answer))
+        self.db.execute("DELETE FROM claims WHERE key = ?", (key,))
+        self.db.execute("COMMIT")
+
+    def release(self, key: str) -> None:
+        """Give a claim back without an answer."""
+        self.db.execute("DELETE FROM claims WHERE key = ?", (key,))
+
+
+class OutOfBudget(Exception):
+    """--max_requests is spent."""
+
+
+class ServerFails(Exception):
+    """The server gave no answer in --max_attempts attempts."""
+
+
+class WrongRequest(Exception):
+    """The server refuses what cannot be cured by asking again: (argument, found, expected)."""
+
+
+def cache_key(args: Args, prompt: str, ask: int) -> str:
+    """What an answer depends on: server, model, sampling, the whole question (so: prompt file, texts and order)."""
+    parts = [args.base_url, args.model, args.temperature, args.max_tokens, prompt, ask]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def wait_asked_for(error: Any) -> float | None:
+    """Seconds in the server's Retry-After (a number or a date), or None."""
+    value = getattr(getattr(error, "response", None), "headers", {}).get("retry-after")
+    try:
+        return max(0.0, float(value))
+    except (TypeError, ValueError):
+        date = email.utils.parsedate_tz(value) if value else None
+        return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else None
+
+
+class Server:
+    """Asks questions: bounded budget, attempts with growing waits, answers kept in the cache."""
+
+    def __init__(self, args: Args, cache: Cache, sent: list[int]):
+        import openai
+
+        key = os.environ.get("OPENAI_API_KEY") or "none"  # local servers want none
+        self.args, self.cache, self.openai = args, cache, openai
+        # the client's own attempts are off: they would not count in the budget
+        self.client = openai.AsyncOpenAI(base_url=args.base_url, api_key=key, timeout=args.timeout, max_retries=0)
+        self.sent, self.resume_at = sent, 0.0
+
+    async def answer(self, prompt: str) -> str | None:
+        """`A`, `B`, or None where `max_asks` answers could not be read."""
+        for ask in range(self.args.max_asks):
+            key = cache_key(self.args, prompt, ask)
+            while (text := self.cache.get(key)) is None:
+                if self.cache.claim(key):
+                    try:
+                        text = await self.request(prompt, ask)
+                        self.cache.put(key, prompt, text)
+                    except BaseException:
+                        self.cache.release(key)
+                        raise
+                else:  # another process, or another worker with the same question, is asking
+                    await asyncio.sleep(0.1)
+            if text == REFUSED or (verdict := read_answer(text)):
+                break
+        return None if text == REFUSED else verdict
+
+    async def request(self, prompt: str, ask: int) -> str:
+        """The text of one answer, or REFUSED."""
+        api, args, error = self.openai, self.args, None
+        for attempt in range(args.max_attempts):
+            while (wait := self.resume_at - time.monotonic()) > 0:
+                await asyncio.sleep(wait)
+            if args.max_requests is not None and self.sent[0] >= args.max_requests:
+                raise OutOfBudget
+            self.sent[0] += 1
+            try:
+                completion = await self.client.chat.completions.create(
+                    model=args.model,
+                    messages=[{"role": "user", "content": prompt}],
+                    temperature=args.temperature if ask == 0 else 1.0,
+                    max_tokens=args.max_tokens,
+                )
+                return completion.choices[0].message.content or ""
+            except (api.AuthenticationError, api.PermissionDeniedError) as found:
+                raise WrongRequest("base_url", f"a refused key ({found})", "the right OPENAI_API_KEY") from found
+            except api.NotFoundError as found:
+                raise WrongRequest("model", f"'{args.model}' ({found})", "a model that the server has") from found
+            except (api.BadRequestError, api.UnprocessableEntityError):
+                return REFUSED  # too long for the model, or filtered: no attempt will change it
+            # a broken body is not JSON, or JSON of another shape
+            except (api.APIError, ValueError, AttributeError, TypeError, IndexError) as found:
+                error = found
+            asked = wait_asked_for(error)
+            if asked is not None:  # it is the server that has enough: nobody asks until then
+                self.resume_at = max(self.resume_at, time.monotonic() + asked)
+            else:
+                wait = min(LONGEST_WAIT, args.first_wait * 2**attempt)
+                await asyncio.sleep(wait * random.uniform(0.5, 1.0))
+        raise ServerFails(f"{args.max_attempts} attempts failed, the last one with {type(error).__name__}: {error}")
+
+
+async def ask_all(questions: dict[Any, str], args: Args, cache: Cache, sent: list[int], progress: Progress) -> dict:
+    """Answers to all questions, `concurrency` at a time."""
+    server, answers, left = Server(args, cache, sent), {}, iter(questions.items())
+
+    async def work(count: int | None = None) -> None:
+        for name, prompt in left:
+            answers[name] = await server.answer(prompt)
+            progress.step(note=f"{sent[0]} requests")
+            if count == len(answers):
+                return
+
+    try:
+        await work(count=1)  # a wrong address, key or model shows at the first question
+        async with asyncio.TaskGroup() as group:
+            for _ in range(args.concurrency):
+                group.create_task(work())
+    finally:
+        await server.client.close()
+    return answers
+
+
+def ask_server(questions: dict[Any, str], args: Args, sent: list[int]) -> dict[Any, str | None]:
+    """Answers (`A`, `B`, None) to all questions; leaves with a message and exit code 1 or 2 where there are none.
+
+    Args:
+        questions: any name -> the whole question.
+        sent: one number, of the requests that this command has sent so far; raised here.
+    """
+    cache = Cache(args.cache, lease=args.timeout * args.max_attempts + LONGEST_WAIT * args.max_attempts)
+    open_questions = [q for q in questions.values() if cache.get(cache_key(args, q, 0)) is None]
+    tokens = sum(map(len, open_questions)) / CHARACTERS_PER_TOKEN
+    print(f"{len(questions)} questions, {len(questions) - len(open_questions)} of them answered before: at least "
+          f"{len(open_questions)} requests, about {tokens:,.0f} tokens read", end="")  # fmt: skip
+    if args.price_in is not None and args.price_out is not None:
+        cost = (tokens * args.price_in + len(open_questions) * ANSWER_TOKENS * args.price_out) / 1e6
+        print(f", about {cost:.2f} US dollars", end="")
+    print(f"; answers are kept in {args.cache}", flush=True)
+    progress = Progress("answers", len(questions))
+    try:
+        answers = asyncio.run(ask_all(questions, args, cache, sent, progress))
+    except BaseException as error:
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        kept = f"{progress.done} of {len(questions)} questions are answered and kept; the same command goes on"
+        if isinstance(error, WrongRequest):
+            refuse(*error.args)
+        if isinstance(error, OutOfBudget):
+            print(f"error: --max_requests: the {args.max_requests} requests are spent; {kept}", file=sys.stderr)
+        elif isinstance(error, ServerFails):
+            where = args.base_url or "OpenAI's server"
+            print(f"error: --base_url: {where}: {error}; {kept}", file=sys.stderr)
+        elif isinstance(error, KeyboardInterrupt):
+            print(f"stopped: {kept}", file=sys.stderr)
+        else:
+            raise
+        sys.exit(1 if progress.done or not isinstance(error, ServerFails) else 2)
+    print(f"{sent[0]} requests sent", flush=True)
+    return answers
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# statistics
+
+
+def mean_interval(values, posts, resamples: int, seed: int) -> dict[str, float | None]:
+    """Mean and its 95 % bootstrap interval; whole posts are resampled, so that what belongs to a post stays together.
+
+    Where all values are equal, resampling sees no spread: the interval is then that of the binomial (exact), if the
+    values are 0 or 1.
+
+    Args:
+        values: [N] numbers; NaN are left out.
+        posts: [N] which post each belongs to.
+
+    Returns:
+        `mean`, `low`, `high`; None where there is no value.
+    """
+    values, posts = np.asarray(values, float), np.asarray(posts)
+    values, posts = values[~np.isnan(values)], posts[~np.isnan(values)]
+    if len(values) == 0:
+        return {"mean": None, "low": None, "high": None}
+    _, codes = np.unique(posts, return_inverse=True)
+    sums, counts = np.bincount(codes, values), np.bincount(codes).astype(float)
+    mean = float(values.mean())
+    if np.ptp(values) == 0:
+        if mean not in (0.0, 1.0):
+            return {"mean": mean, "low": mean, "high": mean}
+        exact = stats.binomtest(int(mean * len(counts)), len(counts)).proportion_ci()
+        return {"mean": mean, "low": float(exact.low), "high": float(exact.high)}
+    found = stats.bootstrap(
+        (sums, counts), lambda s, c, axis: s.sum(axis) / c.sum(axis), paired=True, vectorized=True,
+        n_resamples=resamples, method="percentile", batch=max(1, 10**7 // len(sums)), rng=np.random.default_rng(seed),
+    )  # fmt: skip
+    low, high = found.confidence_interval
+    return {"mean": mean, "low": float(low), "high": float(high)}
+
+
+def length_controlled_win_rate(outcomes, length_differences, posts) -> dict[str, float | None]:
+    """Win rate at equal length: logistic regression of the outcome on the difference in length, read at 0.
+
+    Longer summaries win more often, and PPO's are longer. The idea is that of the length-controlled AlpacaEval (Dubois
+    et al. 2024, arXiv 2404.04475), here with two covariates, so that a taste for length may grow or level off:
+    logit P(win) = a + b z + c tanh(2 z), z = difference / its standard deviation. Firth's (1993) estimate stays finite
+    where length alone decides. The 95 % interval of `a` is from the sandwich estimator (HC3), clustered by post.
+
+    Args:
+        outcomes: [N] 1, 0.5 or 0; NaN are left out.
+        length_differences: [N] words of the response minus words of the reference.
+        posts: [N] which post each belongs to.
+
+    Returns:
+        `mean`, `low`, `high` of sigmoid(a), None where lengths do not differ or there are too few posts; and
+        `standard_deviation` of the differences in words.
+    """
+    y, x, posts = np.asarray(outcomes, float), np.asarray(length_differences, float), np.asarray(posts)
+    x, posts, y = x[~np.isnan(y)], posts[~np.isnan(y)], y[~np.isnan(y)]
+    _, codes = np.unique(posts, return_inverse=True)
+    n, deviation = len(np.unique(codes)), float(x.std()) if len(x) else 0.0
+    unknown = {"mean": None, "low": None, "high": None, "standard_deviation": deviation}
+    if n < 10 or deviation == 0:
+        return unknown
+    z = x / deviation
+    X = np.stack([np.ones_like(z), z, np.tanh(2 * z)], 1)  # [N, 3]
+    information = lambda p: X.T @ (np.maximum(p * (1 - p), 1e-12)[:, None] * X)
+    beta, objective = np.zeros(3), -math.inf
+    for _ in range(500):  # Newton's method on the penalised likelihood, steps halved until they gain
+        p = expit(X @ beta)
+        inverse = np.linalg.inv(information(p))
+        leverage = np.maximum(p * (1 - p), 1e-12) * np.einsum("ni,ij,nj->n", X, inverse, X)
+        step = inverse @ (X.T @ (y - p + leverage * (0.5 - p)))  # Firth's score
+        while np.abs(step).max() > 1e-8:
+            p = np.clip(expit(X @ (beta + step)), 1e-12, 1 - 1e-12)
+            gained = (y * np.log(p) + (1 - y) * np.log1p(-p)).sum() + 0.5 * np.linalg.slogdet(information(p))[1]
+            if gained > objective:
+                break
+            step = step / 2
+        else:
+            break
+        beta, objective = beta + step, gained
+    p = expit(X @ beta)
+    residuals = ((y - p) / np.maximum(1 - leverage, 0.01))[:, None] * X
+    by_post = np.stack([np.bincount(codes, column) for column in residuals.T], 1)  # [posts, 3]
+    error = math.sqrt((inverse @ (by_post.T @ by_post) @ inverse)[0, 0])
+    margin = stats.t.ppf(0.975, n - 3) * error
+    low, mean, high = (float(expit(beta[0] + m)) for m in (-margin, 0.0, margin))
+    return {"mean": mean, "low": low, "high": high, "standard_deviation": deviation}
+
+
+def agreement(verdicts: pandas.DataFrame, interval: Callable) -> dict[str, Any]:
+    """How far the reward model's scores of the table agree with the judge, and whether their sizes mean what they say.
+
+    A reward model claims P(win) = sigmoid(score - reference score). Ties of the judge are left out.
+    """
+    decided = verdicts[verdicts["outcome"].isin([0.0, 1.0])].dropna(subset=["rm_score", "rm_reference_score"])
+    if len(decided) == 0:
+        return {"posts": 0}
+    claimed = expit(decided["rm_score"] - decided["rm_reference_score"]).to_numpy()
+    won, posts = decided["outcome"].to_numpy(), decided["query"].to_numpy()
+    right = np.where(claimed == 0.5, 0.5, (claimed > 0.5) == (won == 1.0))
+    bins = []
+    for part in np.array_split(np.argsort(claimed, kind="stable"), min(CALIBRATION_BINS, len(decided))):
+        observed = interval(won[part], posts[part])
+        bins.append({"posts": len(part), "claimed": float(claimed[part].mean()), "win_rate": observed})
+    error = sum(b["posts"] * abs(b["claimed"] - b["win_rate"]["mean"]) for b in bins) / len(decided)
+    return {
+        "posts": len(decided),
+        "share": interval(right, posts),
+        "expected_calibration_error": error,
+        "calibration": bins,
+    }
+
+
+def summarise(verdicts: pandas.DataFrame, args: Args) -> dict[str, Any]:
+    """All numbers of a report from one row a post; see the README for what each is."""
+    posts, outcomes = verdicts["query"].to_numpy(), verdicts["outcome"].to_numpy(float)
+    interval = lambda values, where: mean_interval(values, where, args.bootstrap, args.seed)
+    read = ~np.isnan(outcomes)
+    words, reference_words = verdicts["response_words"].to_numpy(), verdicts["reference_words"].to_numpy()
+    report = {
+        "posts": len(verdicts),
+        "unreadable": int((~read).sum()),
+        "wins": int((outcomes == 1).sum()),
+        "ties": int((outcomes == 0.5).sum()),
+        "losses": int((outcomes == 0).sum()),
+        "win_rate": interval(outcomes, posts),
+        "length_controlled_win_rate": length_controlled_win_rate(outcomes, words - reference_words, posts),
+        "response_words": interval(words, posts),
+        "reference_words": interval(reference_words, posts),
+        "by_length_ratio": [],
+    }
+    ratio = words / np.maximum(1, reference_words)
+    for low, high in zip(LENGTH_RATIOS, LENGTH_RATIOS[1:]):
+        part = read & (ratio >= low) & (ratio < high)
+        if part.any():
+            found = interval(outcomes[part], posts[part])
+            upper = high if math.isfinite(high) else None
+            report["by_length_ratio"].append({"from": low, "to": upper, "posts": int(part.sum()), "win_rate": found})
+    if "score" in verdicts:
+        report["mean_score"] = interval(verdicts["score"], posts)
+        report["reference_mean_score"] = interval(verdicts["reference_score"], posts)
+        report["score_difference"] = interval(verdicts["score"] - verdicts["reference_score"], posts)
+    if "invented" in verdicts:
+        report["invented"] = interval(verdicts["invented"], posts)
+        report["reference_invented"] = interval(verdicts["reference_invented"], posts)
+    if "first_answer" in verdicts:  # of the answers that can be read, those that prefer what stands first
+        answers = np.concatenate([verdicts["first_answer"], verdicts["second_answer"]])
+        first = np.array([math.nan if a is None else float(a == "A") for a in answers])
+        report["first_position_preferred"] = interval(first, np.concatenate([posts, posts]))
+        report["unreadable_answers"] = int(np.isnan(first).sum()) - 2 * int(verdicts["same"].sum())
+    if "rm_score" in verdicts:
+        report["agreement"] = agreement(verdicts, interval)
+    return report
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# reports
+
+
+def show(value: dict[str, float | None]) -> str:
+    """`0.723 [0.690, 0.755]`"""
+    return "-" if value["mean"] is None else f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+
+
+def report_rows(report: dict[str, Any]) -> dict[str, str]:
+    """What is shown of a report: label -> text."""
+    rows = {"win rate": show(report["win_rate"]), "length-controlled": show(report["length_controlled_win_rate"])}
+    rows["wins / ties / losses"] = f"{report['wins']} / {report['ties']} / {report['losses']}"
+    rows["unreadable pairs"] = str(report["unreadable"])
+    rows["words"] = show(report["response_words"])
+    rows["words of the other side"] = show(report["reference_words"])
+    names = {"mean_score": "score", "reference_mean_score": "score of the other side", "invented": "invents something"}
+    names |= {"reference_invented": "other side invents something", "first_position_preferred": "first one preferred"}
+    rows |= {label: show(report[key]) for key, label in names.items() if key in report}
+    if report.get("agreement", {}).get("posts"):
+        rows["reward model agrees"] = show(report["agreement"]["share"])
+        rows["its calibration error"] = f"{report['agreement']['expected_calibration_error']:.3f}"
+    if "win_rate_difference" in report:
+        rows["win rate, difference"] = show(report["win_rate_difference"])
+    return rows
+
+
+def write_report(folder: Path, report: dict[str, Any], verdicts: pandas.DataFrame) -> None:
+    """Write a report's folder as a whole; one that is there and says something else is set aside."""
+    if (folder / "report.json").is_file():
+        if json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(report)):
+            return
+        n = 1
+        while (aside := folder.with_name(f"{folder.name}.old-{n}")).exists():
+            n += 1
+        folder.rename(aside)
+        print(f"another report was there: now {aside}", flush=True)
+    with atomic_folder(str(folder)) as partial:
+        write_json(partial / "report.json", report)
+        verdicts.to_parquet(partial / "verdicts.parquet")
+        lines = [f"| {label} | {text} |" for label, text in report_rows(report).items()]
+        lines = [f"| {report['policy']} | 95 % interval |", "|---|---|", *lines]
+        (partial / "report.md").write_text("\n".join(lines) + "\n")
+
+
+def check_args(args: Args) -> None:
+    """Refuse what cannot work."""
+    if not args.run:
+        refuse("run", "nothing", "names of runs, or files with query, response, reference")
+    for name in ("num_rows", "bootstrap", "batch_size", "max_tokens", "concurrency", "timeout", "max_attempts",
+                 "max_asks", "max_requests", "first_wait"):  # fmt: skip
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            refuse(name, str(value), "a number above 0")
+    if args.paired_difference and not args.against:
+        refuse("paired_difference", "no --against", "two policies")
+    if args.temperature < 0:
+        refuse("temperature", str(args.temperature), "a number of at least 0")
+    if args.judge == "reward" and not args.reward_model:
+        refuse("reward_model", "nothing", "the reward model that judges: a folder or hub id")
+    if args.judge == "openai":
+        if not Path(args.prompt).is_file():
+            refuse("prompt", f"'{args.prompt}', which is not there", "a file with {post}, {summary_a}, {summary_b}")
+        missing = [f for f in ("{post}", "{summary_a}", "{summary_b}") if f not in Path(args.prompt).read_text()]
+        if missing:
+            refuse("prompt", f"'{args.prompt}' without {', '.join(missing)}", "all three of post and summaries")
+        if args.base_url is None and not os.environ.get("OPENAI_API_KEY"):
+            refuse("base_url", "OpenAI's server, and no OPENAI_API_KEY", "a key in the environment, or an address")
+        if args.base_url is not None and not re.match(r"https?://[^/]", args.base_url):
+            refuse("base_url", f"'{args.base_url}'", "an address such as http://localhost:8000/v1")
+
+
+def make_judge(args: Args) -> tuple[str, Callable[[pandas.DataFrame], pandas.DataFrame]]:
+    """The judge's name and its function from pairs to verdicts; refuses a reward model that cannot be loaded."""
+    if args.judge == "gold":
+        return args.name or "gold", judge_by_gold
+    if args.judge == "openai":
+        name = args.name or args.model.rstrip("/").split("/")[-1]
+        sent = [0]  # requests of all tables together: the budget is the command's
+        return name, lambda pairs: judge_by_server(pairs, args, sent)
+    from summarize_from_feedback_details.check_inputs import find_model, find_tokenizer
+    from summarize_from_feedback_details.ppo_left_padding import load_reward_model
+
+    find_model("reward_model", args.reward_model, args.reward_model_revision, "reward")
+    if args.reward_tokenizer:
+        tokenizer = find_tokenizer("reward_tokenizer", args.reward_tokenizer)
+    else:
+        tokenizer = find_tokenizer("reward_model", args.reward_model, args.reward_model_revision)
+    loaded = []
+
+    def judge(pairs: pandas.DataFrame) -> pandas.DataFrame:
+        import torch
+
+        if not loaded:
+            model, bias = load_reward_model(args.reward_model, args.reward_model_revision)
+            loaded.append((model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), bias))
+        return judge_by_reward(pairs, *loaded[0], tokenizer, args.batch_size)
+
+    return args.name or Path(args.reward_model).name, judge
+
+
+def judge_table(pairs: pandas.DataFrame, judge: Callable) -> pandas.DataFrame:
+    """Verdicts on pairs, with what the table knew: lengths in words, scores of the reward model."""
+    pairs = pairs.reset_index(drop=True)
+    texts = pairs[["query", "response", "reference"]]
+    known = {f"{side}_words": texts[side].map(lambda t: len(t.split())) for side in ("response", "reference")}
+    if {"score", "reference_score"} <= set(pairs):
+        known |= {"rm_score": pairs["score"], "rm_reference_score": pairs["reference_score"]}
+    same = [a.strip() == b.strip() for a, b in zip(texts["response"], texts["reference"])]
+    return pandas.concat([texts, pandas.DataFrame({**known, "same": same}), judge(pairs)], axis=1)
+
+
+def report_folder(policy: str, name: str, args: Args) -> Path:
+    """Where a policy's report goes."""
+    if args.output_dir:
+        return Path(args.output_dir) / Path(policy).stem / name
+    if Path(policy).suffix in (".parquet", ".csv", ".jsonl"):
+        return Path(policy).with_suffix("") / "judge" / name
+    return Path(args.runs_dir) / policy / "judge" / name
+
+
+def main(args: Args) -> dict[str, dict[str, Any]]:
+    """Judge every policy; returns policy (and update) -> report."""
+    quiet_libraries()
+    check_args(args)
+    tables = {p: read_table("run", find_table("run", p, args, args.split)) for p in args.run}
+    other = read_table("against", find_table("against", args.against, args, args.split)) if args.against else None
+    name, judge = make_judge(args)
+    if args.against:
+        name += f"_against_{Path(args.against).stem}"
+    jobs = []  # (label, folder, table)
+    for policy, table in tables.items():
+        folder = report_folder(policy, name, args)
+        jobs.append((policy, folder, table))
+        if args.updates:
+            found = (Path(args.runs_dir) / policy / "tables").glob(f"{args.split}_*.parquet")
+            for update, path in sorted((int(p.stem.split("_")[-1]), p) for p in found):
+                jobs.append((f"{policy}, update {update}", folder / f"update_{update}", read_table("run", path)))  # noqa: E501  # fmt: skip
+    # all pairs are made, so that a table that does not fit is refused, before the first one is judged
+    left_out = {}
+    for i, (label, folder, table) in enumerate(jobs):
+        table = table.head(args.num_rows or len(table))
+        if other is not None:
+            pairs, left_out[label] = join_policies(table, other, "against", args.against)
+            jobs[i] = (label, folder, table, pairs)
+        else:
+            jobs[i] = (label, folder, table, table)
+    reports, shown = {}, Table("", *[job[0] for job in jobs], title=f"judged by {name}")
+    for label, folder, table, pairs in jobs:
+        verdicts = judge_table(pairs, judge)
+        report = {"judge": name, "policy": label, "against": args.against or "references", "made_with": asdict(args)}
+        report |= summarise(verdicts, args)
+        if args.against:
+            report["posts_of_one_policy_only"] = left_out[label]
+        if args.paired_difference:
+            mine = judge_table(table, judge).set_index(["query", table["copy"].to_numpy()])["outcome"]
+            others = judge_table(other, judge).set_index(["query", other["copy"].to_numpy()])["outcome"]
+            difference = (mine - others).dropna()  # posts that both have
+            posts = difference.index.get_level_values(0).to_numpy()
+            report["win_rate_difference"] = mean_interval(difference, posts, args.bootstrap, args.seed)
+        write_report(folder, report, verdicts)
+        reports[label] = report
+    labels = list(dict.fromkeys(label for report in reports.values() for label in report_rows(report)))
+    for row in labels:
+        shown.add_row(row, *(report_rows(report).get(row, "-") for report in reports.values()))
+    print_table(shown)
+    for label, folder, *_ in jobs:
+        print(f"{label}: {folder}/report.json, report.md, verdicts.parquet")
+    return reports
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, use_underscores=True))
