@@ -441,23 +441,27 @@ class Server:
 
 
 async def ask_all(questions: dict[Any, str], args: Args, cache: Cache, sent: list[int], progress: Progress) -> dict:
-    """Answers to all questions, `concurrency` at a time."""
-    server, answers, left = Server(args, cache, sent), {}, iter(questions.items())
+    """Answers to all questions, `concurrency` at a time. When one cannot go on, what is under way still ends."""
+    server, answers, left, failures = Server(args, cache, sent), {}, iter(questions.items()), []
 
-    async def work(count: int | None = None) -> None:
-        for name, prompt in left:
-            answers[name] = await server.answer(prompt)
-            progress.step(note=f"{sent[0]} requests")
-            if count == len(answers):
-                return
+    async def work(last: int) -> None:
+        try:
+            for name, prompt in left:
+                answers[name] = await server.answer(prompt)
+                progress.step(note=f"{sent[0]} requests")
+                if failures or len(answers) == last:
+                    return
+        except (OutOfBudget, ServerFails, WrongRequest) as failure:
+            failures.append(failure)
 
     try:
-        await work(count=1)  # a wrong address, key or model shows at the first question
-        async with asyncio.TaskGroup() as group:
-            for _ in range(args.concurrency):
-                group.create_task(work())
+        await work(last=1)  # a wrong address, key or model shows at the first question
+        if not failures:
+            await asyncio.gather(*(work(last=len(questions)) for _ in range(args.concurrency)))
     finally:
         await server.client.close()
+    if failures:
+        raise failures[0]
     return answers
 
 
@@ -480,9 +484,7 @@ def ask_server(questions: dict[Any, str], args: Args, sent: list[int]) -> dict[A
     progress = Progress("answers", len(questions))
     try:
         answers = asyncio.run(ask_all(questions, args, cache, sent, progress))
-    except BaseException as error:
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
+    except (WrongRequest, OutOfBudget, ServerFails, KeyboardInterrupt) as error:
         kept = f"{progress.done} of {len(questions)} questions are answered and kept; the same command goes on"
         if isinstance(error, WrongRequest):
             refuse(*error.args)
@@ -491,10 +493,8 @@ def ask_server(questions: dict[Any, str], args: Args, sent: list[int]) -> dict[A
         elif isinstance(error, ServerFails):
             where = args.base_url or "OpenAI's server"
             print(f"error: --base_url: {where}: {error}; {kept}", file=sys.stderr)
-        elif isinstance(error, KeyboardInterrupt):
-            print(f"stopped: {kept}", file=sys.stderr)
         else:
-            raise
+            print(f"stopped: {kept}", file=sys.stderr)
         sys.exit(1 if progress.done or not isinstance(error, ServerFails) else 2)
     print(f"{sent[0]} requests sent", flush=True)
     return answers
@@ -504,15 +504,16 @@ def ask_server(questions: dict[Any, str], args: Args, sent: list[int]) -> dict[A
 # statistics
 
 
-def mean_interval(values, posts, resamples: int, seed: int) -> dict[str, float | None]:
+def mean_interval(values, posts, resamples: int, seed: int, shares: bool = False) -> dict[str, float | None]:
     """Mean and its 95 % bootstrap interval; whole posts are resampled, so that what belongs to a post stays together.
 
-    Where all values are equal, resampling sees no spread: the interval is then that of the binomial (exact), if the
-    values are 0 or 1.
+    Where all values are equal, resampling sees no spread: for shares, which may be all 0 or all 1 by chance, the
+    interval is then the exact one of the binomial.
 
     Args:
         values: [N] numbers; NaN are left out.
         posts: [N] which post each belongs to.
+        shares: whether the values are wins, or other things that happen or do not.
 
     Returns:
         `mean`, `low`, `high`; None where there is no value.
@@ -525,7 +526,7 @@ def mean_interval(values, posts, resamples: int, seed: int) -> dict[str, float |
     sums, counts = np.bincount(codes, values), np.bincount(codes).astype(float)
     mean = float(values.mean())
     if np.ptp(values) == 0:
-        if mean not in (0.0, 1.0):
+        if not shares or mean not in (0.0, 1.0):
             return {"mean": mean, "low": mean, "high": mean}
         exact = stats.binomtest(int(mean * len(counts)), len(counts)).proportion_ci()
         return {"mean": mean, "low": float(exact.low), "high": float(exact.high)}
@@ -615,7 +616,7 @@ def agreement(verdicts: pandas.DataFrame, interval: Callable) -> dict[str, Any]:
 def summarise(verdicts: pandas.DataFrame, args: Args) -> dict[str, Any]:
     """All numbers of a report from one row a post; see the README for what each is."""
     posts, outcomes = verdicts["query"].to_numpy(), verdicts["outcome"].to_numpy(float)
-    interval = lambda values, where: mean_interval(values, where, args.bootstrap, args.seed)
+    interval = lambda values, where, shares=True: mean_interval(values, where, args.bootstrap, args.seed, shares)
     read = ~np.isnan(outcomes)
     words, reference_words = verdicts["response_words"].to_numpy(), verdicts["reference_words"].to_numpy()
     report = {
@@ -626,8 +627,8 @@ def summarise(verdicts: pandas.DataFrame, args: Args) -> dict[str, Any]:
         "losses": int((outcomes == 0).sum()),
         "win_rate": interval(outcomes, posts),
         "length_controlled_win_rate": length_controlled_win_rate(outcomes, words - reference_words, posts),
-        "response_words": interval(words, posts),
-        "reference_words": interval(reference_words, posts),
+        "response_words": interval(words, posts, shares=False),
+        "reference_words": interval(reference_words, posts, shares=False),
         "by_length_ratio": [],
     }
     ratio = words / np.maximum(1, reference_words)
@@ -638,15 +639,15 @@ def summarise(verdicts: pandas.DataFrame, args: Args) -> dict[str, Any]:
             upper = high if math.isfinite(high) else None
             report["by_length_ratio"].append({"from": low, "to": upper, "posts": int(part.sum()), "win_rate": found})
     if "score" in verdicts:
-        report["mean_score"] = interval(verdicts["score"], posts)
-        report["reference_mean_score"] = interval(verdicts["reference_score"], posts)
-        report["score_difference"] = interval(verdicts["score"] - verdicts["reference_score"], posts)
+        report["mean_score"] = interval(verdicts["score"], posts, shares=False)
+        report["reference_mean_score"] = interval(verdicts["reference_score"], posts, shares=False)
+        report["score_difference"] = interval(verdicts["score"] - verdicts["reference_score"], posts, shares=False)
     if "invented" in verdicts:
         report["invented"] = interval(verdicts["invented"], posts)
         report["reference_invented"] = interval(verdicts["reference_invented"], posts)
     if "first_answer" in verdicts:  # of the answers that can be read, those that prefer what stands first
         answers = np.concatenate([verdicts["first_answer"], verdicts["second_answer"]])
-        first = np.array([math.nan if a is None else float(a == "A") for a in answers])
+        first = np.array([math.nan if pandas.isna(a) else float(a == "A") for a in answers])
         report["first_position_preferred"] = interval(first, np.concatenate([posts, posts]))
         report["unreadable_answers"] = int(np.isnan(first).sum()) - 2 * int(verdicts["same"].sum())
     if "rm_score" in verdicts:
