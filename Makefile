@@ -4,7 +4,7 @@
 PYTHON ?= python3.11
 PY := .venv/bin/python
 
-.PHONY: hello test lint format toy-seeds clean
+.PHONY: hello test lint format toy-seeds scaling clean
 
 hello: .venv/installed
 	./hello_world.sh
@@ -20,6 +20,10 @@ toy-seeds: .venv/installed
 	$(PY) eval/hello_report.py --chains toy_small_seed1 toy_small_seed2 toy_small_seed3 \
 	    --raw_dirs data/toy_small_seed1_raw data/toy_small_seed2_raw data/toy_small_seed3_raw \
 	    --name toy_seeds --output_dir docs/images
+
+# the scaling study of the README: 3 sizes x 3 seeds and a sweep over the KL coefficient; goes on where it was stopped
+scaling: .venv/installed
+	eval/scaling.sh
 
 lint: .venv/installed
 	$(PY) -m ruff check .

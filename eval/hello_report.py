@@ -1,7 +1,7 @@
 """What a chain of stages reached: a table, its numbers as CSV, and the training curves as a figure.
 
 Reads   runs/<chain>_{sft,reward,ppo} of one or several chains (`hello_world.sh` makes them); with --raw_dirs also the
-        toy world's raw rows, whose annotator then scores the responses
+        toy world's raw rows and what its annotator found (`eval/judge.py`)
 Writes  eval/reports/<name>.{csv,md,png}
 
     python eval/hello_report.py --chains toy_small_seed1 --raw_dirs data/toy_small_seed1_raw
@@ -19,7 +19,7 @@ import tyro
 from rich.table import Table
 
 from summarize_from_feedback_details.run_folder import print_table, refuse
-from summarize_from_feedback_details.toy_tldr import annotator_ceiling, blind_accuracy, gold_score
+from summarize_from_feedback_details.toy_tldr import annotator_ceiling, blind_accuracy
 
 STAGES = ("sft", "reward", "ppo")
 CURVES = {  # title of a panel: (stage, metric)
@@ -52,18 +52,16 @@ def read_run(path: Path) -> tuple[dict, pandas.DataFrame]:
     return summary, pandas.read_json(path / "metrics.jsonl", lines=True)
 
 
-def judge(table: pandas.DataFrame) -> dict[str, float]:
-    """The annotator's mean gold score of a table's responses, its standard error, and the win rate against references.
-
-    Equal scores count as half a win. The post is read from the query, between `POST: ` and the closing `TL;DR:`.
-    """
-    posts = [query.split("\n\nPOST: ", 1)[1].rsplit("\n\nTL;DR:", 1)[0] for query in table["query"]]
-    gold = np.array([gold_score(p, r)["score"] for p, r in zip(posts, table["response"])])
-    reference = np.array([gold_score(p, r)["score"] for p, r in zip(posts, table["reference"])])
-    wins = (gold > reference + 1e-9) + 0.5 * (np.abs(gold - reference) <= 1e-9)
-    wrong = np.mean([gold_score(p, r)["wrong"] > 0 for p, r in zip(posts, table["response"])])
-    return {"gold": gold.mean(), "gold_se": gold.std(ddof=1) / math.sqrt(len(gold)), "win_rate": wins.mean(),
-            "reference_gold": reference.mean(), "invented": wrong}  # fmt: skip
+def read_judge(run: Path) -> dict[str, float]:
+    """What the toy world's annotator found (`judge.py`): gold score, win rate and its interval."""
+    report = json.loads((run / "judge/gold/report.json").read_text())
+    gold = pandas.read_parquet(run / "judge/gold/verdicts.parquet")["score"]
+    win_rate = report["win_rate"]
+    return {"gold": gold.mean(), "gold_se": gold.std(ddof=1) / math.sqrt(len(gold)), "win_rate": win_rate["mean"],
+            "win_rate_low": win_rate["low"], "win_rate_high": win_rate["high"],
+            "win_rate_at_equal_length": report["length_controlled_win_rate"]["mean"],
+            "reference_gold": report["reference_mean_score"]["mean"],
+            "invented": report["invented"]["mean"]}  # fmt: skip
 
 
 def report_chain(chain: str, runs_dir: str, raw_dir: str | None) -> tuple[dict[str, float], dict]:
@@ -86,8 +84,8 @@ def report_chain(chain: str, runs_dir: str, raw_dir: str | None) -> tuple[dict[s
     }
     if raw_dir is not None:
         for stage in ("sft", "ppo"):
-            found = judge(pandas.read_parquet(Path(runs_dir) / f"{chain}_{stage}" / "tables/validation.parquet"))
-            row |= {f"{stage}/{name}": float(value) for name, value in found.items()}
+            found = read_judge(Path(runs_dir) / f"{chain}_{stage}")
+            row |= {f"{stage}/{name}": math.nan if value is None else float(value) for name, value in found.items()}
         se = math.hypot(row["sft/gold_se"], row["ppo/gold_se"])
         row["ppo/gain_in_standard_errors"] = (row["ppo/gold"] - row["sft/gold"]) / se
         row["ppo/win_rate_gain"] = row["ppo/win_rate"] - row["sft/win_rate"]
@@ -137,6 +135,9 @@ def main(args: Args) -> pandas.DataFrame:
         for stage in STAGES:
             if not (Path(args.runs_dir) / f"{chain}_{stage}" / "summary.json").exists():
                 refuse("chains", f"no run {args.runs_dir}/{chain}_{stage}", "a chain whose three stages have run")
+            judged = Path(args.runs_dir) / f"{chain}_{stage}" / "judge/gold/report.json"
+            if args.raw_dirs and stage != "reward" and not judged.exists():
+                refuse("chains", f"no {judged}", f"a judged run: python eval/judge.py --run {chain}_{stage}")
     columns, runs = {}, {}
     for chain, raw_dir in zip(args.chains, args.raw_dirs or [None] * len(args.chains)):
         columns[chain], runs[chain] = report_chain(chain, args.runs_dir, raw_dir)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import socket
 import sqlite3
@@ -462,7 +463,14 @@ def test_transformers_serve(world, tmp_path):
         port = s.getsockname()[1]
     serve = [str(Path(sys.executable).parent / "transformers"), "serve", "--host", "127.0.0.1", "--port", str(port)]
     log = open(tmp_path / "serve.log", "w")  # noqa: SIM115
-    process = subprocess.Popen([*serve, world.sft], env=os.environ | OFFLINE, stdout=log, stderr=log)
+    from transformers import AutoTokenizer
+
+    chat = shutil.copytree(world.sft, tmp_path / "chat")
+    tokenizer = AutoTokenizer.from_pretrained(chat)
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    tokenizer.save_pretrained(chat)
+    (tmp_path / "prompt.txt").write_text("{post} {summary_a} {summary_b}")
+    process = subprocess.Popen([*serve, str(chat)], env=os.environ | OFFLINE, stdout=log, stderr=log)
     try:
         for _ in range(600):
             assert process.poll() is None, (tmp_path / "serve.log").read_text()[-2000:]
@@ -477,9 +485,11 @@ def test_transformers_serve(world, tmp_path):
             table,
             SimpleNamespace(url=f"http://127.0.0.1:{port}/v1"),
             tmp_path,
-            model=world.sft,
+            model=chat,
             timeout=60,
             max_tokens=4,
+            prompt=tmp_path / "prompt.txt",
+            max_attempts=2,
         )
         assert done.returncode == 0, done.stderr[-2000:] + (tmp_path / "serve.log").read_text()[-2000:]
         report = json.loads(next(tmp_path.glob("policy/judge/*/report.json")).read_text())
