@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# The whole pipeline: dataset -> SFT -> reward model -> PPO -> a table of what each stage reached.
+# The whole pipeline: dataset -> SFT -> reward model -> PPO -> judge -> figures -> a page of summaries, token by token.
 #
 #   ./hello_world.sh                                         the toy world, on what this machine has (three minutes on 2 fast cores)
 #   SEED=2 ./hello_world.sh                                  another seed
 #   SMOKE=1 ./hello_world.sh                                 all stages in about a minute, learning nothing
 #   FRESH=1 ./hello_world.sh                                 do not reuse finished stages
+#   SIZE=medium ./hello_world.sh                             another size of the toy model: tiny, small, medium, large
+#   KL_COEF=0.2 PPO_EPISODES=4800 ./hello_world.sh           another PPO run beside the first one
+#   REPORT=0 ./hello_world.sh                                train only: no judge, figures, page
 #   MODEL=EleutherAI/pythia-1b-deduped ./hello_world.sh      the real thing: real data, the paper's batch sizes
 #   MICRO=4 PPO_MICRO=8 ROLLOUT=32 MODEL=... ./hello_world.sh    rows of one forward pass on one GPU: SFT and reward
 #                                                            model, PPO training, PPO sampling
@@ -15,13 +18,13 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
-MODEL=${MODEL:-toy} SMOKE=${SMOKE:-0} FRESH=${FRESH:-0}
+MODEL=${MODEL:-toy} SMOKE=${SMOKE:-0} FRESH=${FRESH:-0} REPORT=${REPORT:-1}
 STAGES=summarize_from_feedback_details
 export TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}
 
 refuse() { echo "error: $1: found $2; expected $3" >&2; exit 2; }
 is_count() { [[ $1 =~ ^[1-9][0-9]*$ ]]; }
-for flag in SMOKE FRESH; do [[ ${!flag} =~ ^[01]$ ]] || refuse "$flag" "'${!flag}'" "0 or 1"; done
+for flag in SMOKE FRESH REPORT; do [[ ${!flag} =~ ^[01]$ ]] || refuse "$flag" "'${!flag}'" "0 or 1"; done
 
 # ----------------------------------------------------------------------------------------------------------- machine
 GPUS=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
@@ -73,6 +76,13 @@ if [ "$MODEL" = toy ]; then
     SEED=${SEED:-1}
     is_count "$SEED" || refuse SEED "'$SEED'" "a number above 0"
     SIZE=${SIZE:-small}
+    # PPO's learning rate falls with the width of the model (at 3e-4 the medium one loses what SFT learned)
+    case $SIZE in
+        tiny | small) PPO_LR=3e-4 ;;
+        medium) PPO_LR=2e-4 ;;
+        large) PPO_LR=1.5e-4 ;;
+        *) refuse SIZE "'$SIZE'" "tiny, small, medium or large" ;;
+    esac
     CHAIN=toy_${SIZE}_seed$SEED
     ROWS=(--n_sft 16000 --n_comparisons 16000)
     EPISODES=(19200 16000 1600) EVAL=()
@@ -81,6 +91,11 @@ if [ "$MODEL" = toy ]; then
         ROWS=(--n_sft 600 --n_sft_validation 32 --n_comparisons 400 --n_comparisons_validation 40 --n_cnndm 10)
         EPISODES=(640 320 128) EVAL=(--num_eval_rows 32)
     fi
+    PPO_EPISODES=${PPO_EPISODES:-${EPISODES[2]}}
+    is_count "$PPO_EPISODES" || refuse PPO_EPISODES "'$PPO_EPISODES'" "a number above 0"
+    [[ ${KL_COEF:-0} =~ ^[0-9]*\.?[0-9]+$ ]] || refuse KL_COEF "'$KL_COEF'" "a number of at least 0"
+    PPO=ppo
+    [ -z "${KL_COEF:-}" ] || PPO=kl${KL_COEF}_ppo
     BASE=models/$CHAIN/base/$SIZE DATA=data/$CHAIN RAW=data/${CHAIN}_raw
     BATCH=32 PPO_BATCH=64
     for batch in $BATCH $PPO_BATCH; do
@@ -109,11 +124,24 @@ if [ "$MODEL" = toy ]; then
         --label_dataset "$DATA/comparisons" --query_dataset "$DATA/sft" --output_dir "models/$CHAIN/reward" \
         --run_name "${CHAIN}_reward" "${TOY[@]}" "${EVAL[@]}" --num_normalization_rows 2048 \
         --total_episodes "${EPISODES[1]}" --batch_size $BATCH --local_micro_batch_size $((BATCH / PROCESSES))
-    stage ppo "runs/${CHAIN}_ppo models/$CHAIN/ppo" "dataset sft reward" "${LAUNCH[@]}" $STAGES/ppo_left_padding.py \
+    stage "$PPO" "runs/${CHAIN}_$PPO models/$CHAIN/$PPO models/$CHAIN/${PPO}_value" "dataset sft reward" \
+        "${LAUNCH[@]}" $STAGES/ppo_left_padding.py \
         "${DEEPSPEED[@]}" --seed "$SEED" --base_model "$BASE" --sft_model_path "models/$CHAIN/sft" \
-        --reward_model_path "models/$CHAIN/reward" --query_dataset "$DATA/sft" --output_dir "models/$CHAIN/ppo" \
-        --run_name "${CHAIN}_ppo" "${TOY[@]}" "${EVAL[@]}" --lr 3e-4 --eps 1e-5 --warm_up_steps 0 --response_length 24 \
-        --total_episodes "${EPISODES[2]}" --batch_size $PPO_BATCH --local_micro_batch_size $((PPO_BATCH / PROCESSES))
+        --reward_model_path "models/$CHAIN/reward" --query_dataset "$DATA/sft" --output_dir "models/$CHAIN/$PPO" \
+        --value_output_dir "models/$CHAIN/${PPO}_value" --run_name "${CHAIN}_$PPO" "${TOY[@]}" "${EVAL[@]}" \
+        --lr $PPO_LR --eps 1e-5 --warm_up_steps 0 --response_length 24 --total_episodes "$PPO_EPISODES" \
+        --batch_size $PPO_BATCH --local_micro_batch_size $((PPO_BATCH / PROCESSES)) --eval_freq 10 \
+        --ppo.kl_coef "${KL_COEF:-0.05}"
+    [ "$REPORT" = 1 ] || exit 0
+    REPORTS=eval/reports/$CHAIN
+    "$PYTHON" eval/judge.py --run "${CHAIN}_sft" "${CHAIN}_$PPO" --judge gold --updates
+    "$PYTHON" eval/judge.py --run "${CHAIN}_$PPO" --against "${CHAIN}_sft" --judge gold --paired_difference
+    "$PYTHON" eval/sft_rm_scale.py --runs "${CHAIN}_*" --output_dir "$REPORTS"
+    "$PYTHON" eval/rlhf_scaling_plot.py --runs "${CHAIN}_*" --output_dir "$REPORTS"
+    "$PYTHON" visualize_tokens.py --models "sft=models/$CHAIN/sft" "ppo=models/$CHAIN/$PPO" \
+        --base_model "models/$CHAIN/sft" --ref_model "models/$CHAIN/sft" --reward_model "models/$CHAIN/reward" \
+        --value_model "models/$CHAIN/${PPO}_value" --query_dataset "$DATA/sft" --response_length 24 --num 20 \
+        --html "$REPORTS/tokens.html"
     "$PYTHON" eval/hello_report.py --chains "$CHAIN" --raw_dirs "$RAW"
 else
     # ------------------------------------------------------------------------------------------------- the real thing

@@ -53,6 +53,7 @@ from summarize_from_feedback_details.run_folder import (
 HERE = Path(__file__).resolve().parent
 LENGTH_RATIOS = (0.0, 0.5, 0.75, 0.9, 1.1, 1.33, 2.0, math.inf)  # words of the response over words of the reference
 CALIBRATION_BINS = 10
+NEAR_EQUAL_LENGTH = 5  # posts needed where the response is not longer, and where it is not shorter
 CHARACTERS_PER_TOKEN = 4  # of English text, for the estimate of the cost
 ANSWER_TOKENS = 60  # of an answer as the prompt asks for, for the estimate of the cost
 LONGEST_WAIT = 60.0  # seconds between two attempts, unless the server asks for more
@@ -552,15 +553,16 @@ def length_controlled_win_rate(outcomes, length_differences, posts) -> dict[str,
         posts: [N] which post each belongs to.
 
     Returns:
-        `mean`, `low`, `high` of sigmoid(a), None where lengths do not differ or there are too few posts; and
-        `standard_deviation` of the differences in words.
+        `mean`, `low`, `high` of sigmoid(a), None where lengths or outcomes do not differ, or one side is nearly always
+        the longer one; and `standard_deviation` of the differences in words.
     """
     y, x, posts = np.asarray(outcomes, float), np.asarray(length_differences, float), np.asarray(posts)
     x, posts, y = x[~np.isnan(y)], posts[~np.isnan(y)], y[~np.isnan(y)]
     _, codes = np.unique(posts, return_inverse=True)
     n, deviation = len(np.unique(codes)), float(x.std()) if len(x) else 0.0
     unknown = {"mean": None, "low": None, "high": None, "standard_deviation": deviation}
-    if n < 10 or deviation == 0:
+    # at equal length there must be something to look at, or the curve would say more than the data
+    if n < 10 or deviation == 0 or np.ptp(y) == 0 or min((x <= 0).sum(), (x >= 0).sum()) < NEAR_EQUAL_LENGTH:
         return unknown
     z = x / deviation
     X = np.stack([np.ones_like(z), z, np.tanh(2 * z)], 1)  # [N, 3]

@@ -13,7 +13,8 @@ def copy(tmp_path_factory):
     """The tracked files in a folder of their own, with this environment's python."""
     folder = tmp_path_factory.mktemp("hello") / "project"
     folder.mkdir()
-    for name in ("hello_world.sh", "summarize_from_feedback_details", "eval", "deepspeed.yaml"):
+    page = ("visualize_tokens.py", "visualize_tokens.html", "released_checkpoints.csv")
+    for name in ("hello_world.sh", "summarize_from_feedback_details", "eval", "deepspeed.yaml", *page):
         subprocess.run(["cp", "-r", str(ROOT / name), str(folder)], check=True)
     return folder
 
@@ -36,6 +37,11 @@ def test_smoke_run_then_reuse_then_changed_arguments(copy):
         assert (copy / "eval/reports" / written).stat().st_size > 100
     for model in ("sft", "reward", "ppo"):
         assert (copy / f"models/smoke_seed1/{model}/model.safetensors").exists()
+    for written in ("rlhf_scale_plot.pdf", "rlhf_scale_plot.csv", "rm_scale_plot.png", "tokens.html"):
+        assert (copy / "eval/reports/smoke_seed1" / written).stat().st_size > 100
+    for side in ("sft", "ppo"):
+        assert numbers[f"{side}/win_rate_low"] <= numbers[f"{side}/win_rate"] <= numbers[f"{side}/win_rate_high"]
+    assert (copy / "runs/smoke_seed1_ppo/judge/gold_against_smoke_seed1_sft/report.json").exists()
     weights = (copy / "models/smoke_seed1/ppo/model.safetensors").read_bytes()
 
     again = hello(copy, SMOKE="1")
@@ -56,6 +62,8 @@ def test_smoke_run_then_reuse_then_changed_arguments(copy):
     "variables, message",
     [
         ({"SEED": "x"}, "error: SEED: found 'x'; expected a number above 0"),
+        ({"SIZE": "huge"}, "error: SIZE: found 'huge'; expected tiny, small, medium or large"),
+        ({"KL_COEF": "-1"}, "error: KL_COEF: found '-1'"),
         ({"SMOKE": "yes"}, "error: SMOKE: found 'yes'; expected 0 or 1"),
         ({"MODEL": "EleutherAI/pythia-1b-deduped", "MICRO": "7"}, "error: MICRO: found 7 on 1 processes"),
         ({"MODEL": "EleutherAI/pythia-1b-deduped", "PPO_MICRO": "0"}, "error: PPO_MICRO: found '0'"),

@@ -101,7 +101,9 @@ def test_length_control_keeps_a_win_rate_that_is_not_by_length():
     outcomes = judged(expit(1.0 + 0.1 * difference), rng)
     found = length_controlled_win_rate(outcomes, difference, np.arange(3000))
     assert found["low"] < expit(1.0) < found["high"] and found["high"] - found["low"] < 0.08
-    # the penalised likelihood is at its top: the gradient of it, by finite differences, is 0 there
+    always_longer = length_controlled_win_rate(rng.integers(0, 2, 50), rng.integers(1, 9, 50), range(50))
+    assert always_longer["mean"] is None
+    assert length_controlled_win_rate([0.0] * 50, rng.normal(0, 5, 50), range(50))["mean"] is None
     nothing = length_controlled_win_rate([1.0] * 20, [0.0] * 20, range(20))
     assert nothing["mean"] is None and nothing["standard_deviation"] == 0
 
