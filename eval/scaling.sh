@@ -34,19 +34,20 @@ for seed in $KL_SEEDS; do for kl in $KL_COEFS; do echo "$KL_SIZE $seed $kl $KL_E
     xargs -P "$JOBS" -L 1 bash -c 'run_cell "$@"' cell || FAILED=1
 echo "trained in $(((SECONDS - START) / 60)) minutes"
 
-CHAINS=()
-for size in $SIZES; do for seed in $SEEDS; do CHAINS+=("toy_${size}_seed$seed"); done; done
-RUNS=()
-for chain in "${CHAINS[@]}"; do
-    for run in "${chain}_sft" "${chain}_ppo"; do [ ! -f "runs/$run/tables/validation.parquet" ] || RUNS+=("$run"); done
-done
-for seed in $KL_SEEDS; do
-    for kl in $KL_COEFS; do
-        run=toy_${KL_SIZE}_seed${seed}_kl${kl}_ppo
-        [ ! -f "runs/$run/tables/validation.parquet" ] || RUNS+=("$run")
+MAIN=() SWEEP=() # what was trained; a cell that failed before its first evaluation has nothing to judge
+judged() { [ -f "runs/$1/tables/validation.parquet" ] && echo "$1" || echo "not judged: $1" >&2; }
+for size in $SIZES; do
+    for seed in $SEEDS; do
+        for stage in sft ppo; do MAIN+=($(judged "toy_${size}_seed${seed}_$stage")); done
     done
 done
-"$PYTHON" eval/judge.py --run "${RUNS[@]}" --judge gold --updates
-"$PYTHON" eval/sft_rm_scale.py --runs 'toy_*'
-"$PYTHON" eval/rlhf_scaling_plot.py --runs 'toy_*'
+for seed in $KL_SEEDS; do
+    for kl in $KL_COEFS; do SWEEP+=($(judged "toy_${KL_SIZE}_seed${seed}_kl${kl}_ppo")); done
+done
+"$PYTHON" eval/judge.py --run "${MAIN[@]}" --judge gold --updates
+"$PYTHON" eval/judge.py --run "${SWEEP[@]}" --judge gold --updates
+# the sweep has figures of its own: its runs are longer, and must not be averaged with the others
+"$PYTHON" eval/sft_rm_scale.py --runs 'toy_*_seed[0-9]_sft' 'toy_*_seed[0-9]_reward'
+"$PYTHON" eval/rlhf_scaling_plot.py --runs 'toy_*_seed[0-9]_sft' 'toy_*_seed[0-9]_ppo'
+"$PYTHON" eval/rlhf_scaling_plot.py --runs "${SWEEP[@]}" --output_dir eval/images/kl_sweep
 exit $FAILED

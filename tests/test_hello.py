@@ -44,13 +44,13 @@ def test_smoke_run_then_reuse_then_changed_arguments(copy):
     assert (copy / "runs/smoke_seed1_ppo/judge/gold_against_smoke_seed1_sft/report.json").exists()
     weights = (copy / "models/smoke_seed1/ppo/model.safetensors").read_bytes()
 
-    again = hello(copy, SMOKE="1")
+    again = hello(copy, SMOKE="1", REPORT="0")
     assert again.returncode == 0 and again.stdout.count("reused") == 5, again.stdout
 
     # one stage's arguments change: it and those that depend on it start again, and what was there is kept
     script = copy / "hello_world.sh"
     script.write_text(script.read_text().replace("--num_normalization_rows 2048", "--num_normalization_rows 100"))
-    changed = hello(copy, SMOKE="1")
+    changed = hello(copy, SMOKE="1", REPORT="0")
     assert changed.returncode == 0, changed.stderr[-3000:]
     assert changed.stdout.count("reused") == 3
     assert "== reward: again" in changed.stdout and "== ppo: again" in changed.stdout
