@@ -14,6 +14,9 @@ SHARED = ROOT.parent / "shared"
 STAGES = ROOT / "summarize_from_feedback_details"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
+# scripts that are not part of the package, for tests to import
+sys.path[:0] = [str(ROOT), str(ROOT / "eval")]
+
 # the first import of the hub's client reads these; no test may reach for the network
 os.environ.update(OFFLINE)
 torch.set_num_threads(1)

@@ -9,19 +9,33 @@ from dataclasses import fields, is_dataclass
 from functools import cache
 from types import SimpleNamespace
 
+import judge
 import numpy as np
 import pytest
+import rlhf_scaling_plot
+import sft_rm_scale
 import torch
 import yaml
 from conftest import ROOT, STAGES
 from packaging.requirements import Requirement
 
+import visualize_tokens
 from summarize_from_feedback_details import ppo_left_padding, reward, sft, tldr_dataset, toy_tldr
 
 README = (ROOT / "README.md").read_text()
 MODULES = {m.__name__.split(".")[-1]: m for m in (toy_tldr, tldr_dataset, sft, reward, ppo_left_padding)}
+TOOLS = {m.__name__: m for m in (judge, sft_rm_scale, rlhf_scaling_plot, visualize_tokens)}
 TRAINERS = ("sft", "reward", "ppo_left_padding")
-GENERATED = ("models/", "runs/", "data/", "eval/reports/", "dataset_visuals/", "tables/", "tensorboard/")
+GENERATED = (
+    "models/",
+    "runs/",
+    "data/",
+    "eval/reports/",
+    "eval/images/",
+    "dataset_visuals/",
+    "tables/",
+    "tensorboard/",
+)
 
 
 def section(title: str) -> str:
@@ -77,7 +91,7 @@ def test_named_files_exist():
         named += re.findall(rf"(?<![\w./]){file}(?![\w.])", word.removeprefix("./"))
         named += re.findall(r"^(?:[\w.-]+/)+$", word)
     scripts = {p.name for folder in (STAGES, ROOT / "eval") for p in folder.glob("*.py")}  # named without their folder
-    outputs = {"sft/", "comparisons/"}  # of tldr_dataset.py, in its --output_dir
+    outputs = {"sft/", "comparisons/", "report.md"}  # of tldr_dataset.py in its --output_dir, and of the judge
     named = [n for n in named if n not in scripts | outputs and not n.startswith(GENERATED)]
     assert len(named) > 15
     assert not [n for n in named if not (ROOT / n).exists()]
@@ -100,7 +114,7 @@ def commands(text: str) -> list[tuple[str, list[str]]]:
     found = []
     for line in text.splitlines():
         for stage, rest in re.findall(r"([$\w]+)\.py\b\"?([^|;#]*)", line):
-            if stage in MODULES or stage == "$STAGE":
+            if stage in MODULES or stage in TOOLS or stage == "$STAGE":
                 found.append((stage, re.findall(r"(?:^|\s)--([\w.-]+)", rest)))
     return found
 
@@ -120,16 +134,16 @@ def test_flags_of_the_commands_exist():
     for where, text in sources_of_commands().items():
         for stage, flags in commands(text):
             for name in TRAINERS if stage == "$STAGE" else [stage]:
-                known = flags_of(MODULES[name].Args)
+                known = flags_of((MODULES | TOOLS)[name].Args)
                 for flag in flags:
                     flag = flag.replace("-", "_")
                     assert flag in known or flag.removeprefix("no_") in known, f"{where}: {name}.py --{flag}"
                 checked.setdefault(where.split()[0], set()).add(name)
-    assert checked["README"] == checked["hello_world.sh"] == set(MODULES)
+    assert checked["README"] == checked["hello_world.sh"] == set(MODULES) | set(TOOLS)
 
 
 def test_flags_in_the_text_exist():
-    known = set().union(*(flags_of(m.Args) for m in MODULES.values()))
+    known = set().union(*(flags_of(m.Args) for m in (MODULES | TOOLS).values()))
     prose = re.sub(r"^```.*?^```", "", README, flags=re.M | re.S)
     named = {flag for word in ticked(prose) for flag in re.findall(r"^--([\w.]+)", word)} - {"help"}
     assert len(named) > 7 and named <= known, named - known
@@ -175,8 +189,9 @@ def test_settings_of_hello_world_exist():
     script = (ROOT / "hello_world.sh").read_text()
     named = {name for line in README.splitlines() if "hello_world.sh" in line or "MICRO=" in line
              for name in re.findall(r"\b([A-Z_]+)=", line)}  # fmt: skip
-    assert {"SEED", "SMOKE", "FRESH", "MODEL", "MICRO", "PPO_MICRO", "ROLLOUT"} == named
-    assert all(f"{name}=${{{name}:-" in script for name in named)
+    toy, real = {"SIZE", "KL_COEF", "PPO_EPISODES"}, {"MODEL", "MICRO", "PPO_MICRO", "ROLLOUT"}
+    assert {"SEED", "SMOKE", "FRESH", "REPORT"} | toy | real == named
+    assert all(f"${{{name}:-" in script for name in named)
 
 
 # ---------------------------------------------------------------------------------------------- details and departures
