@@ -55,9 +55,12 @@ from summarize_from_feedback_details.check_inputs import (
     find_tokenizer,
     load_rows,
 )
+from summarize_from_feedback_details.checkpoints import Checkpoints, fingerprint
 from summarize_from_feedback_details.run_folder import (
     Progress,
     RunFolder,
+    choose_run_name,
+    finished_before,
     memory_gb,
     print_table,
     push,
@@ -66,6 +69,7 @@ from summarize_from_feedback_details.run_folder import (
     refuse_dropped,
     refuse_unwritable,
     save_model,
+    stop_if_wanted,
 )
 
 STATISTICS = ("loss/policy", "loss/value", "policy/ratio", "policy/clipfrac", "policy/approxkl", "value/clipfrac",
@@ -127,6 +131,12 @@ class Args:
     """also evaluate every so many updates, a table of responses each (0: only at the end)"""
     num_eval_rows: int | None = None
     """rows of the validation split to evaluate on (default: the whole split)"""
+    save_freq: int = 100
+    """write a checkpoint every so many updates (0: see --save_minutes)"""
+    save_minutes: float = 20.0
+    """write a checkpoint when the last one is so many minutes old (0: see --save_freq)"""
+    keep: int = 2
+    """newest checkpoints to keep; a finished run keeps none"""
 
     # optimisation
     eps: float = 1e-5
@@ -327,7 +337,7 @@ def deal(lengths: list[int], micro: int, rank: int, world_size: int) -> list[lis
     return [mine[i * micro : (i + 1) * micro] for i in range(steps)]
 
 
-def train_step(accelerator, model, optimizer, micro_batches, loss_of, max_grad_norm, on_bad) -> float:
+def train_step(accelerator, model, optimizer, micro_batches, loss_of, max_grad_norm, on_bad, stop) -> float | None:
     """One optimiser update from this rank's micro batches; returns the global gradient norm.
 
     Args:
@@ -336,6 +346,8 @@ def train_step(accelerator, model, optimizer, micro_batches, loss_of, max_grad_n
             batches gives the loss).
         max_grad_norm: clip to this norm, or None.
         on_bad: called with (what, micro batch) where a loss or the gradient is not finite; must raise.
+        stop: asked between micro batches, the same answer on all ranks: where True, no step is made and
+            None is returned.
     """
     ddp = isinstance(model, torch.nn.parallel.DistributedDataParallel)
     for i, micro in enumerate(micro_batches):
@@ -346,6 +358,8 @@ def train_step(accelerator, model, optimizer, micro_batches, loss_of, max_grad_n
             if not torch.isfinite(loss):
                 on_bad("loss", micro)
             accelerator.backward(loss)  # with DeepSpeed, the last one also steps
+        if not last and stop():
+            return None
     norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
     norm = float(norm if norm is not None else math.nan)
     if not math.isfinite(norm):
@@ -838,6 +852,7 @@ def evaluate_policy(
             texts_of_row = (batch["query"][i], texts[i].strip(), reference)
             found.append((row, *texts_of_row, scores[i], reference_scores[i], length, ended))
         progress.step(len(part))
+        stop_if_wanted()  # what is evaluated here is evaluated again
     found = sorted(gather_object(found))
     names = ["query", "response", "reference", "score", "reference_score", "response_length", "has_eos"]
     return {name: [row[1 + i] for row in found] for i, name in enumerate(names)}
@@ -912,11 +927,12 @@ def check_args(args: Args):
     for name in ("gamma", "lam"):
         if not 0 <= getattr(args.ppo, name) <= 1:
             refuse(f"ppo.{name}", str(getattr(args.ppo, name)), "a number from 0 to 1")
+    check_sizes(args, positive=("keep",), at_least_zero=("save_freq", "save_minutes"))
     check_scheduler(args)
     check_ppo_batch_sizes(args, int(os.environ.get("WORLD_SIZE", 1)))
-    refuse_unwritable("output_dir", args.output_dir)
+    refuse_unwritable("output_dir", args.output_dir, args.run_name)
     if args.value_output_dir is not None:
-        refuse_unwritable("value_output_dir", args.value_output_dir)
+        refuse_unwritable("value_output_dir", args.value_output_dir, args.run_name)
         if Path(args.value_output_dir).resolve() == Path(args.output_dir).resolve():
             refuse("value_output_dir", f"'{args.value_output_dir}', which is --output_dir", "another folder")
     check_push(args)
@@ -951,7 +967,9 @@ def main(args: Args) -> dict[str, float]:
     # sizes
     quiet_libraries()
     stamp = int(time.time())
-    args.run_name = args.run_name or f"{args.exp_name}__{args.seed}__{stamp}"
+    args.run_name = choose_run_name(args, "ppo_left_padding")
+    if (done := finished_before(args)) is not None:
+        return done
     tokenizer, dataset, stop_id = check_args(args)
     accelerator = make_accelerator(args)
     args.run_name = broadcast_object_list([args.run_name])[0]  # the time in it may differ between processes
@@ -1019,64 +1037,84 @@ def main(args: Args) -> dict[str, float]:
 
         # --------------------------------------------------------------------------------------------------------------
         # loop
-        progress = Progress("ppo updates", args.num_updates, is_main)
-        for update in range(1, args.num_updates + 1):
+        some = train[np.linspace(0, len(train) - 1, 1000).astype(int)]["query_token"]
+        fixed = {
+            "query_dataset": fingerprint([len(train), *np.concatenate(some)]),
+            "precision": accelerator.mixed_precision,
+        }
+        checkpoints = Checkpoints(run, args, accelerator, model, optimizer, scheduler, fixed)
+        position = checkpoints.resume()
+        progress = Progress("ppo updates", args.num_updates, is_main, done=position["update"])
+        for update in range(position["update"] + 1, args.num_updates + 1):
             start = time.time()
             # rollout: each rank samples its share of the batch, rows of similar length together
             episodes = np.arange((update - 1) * args.batch_size, update * args.batch_size)
             queries = [strip_pads(q, pad_id) for q in train[order[episodes]]["query_token"]]
-            parts = deal([len(q) for q in queries], args.local_rollout_forward_batch_size, rank, world_size)
-            move_frozen(device)
-            model.eval()
-            rollouts = []
-            for part in parts:
-                with accelerator.autocast():
-                    rollouts.append(make_rollout(
-                        whole, ref_policy, reward_model, reward_bias, [queries[i] for i in part], order[episodes[part]],
-                        episodes[part], accelerator.mixed_precision == "bf16", ids, args,
-                    ))  # fmt: skip
-            move_frozen("cpu")
-            local = [torch.cat(columns) for columns in zip(*rollouts)]
-            numbers = torch.tensor([i for part in parts for i in part], device=device)
-            back = accelerator.gather(numbers).argsort()  # from the order of ranks to that of episodes
-            rollout = Rollout(*(accelerator.gather(column)[back] for column in local))
+            steps_done = position["step"]  # not None where a run goes on inside an update
+            stats = torch.zeros(args.ppo.noptepochs, len(STATISTICS), device=device, dtype=torch.float64)
+            # of the first pass over the first mini-batch, where it is noise
+            ratio_error = torch.zeros(1, device=device)
+            if steps_done is not None:
+                rollout = Rollout(*(position["shared"][name].to(device) for name in Rollout._fields))
+                stats.copy_(position["local"]["stats"])
+                ratio_error.copy_(position["local"]["ratio_error"])
+                position = {"step": None}
+            else:
+                move_frozen(device)
+                model.eval()
+                rollouts = []
+                parts = deal([len(q) for q in queries], args.local_rollout_forward_batch_size, rank, world_size)
+                for part in parts:
+                    if checkpoints.stop_asked():
+                        checkpoints.stop(update - 1)
+                    with accelerator.autocast():
+                        rollouts.append(make_rollout(
+                            whole, ref_policy, reward_model, reward_bias, [queries[i] for i in part],
+                            order[episodes[part]], episodes[part], accelerator.mixed_precision == "bf16", ids, args,
+                        ))  # fmt: skip
+                move_frozen("cpu")
+                local = [torch.cat(columns) for columns in zip(*rollouts)]
+                numbers = torch.tensor([i for part in parts for i in part], device=device)
+                back = accelerator.gather(numbers).argsort()  # from the order of ranks to that of episodes
+                rollout = Rollout(*(accelerator.gather(column)[back] for column in local))
             assert torch.equal(rollout.query_rows.cpu(), torch.from_numpy(order[episodes]))
             adv = compute_advantages(*rollout[1:], pad_id, stop_id, args)
             rollout_seconds = time.time() - start
 
             # optimisation: passes over the whole batch, cut into the same mini-batches on any number of ranks
             model.train()
-            stats = torch.zeros(args.ppo.noptepochs, len(STATISTICS), device=device, dtype=torch.float64)
-            ratio_error = torch.zeros(
-                1, device=device
-            )  # of the first pass over the first mini-batch, where it is noise
             total_lengths = [len(q) + int(n) + 1 for q, n in zip(queries, adv.sequence_lengths.tolist())]
-            for epoch in range(args.ppo.noptepochs):
+            for step in range(steps_done or 0, args.ppo.noptepochs * args.nminibatches):
+                epoch, i = divmod(step, args.nminibatches)
                 shuffled = np.random.default_rng([args.seed, update, epoch]).permutation(args.batch_size)
-                for i, mini_batch in enumerate(shuffled.reshape(args.nminibatches, args.mini_batch_size)):
-                    counts = [int((~m[mini_batch]).sum()) for m in (adv.padding_mask, adv.padding_mask_p1)]
+                mini_batch = shuffled.reshape(args.nminibatches, args.mini_batch_size)[i]
+                counts = [int((~m[mini_batch]).sum()) for m in (adv.padding_mask, adv.padding_mask_p1)]
+                before = {"stats": stats.clone(), "ratio_error": ratio_error.clone()}
 
-                    def loss_of(part):
-                        mb = mini_batch[part]
-                        query_tokens = pad_rows([queries[j] for j in mb], pad_id, "left").to(device)
-                        found = micro_batch_loss(
-                            model, query_tokens, rollout.responses[mb], adv, mb, counts, pad_id, args
-                        )
-                        loss, values, error = found
-                        stats[epoch] += values
-                        if epoch == i == 0:
-                            ratio_error.copy_(torch.max(ratio_error, error))
-                        return loss
+                def loss_of(part):
+                    mb = mini_batch[part]
+                    query_tokens = pad_rows([queries[j] for j in mb], pad_id, "left").to(device)
+                    loss, values, error = micro_batch_loss(
+                        model, query_tokens, rollout.responses[mb], adv, mb, counts, pad_id, args
+                    )
+                    stats[epoch] += values
+                    if step == 0:
+                        ratio_error.copy_(torch.max(ratio_error, error))
+                    return loss
 
-                    def on_bad(what, part):
-                        mb = mini_batch[part]
-                        columns = {name: column[mb].cpu() for name, column in adv._asdict().items()}
-                        columns |= {"responses": rollout.responses[mb].cpu(), "queries": [queries[j] for j in mb]}
-                        columns["query_rows"] = order[episodes[mb]]
-                        run.stop_on_bad_numbers(update, what, columns)
+                def on_bad(what, part):
+                    mb = mini_batch[part]
+                    columns = {name: column[mb].cpu() for name, column in adv._asdict().items()}
+                    columns |= {"responses": rollout.responses[mb].cpu(), "queries": [queries[j] for j in mb]}
+                    columns["query_rows"] = order[episodes[mb]]
+                    run.stop_on_bad_numbers(update, what, columns)
 
-                    parts = deal([total_lengths[j] for j in mini_batch], args.local_micro_batch_size, rank, world_size)
-                    norm = train_step(accelerator, model, optimizer, parts, loss_of, args.max_grad_norm, on_bad)
+                parts = deal([total_lengths[j] for j in mini_batch], args.local_micro_batch_size, rank, world_size)
+                norm = train_step(
+                    accelerator, model, optimizer, parts, loss_of, args.max_grad_norm, on_bad, checkpoints.stop_asked
+                )
+                if norm is None:
+                    checkpoints.stop(update - 1, step, rollout._asdict(), before)
             lr = scheduler.get_last_lr()[0]
             scheduler.step()
             stats = accelerator.reduce(stats, "sum") / args.nminibatches
@@ -1106,20 +1144,22 @@ def main(args: Args) -> dict[str, float]:
                         print(f"{query[-300:]}\n  policy ({score:+.2f}): {text}", flush=True)
             run.log(update, metrics)
             progress.step(note=f"score {metrics['objective/scores']:.3f} kl {metrics['objective/kl']:.3f}")
+            checkpoints.after_update(update)
 
         # --------------------------------------------------------------------------------------------------------------
         # evaluation and saving
-        final = dict(metrics)
+        checkpoints.save(args.num_updates)
+        final = dict(run.metrics)
         if args.run_eval:
             found = evaluate(validation, "policy, validation")
             final |= report(found)
             table = run.table("validation", found)
             run.log(args.num_updates + 1, report(found))
         policy.generation_config = GenerationConfig.from_model_config(policy.config)
-        save_model(accelerator, model, policy, tokenizer, args.output_dir)
+        save_model(accelerator, run, model, policy, tokenizer, args.output_dir)
         if args.value_output_dir:
-            value_model.config.reward_bias = float(whole.value_bias)
-            save_model(accelerator, model, value_model, tokenizer, args.value_output_dir)
+            value_model.config.reward_bias = float(whole.value_bias.detach())
+            save_model(accelerator, run, model, value_model, tokenizer, args.value_output_dir)
         if is_main:
             shown = Table("PPO", "last value")
             for name in (*CLOSING_METRICS, *(k for k in final if k.startswith("eval/"))):
@@ -1129,6 +1169,7 @@ def main(args: Args) -> dict[str, float]:
             print(f"{paths}\nrun:    {run.path}", flush=True)
             if args.push_to_hub:
                 push(args, "ppo_left_padding", stamp)
+        checkpoints.remove()
     return final
 
 

@@ -45,9 +45,12 @@ from summarize_from_feedback_details.check_inputs import (
     find_tokenizer,
     load_rows,
 )
+from summarize_from_feedback_details.checkpoints import Checkpoints, fingerprint
 from summarize_from_feedback_details.run_folder import (
     Progress,
     RunFolder,
+    choose_run_name,
+    finished_before,
     memory_gb,
     print_table,
     push,
@@ -56,6 +59,7 @@ from summarize_from_feedback_details.run_folder import (
     refuse_dropped,
     refuse_unwritable,
     save_model,
+    stop_if_wanted,
 )
 
 DROPPED = {
@@ -95,6 +99,12 @@ class Args:
     """also evaluate every so many updates (0: only before and after training)"""
     num_eval_rows: int | None = None
     """pairs of each split to evaluate on (default: the whole split)"""
+    save_freq: int = 100
+    """write a checkpoint every so many updates (0: see --save_minutes)"""
+    save_minutes: float = 20.0
+    """write a checkpoint when the last one is so many minutes old (0: see --save_freq)"""
+    keep: int = 2
+    """newest checkpoints to keep; a finished run keeps none"""
     num_normalization_rows: int | None = None
     """demonstrations whose mean reward becomes 0 (default: the whole train split)"""
 
@@ -238,7 +248,7 @@ def deal(lengths: list[int], micro: int, rank: int, world_size: int) -> list[lis
     return [mine[i * micro : (i + 1) * micro] for i in range(steps)]
 
 
-def train_step(accelerator, model, optimizer, micro_batches, loss_of, max_grad_norm, on_bad) -> float:
+def train_step(accelerator, model, optimizer, micro_batches, loss_of, max_grad_norm, on_bad, stop) -> float | None:
     """One optimiser update from this rank's micro batches; returns the global gradient norm.
 
     Args:
@@ -247,6 +257,8 @@ def train_step(accelerator, model, optimizer, micro_batches, loss_of, max_grad_n
             batches gives the loss).
         max_grad_norm: clip to this norm, or None.
         on_bad: called with (what, micro batch) where a loss or the gradient is not finite; must raise.
+        stop: asked between micro batches, the same answer on all ranks: where True, no step is made and
+            None is returned.
     """
     ddp = isinstance(model, torch.nn.parallel.DistributedDataParallel)
     for i, micro in enumerate(micro_batches):
@@ -257,6 +269,8 @@ def train_step(accelerator, model, optimizer, micro_batches, loss_of, max_grad_n
             if not torch.isfinite(loss):
                 on_bad("loss", micro)
             accelerator.backward(loss)  # with DeepSpeed, the last one also steps
+        if not last and stop():
+            return None
     norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
     norm = float(norm if norm is not None else math.nan)
     if not math.isfinite(norm):
@@ -425,6 +439,7 @@ def evaluate_pairs(accelerator, model, rows, pad_id: int, args, shared_prefix: b
             chosen, rejected = pair_rewards(whole, pairs, pad_id, accelerator.device, shared_prefix, dtype)
         found += zip(part, chosen.tolist(), rejected.tolist())
         progress.step(len(part))
+        stop_if_wanted()  # what is evaluated here is evaluated again
     model.train(was_training)
     found = sorted(gather_object(found))
     return np.array([c for _, c, _ in found]), np.array([r for _, _, r in found])
@@ -445,6 +460,7 @@ def score_demonstrations(accelerator, model, rows, pad_id: int, args, what: str)
             rewards = whole(**separate_rows(tokens, pad_id, accelerator.device))[:, 0]
         found += zip(part, rewards.tolist())
         progress.step(len(part))
+        stop_if_wanted()  # what is evaluated here is evaluated again
     return np.array([reward for _, reward in sorted(gather_object(found))])
 
 
@@ -488,9 +504,10 @@ def check_args(args: Args):
                   "local_eval_batch_size", "num_eval_rows", "num_normalization_rows"),
         at_least_zero=("lr", "weight_decay", "warm_up_steps", "eval_freq", "print_sample_output_freq"),
     )  # fmt: skip
+    check_sizes(args, positive=("keep",), at_least_zero=("save_freq", "save_minutes"))
     check_scheduler(args)
     check_batch_sizes(args, int(os.environ.get("WORLD_SIZE", 1)), default_batch_size=64)
-    refuse_unwritable("output_dir", args.output_dir)
+    refuse_unwritable("output_dir", args.output_dir, args.run_name)
     check_push(args)
     # the default revision belongs to the default model
     if args.sft_model_path != Args.sft_model_path and args.sft_model_revision == Args.sft_model_revision:
@@ -521,7 +538,9 @@ def main(args: Args) -> dict[str, float]:
     # sizes
     quiet_libraries()
     stamp = int(time.time())
-    args.run_name = args.run_name or f"{args.exp_name}__{args.seed}__{stamp}"
+    args.run_name = choose_run_name(args, "reward")
+    if (done := finished_before(args)) is not None:
+        return done
     tokenizer, dataset, sft_dataset = check_args(args)
     accelerator = make_accelerator(args)
     args.run_name = broadcast_object_list([args.run_name])[0]  # the time in it may differ between processes
@@ -583,14 +602,17 @@ def main(args: Args) -> dict[str, float]:
                 run.table(split, texts | group_columns(rows) | {"chosen_reward": chosen, "rejected_reward": rejected})
             return metrics, table
 
-        if args.run_eval:
+        fixed = {"label_dataset": fingerprint(lengths), "precision": accelerator.mixed_precision}
+        checkpoints = Checkpoints(run, args, accelerator, model, optimizer, scheduler, fixed)
+        first = checkpoints.resume()["update"] + 1
+        if args.run_eval and first == 1:
             run.log(0, evaluate_splits("before training")[0])
 
         # --------------------------------------------------------------------------------------------------------------
         # loop
-        progress = Progress("reward updates", args.num_updates, is_main)
+        progress = Progress("reward updates", args.num_updates, is_main, done=first - 1)
         model.train()
-        for update in range(1, args.num_updates + 1):
+        for update in range(first, args.num_updates + 1):
             start = time.time()
             rows = order[(update - 1) * args.batch_size : update * args.batch_size]
             parts = deal(
@@ -612,7 +634,11 @@ def main(args: Args) -> dict[str, float]:
                 numbers = rows[part or [0]]
                 run.stop_on_bad_numbers(update, what, {"rows": numbers, "pairs": read_pairs(train[numbers], pad_id)})
 
-            norm = train_step(accelerator, model, optimizer, parts, loss_of, args.max_grad_norm, on_bad)
+            norm = train_step(
+                accelerator, model, optimizer, parts, loss_of, args.max_grad_norm, on_bad, checkpoints.stop_asked
+            )
+            if norm is None:
+                checkpoints.stop(update - 1)
             lr = scheduler.get_last_lr()[0]
             scheduler.step()
             loss, accuracy, tokens = accelerator.reduce(sums, "sum").tolist()
@@ -629,10 +655,12 @@ def main(args: Args) -> dict[str, float]:
                 print_pairs(accelerator, model, dataset["train"][rows[:2]], tokenizer, shared, dtype)
             run.log(update, metrics)
             progress.step(note=f"loss {loss:.3f} accuracy {accuracy:.2f}")
+            checkpoints.after_update(update)
 
         # --------------------------------------------------------------------------------------------------------------
         # evaluation, normalisation and saving
-        final, table = {"train/rm/loss": loss, "train/rm/accuracy": accuracy}, []
+        checkpoints.save(args.num_updates)
+        final, table = {name: run.metrics[name] for name in ("train/rm/loss", "train/rm/accuracy")}, []
         if args.run_eval:
             found, table = evaluate_splits("after training")
             final |= found
@@ -653,12 +681,13 @@ def main(args: Args) -> dict[str, float]:
         run.log(args.num_updates + 1, final)
         scorer.config.pad_token_id = pad_id  # where the plain class looks for the last real token
         scorer.config.id2label, scorer.config.label2id = {0: "reward"}, {"reward": 0}
-        save_model(accelerator, model, scorer, tokenizer, args.output_dir)
+        save_model(accelerator, run, model, scorer, tokenizer, args.output_dir)
         if is_main:
             print_tables(table, before, after)
             print(f"reward model: {args.output_dir}\ntables: {run.path / 'tables'}\nrun:    {run.path}", flush=True)
             if args.push_to_hub:
                 push(args, "reward", stamp)
+        checkpoints.remove()
     return final
 
 

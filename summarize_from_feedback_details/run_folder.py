@@ -5,7 +5,10 @@
         metrics.jsonl      one object per update: {"update": 1, "train/sft/loss": 3.2, ...}
         tensorboard/       the same numbers as TensorBoard events
         tables/*.parquet   sampled responses and evaluation results
-        summary.json       state (running | finished | failed), final metrics, wall clock, size, commit, versions
+        checkpoints/       where the run goes on after a stop (`checkpoints.py`)
+        written.json       folders outside this one that the run has written
+        summary.json       state (running | interrupted | finished | failed), final metrics, wall clock, size, commit,
+                           versions; a run that was killed stays `running`, and nobody holds its lock
 
 Nothing here knows about RLHF: this is the plumbing that the stage scripts would otherwise repeat at length.
 """
@@ -18,9 +21,12 @@ import os
 import platform
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -29,6 +35,30 @@ from typing import Any, NoReturn
 
 LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "numpy")
 SECONDS_BETWEEN_LINES = 10.0  # progress in a log file: at most one line in this time
+REQUEUE_ME = 75  # exit code of a run that a signal interrupted and that the same command continues (EX_TEMPFAIL)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# arguments that may change when a run goes on, since its results do not depend on them
+FREE = {
+    *("exp_name", "run_name", "output_dir", "value_output_dir", "track", "wandb_project_name", "wandb_entity"),
+    *("push_to_hub", "hf_entity", "hf_repo_id", "hf_repo_revision"),
+    *("print_sample_output_freq", "eval_freq", "save_freq", "save_minutes", "keep"),
+    *("world_size", "deepspeed", "gradient_accumulation_steps", "gradient_checkpointing", "offload", "shared_prefix"),
+    *("local_micro_batch_size", "micro_batch_size", "local_mini_batch_size", "local_batch_size"),
+    *("local_rollout_forward_batch_size", "local_eval_batch_size"),
+}
+BEGUN = {"lock", "tables", "args.json", ".args.json.partial", ".summary.json.partial"}  # of a run killed at its start
+_stop = {"wanted": False}  # set by a signal
+
+
+def stop_wanted() -> bool:
+    """Whether a signal asked this process to stop (SIGTERM or SIGUSR1, while a `RunFolder` is entered)."""
+    return _stop["wanted"]
+
+
+def stop_if_wanted() -> None:
+    """End the process where a signal asked for it: for long work that starts again from the last checkpoint."""
+    if stop_wanted():
+        raise SystemExit(REQUEUE_ME)
 
 
 def refuse(argument: str, found: str, expected: str) -> NoReturn:
@@ -58,10 +88,13 @@ def refuse_dropped(argv: list[str], dropped: dict[str, str]) -> None:
             refuse(name, "an argument that this version does not have", dropped[name])
 
 
-def refuse_unwritable(argument: str, path: str) -> None:
-    """Refuse a folder to be written that already holds something, or that cannot be created here."""
+def refuse_unwritable(argument: str, path: str, run_name: str | None = None, root: str = "runs") -> None:
+    """Refuse a folder to be written that already holds something, or that cannot be created here.
+
+    What the run `run_name` itself has written there may be written again.
+    """
     folder = Path(path)
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(folder.iterdir()) and not (run_name and _wrote(Path(root) / run_name, folder)):
         refuse(argument, f"'{path}', which holds another run's results", "a new or empty folder")
     if folder.exists() and not folder.is_dir():
         refuse(argument, f"'{path}', which is a file", "a folder that can be created")
@@ -70,13 +103,39 @@ def refuse_unwritable(argument: str, path: str) -> None:
         refuse(argument, f"'{path}', and '{parent}' cannot be written", "a folder that can be created")
 
 
+def _wrote(run: Path, folder: Path) -> bool:
+    """Whether this run has written this folder: it was noted, and still holds the files that were put there."""
+    try:
+        files = json.loads((run / "written.json").read_text())[os.path.normpath(folder)]
+    except (OSError, ValueError, KeyError):
+        return False
+    return files == _sizes(folder)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def sync_folder(path: Path) -> None:
+    """Put the names of a folder's files on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextlib.contextmanager
-def atomic_folder(path: str) -> Iterator[Path]:
-    """Yield a temporary sibling of `path`, which takes the name `path` when the block ends without an error."""
+def atomic_folder(path: str, run: "RunFolder | None" = None) -> Iterator[Path]:
+    """Yield a temporary sibling of `path`, which takes the name `path` when the block ends without an error.
+
+    With `run`, the folder is first noted as this run's: when the run is killed after that and goes on, it may write the
+    folder again.
+    """
     final = Path(path)
     final.parent.mkdir(parents=True, exist_ok=True)
-    partial = final.with_name(f".{final.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, old = (final.with_name(f".{final.name}.{what}") for what in ("partial", "old"))
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     partial.mkdir()
     try:
         yield partial
@@ -84,16 +143,21 @@ def atomic_folder(path: str) -> Iterator[Path]:
             with open(file, "rb") if file.is_file() else contextlib.nullcontext() as handle:
                 if handle is not None:
                     os.fsync(handle.fileno())
-        if final.is_dir():
-            final.rmdir()  # only an empty folder can be here: refuse_unwritable saw to it
+        if run is not None:
+            run.note_written(final, _sizes(partial))
+        shutil.rmtree(old, ignore_errors=True)
+        if final.is_dir():  # empty, or this run's own: refuse_unwritable saw to it
+            final.rename(old)
         partial.rename(final)
+        sync_folder(final.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of one."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(content, indent=2, default=str) + "\n")
     partial.replace(path)
 
@@ -113,10 +177,73 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def _flat(args: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested arguments as they are typed: {"ppo": {"lam": 1}} -> {"ppo.lam": 1}."""
+    flat = {}
+    for name, value in args.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _read_run(path: Path) -> tuple[dict, dict] | None:
+    """Summary and arguments of a run, or None where they are not there or unreadable."""
+    try:
+        return json.loads((path / "summary.json").read_text()), json.loads((path / "args.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def differences(saved: dict, args: Any) -> dict[str, tuple]:
+    """Arguments that change the result and are not those of the saved run: name -> (there, now).
+
+    What is None now was left out, and is derived from the others.
+    """
+    saved, now = _flat(saved), _flat(json.loads(json.dumps(asdict(args), default=str)))
+    return {k: (saved.get(k), v) for k, v in now.items() if k not in FREE and v is not None and saved.get(k) != v}
+
+
+def choose_run_name(args: Any, stage: str, root: str = "runs") -> str:
+    """The run name that was given; else that of an unfinished run with the same arguments, or a new one."""
+    if args.run_name:
+        return args.run_name
+    for path in sorted(Path(root).glob("*/summary.json"), key=lambda p: p.stat().st_mtime, reverse=True):
+        found = _read_run(path.parent)
+        unfinished = found is not None and found[0].get("state") != "finished" and found[0].get("stage") == stage
+        if unfinished and not differences(found[1], args) and not _held(path.parent):
+            return path.parent.name
+    return f"{args.exp_name}__{args.seed}__{int(time.time())}"
+
+
+def finished_before(args: Any, root: str = "runs") -> dict[str, float] | None:
+    """The final metrics where this very run is finished already: there is nothing to do; otherwise None."""
+    path = Path(root) / args.run_name
+    found = _read_run(path)
+    if found is None or found[0]["state"] != "finished" or differences(found[1], args):
+        return None
+    if not _wrote(path, Path(args.output_dir)):
+        return None
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{path} is finished already, with these arguments: nothing to do\nmodel: {args.output_dir}", flush=True)
+    return found[0]["metrics"]
+
+
+def _held(path: Path) -> bool:
+    """Whether a process works in this run's folder."""
+    try:
+        with open(path / "lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: ranks that look at the same time do not collide
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 class RunFolder:
     """The folder of one run; a context manager, so that `summary.json` says how the run ended.
 
-    On ranks other than 0 every method does nothing.
+    On ranks other than 0 every method does nothing. While it is entered, SIGTERM and SIGUSR1 no longer end the process:
+    `stop_wanted` tells of them.
 
     Args:
         args: the stage's arguments, a dataclass instance with `run_name` and, where there is tracking, `track`,
@@ -132,7 +259,8 @@ class RunFolder:
     def __init__(self, args: Any, stage: str, is_main: bool = True, root: str = "runs"):
         self.path = Path(root) / args.run_name
         self.args, self.stage, self.is_main = args, stage, is_main
-        self.start, self.metrics, self.wandb = time.time(), {}, None
+        self.start, self.seconds_before, self.metrics = time.monotonic(), 0.0, {}
+        self.wandb = None
         self.parameters: int | None = None  # of the trained model, once it is there
 
     @staticmethod
@@ -141,56 +269,71 @@ class RunFolder:
         path = Path(root) / args.run_name
         if not args.run_name or "/" in args.run_name or args.run_name.startswith("."):
             refuse("run_name", repr(args.run_name), "a plain folder name")
-        try:
-            summary = json.loads((path / "summary.json").read_text())
-            saved = json.loads((path / "args.json").read_text())
-        except FileNotFoundError:
-            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        found = _read_run(path)
+        if found is None:
+            if (path / "summary.json").exists():
+                refuse("run_name", f"'{path}', whose summary.json or args.json is unreadable", "a new run name")
+            if path.exists() and (not path.is_dir() or {p.name for p in path.iterdir()} - BEGUN):
                 refuse("run_name", f"'{path}', which is not the folder of a run", "a new run name")
-            return refuse_unwritable("run_name", str(path))
-        except ValueError:
-            refuse("run_name", f"'{path}', whose summary.json or args.json is unreadable", "a new run name")
+            return refuse_unwritable("run_name", str(path)) if not path.exists() else None
+        summary, saved = found
         if summary["state"] == "finished":
             refuse("run_name", f"'{path}', which holds a finished run", "a new run name")
-        now = json.loads(json.dumps(asdict(args), default=str))
-        differ = [k for k in now if saved.get(k) != now[k]]
-        if differ:
-            names = ", ".join(f"{k} ({saved.get(k)} there, {now[k]} now)" for k in differ)
+        if differ := differences(saved, args):
+            names = ", ".join(f"--{k} ({there} there, {now} now)" for k, (there, now) in differ.items())
             refuse("run_name", f"'{path}', a run with other arguments: {names}", "a new run name or the same arguments")
+        if _held(path):
+            refuse("run_name", f"'{path}', a run that still goes on", "a new run name, or to wait")
+        if not os.access(path, os.W_OK):
+            refuse("run_name", f"'{path}', which cannot be written", "a folder that can be written")
 
     def __enter__(self) -> "RunFolder":
+        _stop["wanted"] = False
+        self.old_handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in STOP_SIGNALS:
+                self.old_handlers[number] = signal.signal(number, lambda *_: _stop.update(wanted=True))
         if not self.is_main:
             return self
-        if self.path.exists():  # an interrupted run with the same arguments: keep what it wrote, start afresh
-            aside = next(
-                p for i in range(1, 10**6) if not (p := self.path.with_name(f"{self.path.name}.stopped-{i}")).exists()
-            )
-            with open(self.path / "lock", "a") as lock:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    refuse("run_name", f"'{self.path}', a run that still goes on", "a new run name, or to wait")
-                self.path.rename(aside)
-            print(f"an interrupted run was here: its files are kept in {aside}", flush=True)
-        (self.path / "tables").mkdir(parents=True)
-        self.lock = open(self.path / "lock", "a")  # noqa: SIM115 - held until the process ends
-        fcntl.flock(self.lock, fcntl.LOCK_EX)
-        write_json(self.path / "args.json", asdict(self.args))
-        self._write_summary("running")
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and --help does not need it
-
-        self.tensorboard = SummaryWriter(str(self.path / "tensorboard"))
+        with self.one_line_for_a_full_disk():
+            (self.path / "tables").mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.path / "lock", "a")  # noqa: SIM115 - held until the process ends
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                refuse("run_name", f"'{self.path}', a run that still goes on", "a new run name, or to wait")
+            write_json(self.path / "args.json", asdict(self.args))
+            self._write_summary("running")
         if getattr(self.args, "track", False):
             import wandb
 
+            id_file = self.path / "wandb.json"  # the run goes on under the same id
+            if not id_file.exists():
+                write_json(id_file, {"id": uuid.uuid4().hex[:8]})
             self.wandb = wandb.init(
                 project=self.args.wandb_project_name,
                 entity=self.args.wandb_entity,
                 name=self.args.run_name,
+                id=json.loads(id_file.read_text())["id"],
+                resume="allow",
                 config=asdict(self.args),
                 dir=str(self.path),
             )
         return self
+
+    def seconds(self) -> float:
+        """Wall clock so far, of all processes that worked on this run (what a killed one lost does not count)."""
+        return self.seconds_before + time.monotonic() - self.start
+
+    @contextlib.contextmanager
+    def one_line_for_a_full_disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise SystemExit(
+                f"error: {error.filename or self.path} cannot be written: {error.strerror or error}; cure that and "
+                "start the same command again: it goes on from the last checkpoint"
+            ) from None
 
     def log(self, update: int, metrics: dict[str, float]) -> None:
         """Append one line to `metrics.jsonl`, and the same numbers to TensorBoard and W&B."""
@@ -198,12 +341,55 @@ class RunFolder:
         if not self.is_main:
             return
         line = {"update": update, **{k: v if math.isfinite(v) else None for k, v in metrics.items()}}
-        with open(self.path / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
-        for name, value in metrics.items():
-            self.tensorboard.add_scalar(name, value, update)
+        with self.one_line_for_a_full_disk():
+            with open(self.path / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+            self._log_to_tensorboard(update, metrics)
         if self.wandb is not None:
             self.wandb.log(metrics, step=update)
+
+    def _log_to_tensorboard(self, update: int, metrics: dict[str, float]) -> None:
+        """Append to one file, at once: SummaryWriter's thread and names by the clock would not survive a stop."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+        from torch.utils.tensorboard.summary import scalar
+
+        path = self.path / "tensorboard" / "events.out.tfevents.0"
+        path.parent.mkdir(exist_ok=True)
+        with open(path, "ab") as file:
+            writer = RecordWriter(file)
+            if file.tell() == 0:
+                writer.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
+            for name, value in metrics.items():
+                event = Event(wall_time=time.time(), step=update, summary=scalar(name, value))
+                writer.write(event.SerializeToString())
+
+    def _log_files(self) -> list[Path]:
+        return [p for p in [self.path / "metrics.jsonl", *(self.path / "tensorboard").glob("events.*")] if p.exists()]
+
+    def sync_logs(self) -> dict[str, int]:
+        """Put the logs on the disk; returns their lengths in bytes, by name."""
+        for path in self._log_files():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        return {str(path.relative_to(self.path)): path.stat().st_size for path in self._log_files()}
+
+    def reset_logs(self, state: dict | None) -> None:
+        """Cut the logs back to a checkpoint's `logs`, `metrics` and `seconds`, or empty them: no line will come twice.
+
+        Call before the first `log`.
+        """
+        self.metrics = dict(state["metrics"]) if state else {}
+        self.seconds_before = state["seconds"] if state else 0.0
+        if not self.is_main:
+            return
+        lengths = state["logs"] if state else {}
+        for path in self._log_files():
+            length = lengths.get(str(path.relative_to(self.path)))
+            if length is None:
+                path.unlink()
+            else:
+                os.truncate(path, length)
 
     def table(self, name: str, columns: dict[str, list]) -> Path:
         """Write `tables/<name>.parquet` from equally long columns; returns its path."""
@@ -212,15 +398,22 @@ class RunFolder:
             import pandas
 
             frame = pandas.DataFrame(columns)
-            partial = path.with_name(f".{path.name}.partial")
-            frame.to_parquet(partial)
-            partial.replace(path)
+            with self.one_line_for_a_full_disk():
+                partial = path.with_name(f".{path.name}.partial")
+                frame.to_parquet(partial)
+                partial.replace(path)
             if self.wandb is not None:
                 import wandb
 
                 # part of the present step: without `commit=False` the step would run ahead of `log`
                 self.wandb.log({f"tables/{name}": wandb.Table(dataframe=frame)}, commit=False)
         return path
+
+    def note_written(self, folder: Path, files: dict[str, int]) -> None:
+        """Note in `written.json` that this run is about to write a folder, and the sizes of its files."""
+        path = self.path / "written.json"
+        noted = json.loads(path.read_text()) if path.exists() else {}
+        write_json(path, noted | {os.path.normpath(folder): files})
 
     def stop_on_bad_numbers(self, update: int, what: str, batch: dict[str, Any]) -> NoReturn:
         """Save the offending batch and stop the run: one line, exit code 1 (every rank saves its own)."""
@@ -237,7 +430,7 @@ class RunFolder:
             "stage": self.stage,
             "run_name": self.args.run_name,
             "state": state,
-            "wall_clock_seconds": round(time.time() - self.start, 1),
+            "wall_clock_seconds": round(self.seconds(), 1),
             "parameters": self.parameters,
             "commit": _commit(),
             "versions": _versions(),
@@ -246,13 +439,26 @@ class RunFolder:
         write_json(self.path / "summary.json", content | ({"reason": reason} if reason else {}))
 
     def __exit__(self, kind, error, traceback) -> None:
+        for number, handler in self.old_handlers.items():
+            signal.signal(number, handler)
+        code = error.code if kind is SystemExit else None
+        # 2: refused, so nothing happened to the run; a rank that waits for one that has stopped fails in its own way
+        interrupted = kind is KeyboardInterrupt or code in (REQUEUE_ME, 2) or (kind is not None and stop_wanted())
         if not self.is_main:
-            if kind is not None and self.path.is_dir():  # the launcher will end rank 0, which then writes nothing
+            # the launcher will end rank 0, which then writes nothing
+            if kind is not None and not interrupted and self.path.is_dir():
                 self._write_summary("failed", f"rank {os.environ.get('RANK')}: {kind.__name__}: {error}")
             return
         reason = str(error) if kind is SystemExit else f"{kind.__name__}: {error}" if kind else None
-        self._write_summary("failed" if kind else "finished", reason)
-        self.tensorboard.close()
+        try:
+            if interrupted:
+                self._write_summary("interrupted")
+                if code != 2:
+                    print(f"interrupted; start the same command again and {self.path} goes on", flush=True)
+            else:
+                self._write_summary("failed" if kind else "finished", reason)
+        except OSError as full:
+            print(f"warning: {self.path}/summary.json cannot be written: {full.strerror}", file=sys.stderr, flush=True)
         if self.wandb is not None:
             self.wandb.finish(exit_code=1 if kind else 0)
         self.lock.close()
@@ -265,15 +471,16 @@ class Progress:
         what: what is counted, e.g. `sft updates`.
         total: how many there will be.
         is_main: whether this process is rank 0.
+        done: how many were done before.
     """
 
-    def __init__(self, what: str, total: int, is_main: bool = True):
-        self.what, self.total, self.is_main, self.done = what, total, is_main, 0
-        self.start, self.last, self.bar = time.time(), 0.0, None
+    def __init__(self, what: str, total: int, is_main: bool = True, done: int = 0):
+        self.what, self.total, self.is_main, self.done, self.done_before = what, total, is_main, done, done
+        self.start, self.last, self.bar = time.monotonic(), -SECONDS_BETWEEN_LINES, None
         if is_main and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self.bar = tqdm(total=total, desc=what)
+            self.bar = tqdm(total=total, desc=what, initial=done)
 
     def step(self, n: int = 1, note: str = "") -> None:
         """Count `n` more as done; `note` (e.g. the loss) stands at the end of the line."""
@@ -283,9 +490,9 @@ class Progress:
             self.bar.update(n)
             if self.done >= self.total:
                 self.bar.close()
-        elif self.is_main and (time.time() - self.last > SECONDS_BETWEEN_LINES or self.done >= self.total):
-            spent, self.last = time.time() - self.start, time.time()
-            left = spent / self.done * (self.total - self.done)
+        elif self.is_main and (time.monotonic() - self.last > SECONDS_BETWEEN_LINES or self.done >= self.total):
+            spent, self.last = time.monotonic() - self.start, time.monotonic()
+            left = spent / (self.done - self.done_before) * (self.total - self.done)
             print(f"{self.what}: {self.done}/{self.total}  {spent:.0f} s, {left:.0f} s left  {note}", flush=True)
 
 
@@ -298,10 +505,11 @@ def memory_gb(device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def save_model(accelerator, wrapped, model, tokenizer, path: str) -> None:
+def save_model(accelerator, run: RunFolder, wrapped, model, tokenizer, path: str) -> None:
     """Write a standard checkpoint: safetensors, config, tokenizer; loads with the plain Auto classes.
 
     Args:
+        run: the run that writes it.
         wrapped: what `accelerator.prepare` returned; `model`, or a module that holds it as an attribute.
     """
     state = accelerator.get_state_dict(wrapped)
@@ -310,7 +518,7 @@ def save_model(accelerator, wrapped, model, tokenizer, path: str) -> None:
     )
     state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     if accelerator.is_main_process:
-        with atomic_folder(path) as folder:
+        with run.one_line_for_a_full_disk(), atomic_folder(path, run) as folder:
             model.save_pretrained(folder, state_dict=state)
             tokenizer.save_pretrained(folder)
     accelerator.wait_for_everyone()

@@ -45,9 +45,12 @@ from summarize_from_feedback_details.check_inputs import (
     find_tokenizer,
     load_rows,
 )
+from summarize_from_feedback_details.checkpoints import Checkpoints, fingerprint
 from summarize_from_feedback_details.run_folder import (
     Progress,
     RunFolder,
+    choose_run_name,
+    finished_before,
     memory_gb,
     print_table,
     push,
@@ -56,6 +59,7 @@ from summarize_from_feedback_details.run_folder import (
     refuse_dropped,
     refuse_unwritable,
     save_model,
+    stop_if_wanted,
 )
 
 INVALID_LOGPROB = 1.0  # stands at positions without a real token; masked wherever numbers are taken
@@ -94,6 +98,12 @@ class Args:
     """also evaluate on validation every so many updates (0: only at the end)"""
     num_eval_rows: int | None = None
     """rows of each split to evaluate on (default: the whole split)"""
+    save_freq: int = 100
+    """write a checkpoint every so many updates (0: see --save_minutes)"""
+    save_minutes: float = 20.0
+    """write a checkpoint when the last one is so many minutes old (0: see --save_freq)"""
+    keep: int = 2
+    """newest checkpoints to keep; a finished run keeps none"""
 
     # optimisation
     eps: float = 1e-5
@@ -233,7 +243,7 @@ def deal(lengths: list[int], micro: int, rank: int, world_size: int) -> list[lis
     return [mine[i * micro : (i + 1) * micro] for i in range(steps)]
 
 
-def train_step(accelerator, model, optimizer, micro_batches, loss_of, max_grad_norm, on_bad) -> float:
+def train_step(accelerator, model, optimizer, micro_batches, loss_of, max_grad_norm, on_bad, stop) -> float | None:
     """One optimiser update from this rank's micro batches; returns the global gradient norm.
 
     Args:
@@ -242,6 +252,8 @@ def train_step(accelerator, model, optimizer, micro_batches, loss_of, max_grad_n
             batches gives the loss).
         max_grad_norm: clip to this norm, or None.
         on_bad: called with (what, micro batch) where a loss or the gradient is not finite; must raise.
+        stop: asked between micro batches, the same answer on all ranks: where True, no step is made and
+            None is returned.
     """
     ddp = isinstance(model, torch.nn.parallel.DistributedDataParallel)
     for i, micro in enumerate(micro_batches):
@@ -252,6 +264,8 @@ def train_step(accelerator, model, optimizer, micro_batches, loss_of, max_grad_n
             if not torch.isfinite(loss):
                 on_bad("loss", micro)
             accelerator.backward(loss)  # with DeepSpeed, the last one also steps
+        if not last and stop():
+            return None
     norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
     norm = float(norm if norm is not None else math.nan)
     if not math.isfinite(norm):
@@ -467,6 +481,7 @@ def evaluate_policy(accelerator, model, rows, tokenizer, args, stop_id: int, wha
             reference = batch["reference_response"][i].replace(tokenizer.eos_token, "").strip()
             found.append((row, batch["query"][i], texts[i], reference, losses[i].item(), len(real), ended))
         progress.step(len(chosen))
+        stop_if_wanted()  # what is evaluated here is evaluated again
     model.train(was_training)
     found = sorted(gather_object(found))
     names = ["query", "response", "reference", "loss", "response_length", "has_eos"]
@@ -499,9 +514,10 @@ def check_args(args: Args):
         at_least_zero=("lr", "weight_decay", "temperature", "warm_up_steps", "query_loss_weight", "eval_freq",
                        "print_sample_output_freq"),
     )  # fmt: skip
+    check_sizes(args, positive=("keep",), at_least_zero=("save_freq", "save_minutes"))
     check_scheduler(args)
     check_batch_sizes(args, int(os.environ.get("WORLD_SIZE", 1)), default_batch_size=128)
-    refuse_unwritable("output_dir", args.output_dir)
+    refuse_unwritable("output_dir", args.output_dir, args.run_name)
     check_push(args)
     config = find_model("base_model", args.base_model, args.base_model_revision, "policy")
     tokenizer = find_tokenizer("base_model", args.base_model, args.base_model_revision)
@@ -523,7 +539,9 @@ def main(args: Args) -> dict[str, float]:
     # sizes
     quiet_libraries()
     stamp = int(time.time())
-    args.run_name = args.run_name or f"{args.exp_name}__{args.seed}__{stamp}"
+    args.run_name = choose_run_name(args, "sft")
+    if (done := finished_before(args)) is not None:
+        return done
     tokenizer, dataset, stop_id = check_args(args)
     accelerator = make_accelerator(args)
     args.run_name = broadcast_object_list([args.run_name])[0]  # the time in it may differ between processes
@@ -556,31 +574,22 @@ def main(args: Args) -> dict[str, float]:
         model, optimizer = accelerator.prepare(model, optimizer)
         splits = {s: dataset[s] for s in ("validation", "test") if s in dataset}
         splits = {s: rows.select(range(min(len(rows), args.num_eval_rows or len(rows)))) for s, rows in splits.items()}
-        shown = Table("split", "summaries", "ROUGE-1", "ROUGE-2", "ROUGE-L", "ROUGE-Lsum", "loss", "EOS", title="SFT")
-
-        def add_row(name: str, scores: dict[str, float], split: str) -> None:
-            keys = [f"rouge/{k}" for k in ("rouge1", "rouge2", "rougeL", "rougeLsum")] + ["loss", "eos_rate"]
-            values = [scores.get(f"{split}/sft/{key}") for key in keys]
-            shown.add_row(split, name, *("-" if v is None else f"{v:.3f}" for v in values))
-
-        if args.run_eval:
+        fixed = {"query_dataset": fingerprint(lengths), "precision": accelerator.mixed_precision}
+        checkpoints = Checkpoints(run, args, accelerator, model, optimizer, scheduler, fixed)
+        first = checkpoints.resume()["update"] + 1
+        if args.run_eval and first == 1:
             for split, rows in splits.items():
                 base = evaluate_policy(accelerator, model, rows, tokenizer, args, stop_id, f"base model, {split}")
                 shuffled = rouge_means(base["reference"][1:] + base["reference"][:1], base["reference"])
-                shuffled = {f"{split}/sft/rouge/{k}": v for k, v in shuffled.items()}
-                before = report(split, base)
-                run.log(0, {k.replace("/sft/", "/base/"): v for k, v in before.items()}
-                        | {k.replace("/sft/", "/shuffled_references/"): v for k, v in shuffled.items()})  # fmt: skip
-                add_row("base model", before, split)
-                add_row("references, shuffled", shuffled, split)
-                same = rouge_means(base["reference"], base["reference"])
-                add_row("references", {f"{split}/sft/rouge/{k}": v for k, v in same.items()}, split)
+                shuffled = {f"{split}/shuffled_references/rouge/{k}": v for k, v in shuffled.items()}
+                before = {k.replace("/sft/", "/base/"): v for k, v in report(split, base).items()}
+                run.log(0, before | shuffled)
 
         # --------------------------------------------------------------------------------------------------------------
         # loop
-        progress = Progress("sft updates", args.num_updates, is_main)
+        progress = Progress("sft updates", args.num_updates, is_main, done=first - 1)
         model.train()
-        for update in range(1, args.num_updates + 1):
+        for update in range(first, args.num_updates + 1):
             start = time.time()
             rows = order[(update - 1) * args.batch_size : update * args.batch_size]
             parts = deal(
@@ -601,7 +610,11 @@ def main(args: Args) -> dict[str, float]:
                     update, what, {"rows": numbers, "batch": vars(make_batch(train[numbers], pad_id, "cpu"))}
                 )
 
-            norm = train_step(accelerator, model, optimizer, parts, loss_of, args.max_grad_norm, on_bad)
+            norm = train_step(
+                accelerator, model, optimizer, parts, loss_of, args.max_grad_norm, on_bad, checkpoints.stop_asked
+            )
+            if norm is None:
+                checkpoints.stop(update - 1)
             lr = scheduler.get_last_lr()[0]
             scheduler.step()
             loss, tokens = accelerator.reduce(sums, "sum").tolist()
@@ -626,28 +639,45 @@ def main(args: Args) -> dict[str, float]:
                 run.table(f"samples_{update}", found)
             run.log(update, metrics)
             progress.step(note=f"loss {loss:.3f}")
+            checkpoints.after_update(update)
 
         # --------------------------------------------------------------------------------------------------------------
         # evaluation and saving
-        final, paths = {"train/sft/loss": loss}, []
+        checkpoints.save(args.num_updates)
+        final, paths, references = {"train/sft/loss": run.metrics["train/sft/loss"]}, [], {}
         if args.run_eval:
             for split, rows in splits.items():
                 found = evaluate_policy(accelerator, model, rows, tokenizer, args, stop_id, f"policy, {split}")
                 final |= report(split, found)
-                add_row("SFT policy", final, split)
                 paths.append(run.table(split, found))
+                same = rouge_means(found["reference"], found["reference"])
+                references |= {f"{split}/references/rouge/{k}": v for k, v in same.items()}
             run.log(args.num_updates + 1, final)
         whole = accelerator.unwrap_model(model)
         whole.generation_config = GenerationConfig.from_model_config(whole.config)
-        save_model(accelerator, model, whole, tokenizer, args.output_dir)
+        save_model(accelerator, run, model, whole, tokenizer, args.output_dir)
         if is_main:
-            print_table(shown)
+            print_table(closing_table(splits, run.metrics | references))
             print(
                 "policy:", args.output_dir, *("\ntable:  " + str(p) for p in paths), f"\nrun:    {run.path}", flush=True
             )
             if args.push_to_hub:
                 push(args, "sft", stamp)
+        checkpoints.remove()
     return final
+
+
+def closing_table(splits, metrics: dict[str, float]) -> Table:
+    """ROUGE of the base model, of references of other posts, of the policy, and of the references, for each split."""
+    keys = [f"rouge/{k}" for k in ("rouge1", "rouge2", "rougeL", "rougeLsum")] + ["loss", "eos_rate"]
+    shown = Table("split", "summaries", "ROUGE-1", "ROUGE-2", "ROUGE-L", "ROUGE-Lsum", "loss", "EOS", title="SFT")
+    who = {"base": "base model", "shuffled_references": "references, shuffled"}
+    who |= {"sft": "SFT policy", "references": "references"}
+    for split in splits:
+        for group, name in who.items():
+            values = [metrics.get(f"{split}/{group}/{key}") for key in keys]
+            shown.add_row(split, name, *("-" if v is None else f"{v:.3f}" for v in values))
+    return shown
 
 
 if __name__ == "__main__":

@@ -135,6 +135,11 @@ def to_flags(args) -> list[str]:
     return flags
 
 
+def command_of(stage: str, args) -> list[str]:
+    """The command that runs a stage with plain python."""
+    return [sys.executable, str(STAGES / f"{stage}.py"), *to_flags(args)]
+
+
 def launch(stage: str, args, cwd: Path, processes: int = 1, deepspeed: bool = False, timeout: int = 400):
     """Run a stage as a user would: plain python, torchrun, or accelerate with DeepSpeed ZeRO-2 on CPU."""
     import socket

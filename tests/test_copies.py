@@ -11,7 +11,7 @@ import pytest
 from conftest import OFFLINE, ROOT, STAGES
 
 SCRIPTS = ["tldr_dataset.py", "toy_tldr.py", "sft.py", "reward.py", "ppo_left_padding.py"]
-PLUMBING = {"run_folder", "check_inputs"}  # run folders and checks of inputs: nothing of RLHF
+PLUMBING = {"run_folder", "checkpoints", "check_inputs"}  # nothing of RLHF
 OWN = {"main", "check_args", "report", "evaluate_policy", "make_batch", "Args", "read_rows"}  # each stage's own
 
 
@@ -62,7 +62,7 @@ def test_stages_import_no_other_stage():
 def test_every_argument_is_read(script):
     source = (STAGES / script).read_text()
     tree = ast.parse(source)
-    readers = source + (STAGES / "check_inputs.py").read_text() + (STAGES / "run_folder.py").read_text()
+    readers = source + "".join((STAGES / f"{name}.py").read_text() for name in PLUMBING)
     # sizes that follow from others are read by name: what contradicts them is refused (test_bad_input.py)
     derived = {"micro_batch_size", "local_mini_batch_size", "mini_batch_size", "local_batch_size", "batch_size"}
     for node in tree.body:
