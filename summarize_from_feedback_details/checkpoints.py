@@ -74,9 +74,9 @@ class Checkpoints:
         if due:
             self.save(update)
 
-    def stop(self, update: int, step: int | None = None, shared: dict | None = None, local: dict | None = None) -> NoReturn:
-        """Write a checkpoint and end the process with the code that asks to be started again."""
-        self.save(update, step, shared, local)
+    def stop(self, *position) -> NoReturn:
+        """Write a checkpoint (arguments of `save`), and end the process with the code that asks to be started again."""
+        self.save(*position)
         raise SystemExit(REQUEUE_ME)
 
     def _agree(self, *flags: bool) -> list[bool]:

@@ -135,13 +135,11 @@ def to_flags(args) -> list[str]:
     return flags
 
 
-def command_of(stage: str, args) -> list[str]:
-    """The command that runs a stage with plain python."""
-    return [sys.executable, str(STAGES / f"{stage}.py"), *to_flags(args)]
+def launch_command(stage: str, args, cwd: Path, processes: int = 1, zero: int | None = None):
+    """Command and environment of a stage as a user would run it: plain python, torchrun, or accelerate with DeepSpeed.
 
-
-def launch(stage: str, args, cwd: Path, processes: int = 1, deepspeed: bool = False, timeout: int = 400):
-    """Run a stage as a user would: plain python, torchrun, or accelerate with DeepSpeed ZeRO-2 on CPU."""
+    zero: ZeRO stage; None without DeepSpeed.
+    """
     import socket
 
     with socket.socket() as s:
@@ -149,12 +147,12 @@ def launch(stage: str, args, cwd: Path, processes: int = 1, deepspeed: bool = Fa
         port = s.getsockname()[1]
     script = [str(STAGES / f"{stage}.py"), *to_flags(args)]
     env = os.environ | OFFLINE
-    if deepspeed:
-        config = cwd / "zero2_cpu.yaml"
+    if zero is not None:
+        config = cwd / f"zero{zero}_cpu.yaml"
         config.write_text(
             "compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\nuse_cpu: true\nnum_machines: 1\n"
             f"num_processes: {processes}\nmachine_rank: 0\nmixed_precision: 'no'\nmain_process_port: {port}\n"
-            "deepspeed_config:\n  zero_stage: 2\n  gradient_accumulation_steps: 1\n"
+            f"deepspeed_config:\n  zero_stage: {zero}\n  gradient_accumulation_steps: 1\n"
             "  offload_optimizer_device: none\n  offload_param_device: none\n  zero3_init_flag: false\n"
         )
         command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), *script]
@@ -164,4 +162,10 @@ def launch(stage: str, args, cwd: Path, processes: int = 1, deepspeed: bool = Fa
         command = [sys.executable, *torchrun, *script]
     else:
         command = [sys.executable, *script]
+    return command, env
+
+
+def launch(stage: str, args, cwd: Path, processes: int = 1, zero: int | None = None, timeout: int = 400):
+    """Run a stage to its end, see `launch_command`."""
+    command, env = launch_command(stage, args, cwd, processes, zero)
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)

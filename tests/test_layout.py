@@ -36,7 +36,7 @@ def test_the_same_on_two_processes_and_under_deepspeed(world, workdir, stage):
             args = replace(
                 args, local_micro_batch_size=args.local_micro_batch_size // 2, world_size=2, deepspeed=deepspeed
             )
-        done = launch(stage, args, workdir, processes, deepspeed)
+        done = launch(stage, args, workdir, processes, 2 if deepspeed else None)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         assert f"{processes} process(es) on cpu" in done.stdout and "WARNING: update" not in done.stdout
     one = LOAD[stage].from_pretrained("one").state_dict()
@@ -68,7 +68,7 @@ def test_bf16(world, workdir, deepspeed):
         pytest.skip("this CPU does not multiply in bf16")
     launched = {"world_size": 2, "deepspeed": True, "local_micro_batch_size": 2} if deepspeed else {}
     args = replace(world.ppo_args(workdir / "bf16", lr=1e-4), precision="bf16", **launched)
-    done = launch("ppo_left_padding", args, workdir, 1 + deepspeed, deepspeed)
+    done = launch("ppo_left_padding", args, workdir, 1 + deepspeed, 2 if deepspeed else None)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "precision bf16" in done.stdout and "WARNING: update" not in done.stdout
     metrics = pandas.read_json("runs/bf16/metrics.jsonl", lines=True)

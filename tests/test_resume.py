@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas
 import pytest
 import torch
-from conftest import OFFLINE, command_of
+from conftest import launch, launch_command
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -50,10 +50,13 @@ def events(run: Path) -> dict[str, list[tuple[int, float]]]:
 
 def assert_same_bits(folder: Path, undisturbed: Path, name: str) -> None:
     """Weights, metrics, TensorBoard and tables of a run are those of the undisturbed one."""
-    ours, theirs = load_file(folder / name / "model.safetensors"), load_file(undisturbed / name / "model.safetensors")
+    compare_runs(folder / "runs" / name, undisturbed / "runs" / name, folder / name, undisturbed / name)
+
+
+def compare_runs(run: Path, other: Path, model: Path, other_model: Path) -> None:
+    ours, theirs = load_file(model / "model.safetensors"), load_file(other_model / "model.safetensors")
     assert ours.keys() == theirs.keys()
     assert not [k for k in ours if not torch.equal(ours[k], theirs[k])]
-    run, other = folder / "runs" / name, undisturbed / "runs" / name
     assert lines(run) == lines(other)
     assert events(run) == events(other)
     tables = {p.name for p in (other / "tables").iterdir()}
@@ -148,29 +151,67 @@ def test_killed_while_it_writes(world, workdir, undisturbed, moment, monkeypatch
     assert_same_bits(workdir, undisturbed, stage)
 
 
-def start(stage, args, cwd):
-    return subprocess.Popen(
-        command_of(stage, args), cwd=cwd, env=os.environ | OFFLINE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+def interrupt(stage, args, cwd, number, processes=1, zero=None) -> tuple[int, str]:
+    """Start a stage, send a signal as soon as it has written a new checkpoint; returns exit code and output."""
+    newest = lambda: max((p.name for p in (cwd / f"runs/{args.run_name}/checkpoints").glob("update_*")), default="")
+    before = newest()
+    command, env = launch_command(stage, args, cwd, processes, zero)
+    # a group of its own, all of which gets the signal: as Slurm does, and a launcher passes only some signals on
+    process = subprocess.Popen(
+        command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     )
+    until = time.monotonic() + 120
+    while newest() == before and time.monotonic() < until and process.poll() is None:
+        time.sleep(0.002)
+    if process.poll() is None:
+        os.killpg(process.pid, number)
+    return process.wait(timeout=120), process.stdout.read().decode()
 
 
-def test_sigterm_and_sigkill_of_a_real_process(world, workdir, undisturbed):
-    args = stage_args(world, "sft", "sft")
+@pytest.mark.slow
+def test_signals_of_a_real_process(world, workdir, undisturbed):
+    args = stage_args(world, "ppo_left_padding", "ppo_left_padding")
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL):
-        process = start("sft", args, workdir)
-        done = len(list(Path("runs/sft/checkpoints").glob("update_*"))) if Path("runs/sft/checkpoints").exists() else 0
-        newest = lambda: max((p.name for p in Path("runs/sft/checkpoints").glob("update_*")), default="")
-        before, until = newest(), time.monotonic() + 60
-        while newest() == before and time.monotonic() < until:
-            time.sleep(0.005)
-        process.send_signal(number)
-        output = process.communicate(timeout=60)[0].decode()
-        expected = -signal.SIGKILL if number == signal.SIGKILL else REQUEUE_ME
-        assert process.returncode in (expected, 0), output  # 0: it was finished before the signal arrived
-        if process.returncode == REQUEUE_ME:
-            assert "start the same command again and runs/sft goes on" in output
-        assert done <= 2  # --keep
-    again = start("sft", args, workdir)
-    output = again.communicate(timeout=60)[0].decode()
-    assert again.returncode == 0, output
-    assert_same_bits(workdir, undisturbed, "sft")
+        code, output = interrupt("ppo_left_padding", args, workdir, number)
+        assert code == (-signal.SIGKILL if number == signal.SIGKILL else REQUEUE_ME), output
+        assert number == signal.SIGKILL or "start the same command again and runs/ppo_left_padding goes on" in output
+        assert len(list(Path("runs/ppo_left_padding/checkpoints").glob("update_*"))) <= 2  # --keep
+    done = launch("ppo_left_padding", args, workdir)
+    assert done.returncode == 0, done.stderr
+    assert_same_bits(workdir, undisturbed, "ppo_left_padding")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [None, 2])
+def test_several_processes(world, workdir, undisturbed, zero):
+    """The same bits on the same number of ranks; on another number, and under another wrapper, equal to 1e-5."""
+    stage = "ppo_left_padding"
+    two = {"local_micro_batch_size": 1, "world_size": 2, "deepspeed": zero is not None}
+    for name in ("whole", "stopped"):
+        args = stage_args(world, stage, name, **two)
+        if name == "stopped":
+            code, output = interrupt(stage, args, workdir, signal.SIGTERM, 2, zero)
+            assert code != 0, output
+            assert json.loads(Path("runs/stopped/summary.json").read_text())["state"] == "interrupted", output
+        done = launch(stage, args, workdir, 2, zero)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        assert name == "whole" or "going on from runs/stopped/checkpoints/update_0000000" in done.stdout
+    compare_runs(Path("runs/stopped"), Path("runs/whole"), Path("stopped"), Path("whole"))
+
+    # begun by two processes, finished by one; begun by one, finished by two
+    for name, begins, ends in (("to_one", (2, zero), (1, None)), ("to_two", (1, None), (2, zero))):
+        for processes, wrapper in (begins, ends):
+            layout = two if processes == 2 else {}
+            args = stage_args(world, stage, name, **layout)
+            if (processes, wrapper) == begins:
+                interrupt(stage, args, workdir, signal.SIGTERM, processes, wrapper)
+                assert json.loads(Path(f"runs/{name}/summary.json").read_text())["state"] == "interrupted"
+            else:
+                done = launch(stage, args, workdir, processes, wrapper)
+                assert done.returncode == 0 and "going on from" in done.stdout, done.stdout + done.stderr
+        ours, theirs = (load_file(folder / "model.safetensors") for folder in (Path(name), undisturbed / stage))
+        for key in theirs:
+            torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=1e-5)
+        tables = (Path(f"runs/{name}"), undisturbed / "runs" / stage)
+        responses = [pandas.read_parquet(run / "tables/validation.parquet")["response"].tolist() for run in tables]
+        assert responses[0] == responses[1]
