@@ -53,6 +53,7 @@ PANELS = {  # metric: label of its panel
     "objective/eos_rate": "responses that end (share)",
 }
 FEW_POSTS = 20  # a bin of fewer posts is drawn hollow
+SMOOTHED = 5  # updates: a path of batch scores is drawn as a rolling mean
 
 
 @dataclass
@@ -190,26 +191,36 @@ def draw_overoptimization(table, judge, places):
     axes = figure.subplots(1, 2)
     sizes = [s for s in places if s in set(runs["size"])]
     label = {"mean_score": "mean score of the judge", "win_rate": "win rate"}[metric] + (f" ({judge})" if judge else "")
-    for axis, rows, name in ((axes[0], proxy, "score of the reward model"), (axes[1], judged, label)):
+    for axis, rows, name in (
+        (axes[0], proxy, f"score of the reward model\n(mean of {SMOOTHED} updates)"),
+        (axes[1], judged, label),
+    ):
         rows = rows[rows["kl"].notna()].assign(root_kl=lambda r: np.sqrt(r["kl"].clip(lower=0)))  # noise below 0
         for _, run in rows.groupby("run"):
             kl_coef, size = run["kl_coef"].iloc[0], run["size"].iloc[0]
-            colour = COLOURS[kl_coefs.index(kl_coef) % len(COLOURS)] if kl_coef in kl_coefs else "#777777"
+            which = kl_coefs.index(kl_coef) if kl_coef in kl_coefs else None
+            if len(kl_coefs) == 1 and size in sizes:  # then colour tells the size
+                which = sizes.index(size)
+            colour = "#777777" if which is None else COLOURS[which % len(COLOURS)]
             marker = MARKERS[sizes.index(size) % len(MARKERS)] if size in sizes else "*"
             fill = colour if run["state"].iloc[0] == "finished" else "white"
-            style = LINES[kl_coefs.index(kl_coef) % len(LINES)] if kl_coef in kl_coefs else "-"
-            axis.plot(run["root_kl"], run["value"], color=colour, ls=style, lw=0.7, alpha=0.6)
-            axis.plot(*run[["root_kl", "value"]].iloc[-1], marker, color=colour, ms=5, mfc=fill)
+            style = "-" if which is None else LINES[which % len(LINES)]
+            path = run[["root_kl", "value"]]
+            if len(path) > 2 * SMOOTHED:  # the score of one batch says little
+                path = path.rolling(SMOOTHED).mean().dropna()
+            axis.plot(*path.T.to_numpy(), color=colour, ls=style, lw=0.8, alpha=0.8)
+            axis.plot(*path.iloc[-1], marker, color=colour, ms=5, mfc=fill)
         axis.set_xlabel("square root of KL to the SFT policy")
         axis.set_ylabel(name)
         if not len(rows):
             text = "no run to draw" if axis is axes[0] else "no run judged yet"
             axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", color="#555555")
         drawn.append(rows)
-    for i, kl in enumerate(kl_coefs):
+    for i, kl in enumerate(kl_coefs if len(kl_coefs) > 1 else []):
         axes[0].plot([], [], color=COLOURS[i % len(COLOURS)], ls=LINES[i % len(LINES)], lw=1.5, label=f"kl_coef {kl:g}")
     for i, size in enumerate(sizes):
-        axes[0].plot([], [], MARKERS[i % len(MARKERS)], color="#444444", ms=5, label=f"{size}, end of the run")
+        colour = COLOURS[i % len(COLOURS)] if len(kl_coefs) == 1 else "#444444"
+        axes[0].plot([], [], MARKERS[i % len(MARKERS)], color=colour, ms=5, label=f"{size}, end of the run")
     if len(runs[runs["state"] != "finished"]):
         axes[0].plot([], [], "o", color="#444444", mfc="white", ms=5, label="not finished")
     others = not_drawn(runs, drawn[0], drawn[0], "a training curve")

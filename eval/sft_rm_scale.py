@@ -177,7 +177,7 @@ def draw_sizes(axis, series: list[tuple], published, places, even: float | None 
         names, near = {}, 0.08 * decades * axis.get_gridspec().ncols
         for size, place in places.items():
             below = any(abs(np.log10(place / places[s])) < near and names[s][0] != "\n" for s in names)
-            text = f"{size}\n{place / 1e6:.3g}M" if place < 1e9 and not size.lower().endswith("m") else size
+            text = f"{size}\n{place / 1e6:.3g}M" if place < 1e9 and not re.search(r"\dm$", size, re.I) else size
             names[size] = "\n" * below + text  # one row lower, so that neighbours do not overlap
         axis.set_xticks(list(places.values()), list(names.values()))
         axis.set_xlim(min(places.values()) / 10 ** (0.15 * decades), max(places.values()) * 10 ** (0.15 * decades))
