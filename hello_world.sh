@@ -12,8 +12,8 @@
 #   MICRO=4 PPO_MICRO=8 ROLLOUT=32 MODEL=... ./hello_world.sh    rows of one forward pass on one GPU: SFT and reward
 #                                                            model, PPO training, PPO sampling
 #
-# A finished stage with the same arguments is reused; changed arguments start that stage and those that depend on it
-# again. What was there before is set aside (*.old-1, *.old-2, ...), never deleted.
+# A finished stage with the same arguments is reused, and one that was interrupted goes on; changed arguments start that
+# stage and those that depend on it again. What was there before is set aside (*.old-1, *.old-2, ...), never deleted.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -51,7 +51,7 @@ set_aside() { # move a path to a new name beside it
 # stage NAME "OUTPUT ..." "STAGE IT DEPENDS ON ..." COMMAND...: run a stage unless its outputs are there, made by the same
 # command from the same inputs
 stage() {
-    local name=$1 outputs=$2 inputs=$3 stamp=.hello/$CHAIN/$1 wanted output input complete=1
+    local name=$1 outputs=$2 inputs=$3 stamp=.hello/$CHAIN/$1 begun=.hello/$CHAIN/$1.begun wanted output input complete=1
     shift 3
     wanted="$*"
     for input in $inputs; do wanted+=" $(cksum <".hello/$CHAIN/$input")"; done
@@ -60,14 +60,19 @@ stage() {
         echo "== $name: reused"
         return
     fi
-    if [ ! -e "$stamp" ]; then echo "== $name"; else echo "== $name: again, since its arguments or inputs changed"; fi
-    # also what an interrupted stage left behind: it starts again
-    for output in $outputs; do set_aside "$output"; done
+    mkdir -p "$(dirname "$stamp")"
+    if [ "$FRESH" = 0 ] && [ ! -e "$stamp" ] && [[ $outputs == runs/* && -e $begun ]] && [ "$(cat "$begun")" = "$wanted" ]; then
+        echo "== $name: was interrupted, goes on"
+    else
+        if [ ! -e "$stamp" ]; then echo "== $name"; else echo "== $name: again, since its arguments or inputs changed"; fi
+        for output in $outputs; do set_aside "$output"; done
+        echo "$wanted" >"$begun"
+    fi
     rm -f "$stamp"
     local start=$SECONDS
     "$@"
-    mkdir -p "$(dirname "$stamp")"
     printf '%s\n%s\n' "$wanted" "$(date +%s.%N)" >"$stamp"
+    rm -f "$begun"
     echo "== $name: $((SECONDS - start)) s"
 }
 

@@ -289,12 +289,20 @@ class RunFolder:
 
     def __enter__(self) -> "RunFolder":
         _stop["wanted"] = False
-        self.old_handlers = {}
+        self.old_handlers, self.lock = {}, None
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
                 self.old_handlers[number] = signal.signal(number, lambda *_: _stop.update(wanted=True))
+        try:
+            self._open()
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def _open(self) -> None:
         if not self.is_main:
-            return self
+            return
         with self.one_line_for_a_full_disk():
             (self.path / "tables").mkdir(parents=True, exist_ok=True)
             self.lock = open(self.path / "lock", "a")  # noqa: SIM115 - held until the process ends
@@ -319,7 +327,12 @@ class RunFolder:
                 config=asdict(self.args),
                 dir=str(self.path),
             )
-        return self
+
+    def _close(self) -> None:
+        for number, handler in self.old_handlers.items():
+            signal.signal(number, handler)
+        if self.lock is not None:
+            self.lock.close()
 
     def seconds(self) -> float:
         """Wall clock so far, of all processes that worked on this run (what a killed one lost does not count)."""
@@ -439,8 +452,12 @@ class RunFolder:
         write_json(self.path / "summary.json", content | ({"reason": reason} if reason else {}))
 
     def __exit__(self, kind, error, traceback) -> None:
-        for number, handler in self.old_handlers.items():
-            signal.signal(number, handler)
+        try:
+            self._end(kind, error)
+        finally:
+            self._close()
+
+    def _end(self, kind, error) -> None:
         code = error.code if kind is SystemExit else None
         # 2: refused, so nothing happened to the run; a rank that waits for one that has stopped fails in its own way
         interrupted = kind is KeyboardInterrupt or code in (REQUEUE_ME, 2) or (kind is not None and stop_wanted())
@@ -461,7 +478,6 @@ class RunFolder:
             print(f"warning: {self.path}/summary.json cannot be written: {full.strerror}", file=sys.stderr, flush=True)
         if self.wandb is not None:
             self.wandb.finish(exit_code=1 if kind else 0)
-        self.lock.close()
 
 
 class Progress:

@@ -657,7 +657,8 @@ def main(args: Args) -> dict[str, float]:
         whole.generation_config = GenerationConfig.from_model_config(whole.config)
         save_model(accelerator, run, model, whole, tokenizer, args.output_dir)
         if is_main:
-            print_table(closing_table(splits, run.metrics | references))
+            if args.run_eval:
+                print_table(closing_table(splits, run.metrics | references))
             print(
                 "policy:", args.output_dir, *("\ntable:  " + str(p) for p in paths), f"\nrun:    {run.path}", flush=True
             )

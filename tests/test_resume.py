@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -216,3 +217,247 @@ def test_several_processes(world, workdir, undisturbed, zero):
         tables = (Path(f"runs/{name}"), undisturbed / "runs" / stage)
         responses = [pandas.read_parquet(run / "tables/validation.parquet")["response"].tolist() for run in tables]
         assert responses[0] == responses[1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# damage
+
+
+def stop_after(stage, args, updates: int, monkeypatch) -> Path:
+    """Run a stage until so many updates are done and saved; returns its folder of checkpoints."""
+    real = Checkpoints.after_update
+
+    def after_update(self, update):
+        if update == updates:
+            os.kill(os.getpid(), signal.SIGTERM)
+        real(self, update)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "after_update", after_update)
+        with pytest.raises(SystemExit) as stopped:
+            MAIN[stage](args)
+    assert stopped.value.code == REQUEUE_ME
+    return Path(f"runs/{args.run_name}/checkpoints")
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-7]),
+    "zeroed": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "one bit flipped": flip_a_bit,
+    "missing": Path.unlink,
+}
+
+
+@pytest.mark.parametrize("file", ["rank_00000.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    world, workdir, undisturbed, damage, file, monkeypatch, capsys
+):
+    folder = stop_after("sft", stage_args(world, "sft", "sft"), 4, monkeypatch)
+    assert sorted(p.name for p in folder.iterdir()) == ["update_00000003", "update_00000004"]
+    DAMAGE[damage](folder / "update_00000004" / file)
+    sft.main(stage_args(world, "sft", "sft"))
+    said = capsys.readouterr().out
+    assert "update_00000004 is damaged (" in said and "kept as update_00000004.damaged-1" in said
+    assert "going on from runs/sft/checkpoints/update_00000003" in said
+    assert_same_bits(workdir, undisturbed, "sft")
+
+
+def test_all_checkpoints_damaged_begins_again(world, workdir, undisturbed, monkeypatch, capsys):
+    folder = stop_after("reward", stage_args(world, "reward", "reward"), 3, monkeypatch)
+    for checkpoint in folder.iterdir():
+        (checkpoint / "manifest.json").write_text("{")
+    reward.main(stage_args(world, "reward", "reward"))
+    assert capsys.readouterr().out.count("is damaged (manifest.json cannot be read") == 2
+    assert_same_bits(workdir, undisturbed, "reward")
+
+
+@pytest.fixture
+def small_disk(workdir):
+    """A folder on a file system of its own, of 48 MB, at `runs`."""
+    Path("runs").mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", "runs"], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+    yield Path("runs")
+    subprocess.run(["mount", "-o", "remount,rw", "runs"], capture_output=True)
+    subprocess.run(["umount", "--lazy", "runs"], check=True)
+
+
+def test_disk_full(world, workdir, undisturbed, small_disk, monkeypatch, capsys):
+    args = stage_args(world, "sft", "sft")
+    folder = stop_after("sft", args, 3, monkeypatch)
+    free = os.statvfs(small_disk)
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(free.f_bavail * free.f_frsize - 2_000_000))  # a checkpoint has 5.6 MB
+    with pytest.raises(SystemExit) as stopped:
+        sft.main(stage_args(world, "sft", "sft"))
+    said = str(stopped.value.code)
+    assert "update_00000004 cannot be written: " in said and "No space left on device" in said
+    assert "the last good one is runs/sft/checkpoints/update_00000003" in said and said.count("\n") == 0
+    assert sorted(p.name for p in folder.iterdir()) == ["update_00000002", "update_00000003"]
+    with pytest.raises(SystemExit, match="cannot be written"):  # again, with the disk still full
+        sft.main(stage_args(world, "sft", "sft"))
+    filler.unlink()
+    capsys.readouterr()
+    sft.main(stage_args(world, "sft", "sft"))
+    assert "going on from runs/sft/checkpoints/update_00000003" in capsys.readouterr().out
+    assert_same_bits(workdir, undisturbed, "sft")
+
+
+def test_a_disk_without_any_room(world, workdir, undisturbed, small_disk, monkeypatch):
+    """Not even a line of metrics fits: one line says so, and nothing is lost."""
+    stop_after("ppo_left_padding", stage_args(world, "ppo_left_padding", "ppo_left_padding"), 2, monkeypatch)
+    free = os.statvfs(small_disk)
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(free.f_bavail * free.f_frsize))
+    with pytest.raises(SystemExit) as stopped:
+        ppo_left_padding.main(stage_args(world, "ppo_left_padding", "ppo_left_padding"))
+    said = str(stopped.value.code)
+    assert "cannot be written: No space left on device" in said and said.count("\n") == 0
+    filler.unlink()
+    ppo_left_padding.main(stage_args(world, "ppo_left_padding", "ppo_left_padding"))
+    assert_same_bits(workdir, undisturbed, "ppo_left_padding")
+
+
+def test_a_folder_made_read_only(world, workdir, undisturbed, small_disk, monkeypatch, capsys):
+    stop_after("reward", stage_args(world, "reward", "reward"), 3, monkeypatch)
+    subprocess.run(["mount", "-o", "remount,ro", "runs"], check=True)
+    with pytest.raises(SystemExit) as stopped:
+        reward.main(stage_args(world, "reward", "reward"))
+    assert stopped.value.code == 2
+    assert "error: --run_name: found 'runs/reward', which cannot be written" in capsys.readouterr().err
+    subprocess.run(["mount", "-o", "remount,rw", "runs"], check=True)
+    reward.main(stage_args(world, "reward", "reward"))
+    assert_same_bits(workdir, undisturbed, "reward")
+
+
+def test_a_folder_made_read_only_in_the_middle(world, workdir, undisturbed, monkeypatch):
+    folder = stop_after("sft", stage_args(world, "sft", "sft"), 3, monkeypatch)
+    done = subprocess.run(["chattr", "+i", str(folder)], capture_output=True, text=True)  # root may write all the rest
+    if done.returncode:
+        pytest.skip(f"no folder can be made immutable here: {done.stderr.strip()}")
+    try:
+        with pytest.raises(SystemExit, match="update_00000004 cannot be written: Operation not permitted; the"):
+            sft.main(stage_args(world, "sft", "sft"))
+    finally:
+        subprocess.run(["chattr", "-i", str(folder)], check=True)
+    assert sorted(p.name for p in folder.iterdir()) == ["update_00000002", "update_00000003"]
+    sft.main(stage_args(world, "sft", "sft"))
+    assert_same_bits(workdir, undisturbed, "sft")
+
+
+def test_a_clock_set_back(world, workdir, undisturbed, monkeypatch):
+    """What was written seems to come from the future: names, not dates, tell which checkpoint is the newest."""
+    stop_after("sft", stage_args(world, "sft", "sft"), 3, monkeypatch)
+    later = time.time() + 3 * 24 * 3600
+    for path in Path("runs").rglob("*"):
+        os.utime(path, (later - path.name.endswith("3") * 1e6,) * 2)  # the newest one looks the oldest
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() - 365 * 24 * 3600)
+    sft.main(stage_args(world, "sft", "sft"))
+    assert_same_bits(workdir, undisturbed, "sft")
+    assert json.loads(Path("runs/sft/summary.json").read_text())["wall_clock_seconds"] >= 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what may change, and what must not
+
+
+CHANGES = {
+    "sft": {"seed": 2, "lr": 2e-3, "batch_size": 16, "num_train_epochs": 2, "temperature": 0.5, "max_grad_norm": 2.0,
+            "scheduler": "linear", "weight_decay": 0.1, "query_loss_weight": 0.5, "response_length": 20},
+    "reward": {"seed": 2, "eps": 1e-6, "num_normalization_rows": 30, "warm_up_steps": 2},
+    "ppo_left_padding": {"nminibatches": 1, "temperature": 0.9, "non_eos_penalty": False, "penalty_reward_value": -2.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", STAGE_NAMES)
+def test_arguments_that_change_the_result_are_refused(world, workdir, stage, monkeypatch, capsys):
+    stop_after(stage, stage_args(world, stage, stage), 2, monkeypatch)
+    before = {p: p.read_bytes() for p in Path("runs").rglob("*") if p.is_file()}
+    for name, value in CHANGES[stage].items():
+        args = stage_args(world, stage, stage)
+        was = getattr(args, name)
+        with pytest.raises(SystemExit) as stopped:
+            MAIN[stage](replace(args, **{name: value}))
+        said = capsys.readouterr().err
+        assert stopped.value.code == 2 and f"--{name} ({was} there, {value} now)" in said, said
+    if stage == "ppo_left_padding":
+        args = stage_args(world, stage, stage)
+        with pytest.raises(SystemExit):
+            MAIN[stage](replace(args, ppo=replace(args.ppo, kl_coef=0.1)))
+        assert "--ppo.kl_coef (0.05 there, 0.1 now)" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in Path("runs").rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("stage", STAGE_NAMES)
+def test_layout_and_logging_may_change(world, workdir, undisturbed, stage, monkeypatch):
+    stop_after(stage, stage_args(world, stage, stage), 2, monkeypatch)
+    args = stage_args(world, stage, stage, local_micro_batch_size=1, local_eval_batch_size=7, keep=1)
+    args = replace(args, print_sample_output_freq=2, output_dir="elsewhere", save_freq=0)
+    if stage == "reward":
+        args = replace(args, shared_prefix=False)
+    MAIN[stage](args)
+    ours, theirs = load_file("elsewhere/model.safetensors"), load_file(undisturbed / stage / "model.safetensors")
+    for key in theirs:
+        torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=1e-5)
+
+
+def test_other_data_under_the_same_name_is_refused(world, workdir, monkeypatch, capsys):
+    shutil.copytree(world.sft_rows, "rows")
+    stop_after("sft", stage_args(world, "sft", "sft", query_dataset="rows"), 2, monkeypatch)
+    file = next(Path("rows").glob("**/train*.parquet"))
+    frame = pandas.read_parquet(file)
+    frame.iloc[::-1].to_parquet(file)
+    with pytest.raises(SystemExit) as stopped:
+        sft.main(stage_args(world, "sft", "sft", query_dataset="rows"))
+    assert stopped.value.code == 2 and "error: --query_dataset: found 400 rows, " in capsys.readouterr().err
+    assert json.loads(Path("runs/sft/summary.json").read_text())["state"] == "interrupted"
+
+
+@pytest.mark.slow
+def test_two_processes_on_one_run(world, workdir, undisturbed):
+    args = stage_args(world, "ppo_left_padding", "ppo_left_padding")
+    command, env = launch_command("ppo_left_padding", args, workdir)
+    first = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not Path("runs/ppo_left_padding/metrics.jsonl").exists():
+        time.sleep(0.01)
+    first.send_signal(signal.SIGSTOP)  # it still goes on, however slowly
+    second = launch("ppo_left_padding", args, workdir)
+    assert second.returncode == 2 and second.stderr.count("\n") == 1
+    assert second.stderr.startswith("error: --run_name: found 'runs/ppo_left_padding', a run that still goes on")
+    first.send_signal(signal.SIGCONT)
+    assert first.wait(timeout=120) == 0
+    assert_same_bits(workdir, undisturbed, "ppo_left_padding")
+
+
+def test_the_same_command_again(world, workdir, monkeypatch, capsys):
+    """Without a run name an unfinished run is found; with one, a finished run is left as it is."""
+    args = stage_args(world, "sft", "sft", run_name=None, seed=3)
+    folder = stop_after("sft", replace(args, run_name="first"), 2, monkeypatch)
+    sft.main(stage_args(world, "sft", "other", run_name=None, seed=4))  # another seed is another run
+    assert (folder / "update_00000002").exists()
+    final = sft.main(replace(args))
+    assert "going on from runs/first" in capsys.readouterr().out and len(list(Path("runs").iterdir())) == 2
+    weights = Path("sft/model.safetensors").read_bytes()
+    found = sft.main(replace(args, run_name="first"))
+    assert "runs/first is finished already, with these arguments: nothing to do" in capsys.readouterr().out
+    assert {k: found[k] for k in final} == final and Path("sft/model.safetensors").read_bytes() == weights
+
+
+def test_weights_and_biases_goes_on_in_the_same_run(world, workdir, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    args = stage_args(world, "sft", "sft", track=True)
+    stop_after("sft", args, 2, monkeypatch)
+    sft.main(replace(args))
+    folders = sorted(Path("runs/sft/wandb").glob("offline-run-*"))
+    run_id = json.loads(Path("runs/sft/wandb.json").read_text())["id"]
+    assert len(folders) == 2 and all(f.name.endswith(run_id) for f in folders)

@@ -1,0 +1,89 @@
+# shellcheck shell=bash disable=SC2034 # the job scripts use what is set here
+# Shared by the job scripts: models, seeds, sizes, paths; in a job also which model and seed this element of the array is,
+# launching, and signals. Every setting can be given in the environment of sbatch, or in sbatches/site.sh
+# (site.example.sh); launch.sh reads the settings here, too.
+set -euo pipefail
+if [ -n "${SLURM_JOB_ID:-}" ]; then cd "$SLURM_SUBMIT_DIR"; fi # the root of the project
+if [ -f sbatches/site.sh ]; then source sbatches/site.sh; fi
+
+# ------------------------------------------------------------------------------------------------------ what is trained
+MODELS=${MODELS:-EleutherAI/pythia-1b-deduped EleutherAI/pythia-2.8b-deduped EleutherAI/pythia-6.9b-deduped}
+SEEDS=${SEEDS:-44413 55513 66613 77713}
+SFT_ARGS=${SFT_ARGS:-} REWARD_ARGS=${REWARD_ARGS:-} PPO_ARGS=${PPO_ARGS:-} # further arguments of each stage
+
+# ------------------------------------------------------------------------------------------------------------ with what
+export PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
+export PROCESSES_PER_NODE=${PROCESSES_PER_NODE:-8}
+export ACCELERATE_ARGS=${ACCELERATE_ARGS:---config_file deepspeed.yaml} # how accelerate launches
+DEEPSPEED=${DEEPSPEED---deepspeed}                              # empty: without
+export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}                      # compute nodes seldom have a network: launch.sh --prefetch
+export TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+
+STAGE_ORDER=(sft reward ppo_left_padding eval)
+declare -A BATCH_OF=([sft]=${BATCH:-128} [reward]=${BATCH:-64} [ppo_left_padding]=${BATCH:-512}) # rows of an update
+
+read -ra models <<<"$MODELS"
+read -ra seeds <<<"$SEEDS"
+
+# rows_of MODEL: rows of one forward pass on one 80 GB GPU (SFT and reward model, PPO training, PPO sampling): the paper's
+rows_of() {
+    local rows
+    case $1 in
+    *2.8b*) rows=(1 4 32) ;;
+    *6.9b*) rows=(1 1 4) ;;
+    *) rows=(1 16 64) ;;
+    esac
+    echo "${MICRO:-${rows[0]}} ${PPO_MICRO:-${rows[1]}} ${ROLLOUT:-${rows[2]}}"
+}
+name_of() { echo "$(basename "$1")_$2"; } # MODEL SEED: of a chain: runs/<name>_sft, models/<name>/sft and so on
+
+[ -n "${SLURM_JOB_ID:-}" ] || return 0 # launch.sh needs no more
+
+# -------------------------------------------------------------------------------------------------------- this element
+ELEMENT=${SLURM_ARRAY_TASK_ID:-0}
+if [ "$ELEMENT" -ge $((${#models[@]} * ${#seeds[@]})) ]; then
+    echo "element $ELEMENT: nothing to do for ${#models[@]} models x ${#seeds[@]} seeds"
+    exit 0
+fi
+MODEL=${models[$((ELEMENT / ${#seeds[@]}))]}
+SEED=${seeds[$((ELEMENT % ${#seeds[@]}))]}
+NAME=$(name_of "$MODEL" "$SEED")
+read -r MICRO PPO_MICRO ROLLOUT <<<"$(rows_of "$MODEL")"
+
+# ----------------------------------------------------------------------------------------------------------- launching
+NODES=${SLURM_NNODES:-1}
+JOB=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID} # this element alone
+HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+HEAD=$(scontrol show node "$HEAD" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+PORT=$((20000 + SLURM_JOB_ID % 20000))
+INTERRUPTED=0
+trap 'INTERRUPTED=1' USR1 # --signal=B:USR1@300: the time limit is near
+
+state_of() { "$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1]))["state"])' "runs/$1/summary.json" 2>/dev/null; }
+reason_of() { "$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1])).get("reason", ""))' "runs/$1/summary.json" 2>/dev/null; }
+
+# launch RUN_NAME SCRIPT ARGUMENTS...: one launcher a node, PROCESSES_PER_NODE processes each. When the run says that it was
+# interrupted, by the time limit or a requeue, the job is queued again and goes on where it was.
+launch() {
+    local run=$1 status=0 pid
+    shift
+    echo "== $(date '+%F %T') job $JOB restart ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST: $run"
+    srun --ntasks="$NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 sbatches/on_node.sh "$NODES" "$HEAD" "$PORT" "$@" &
+    pid=$!
+    wait "$pid" && status=0 || status=$? # more than 128 where a signal ended the waiting, not srun
+    if [ "$INTERRUPTED" = 1 ]; then
+        # srun passes it on to all processes; again and again, since one that is still starting does not hear it
+        while kill -USR1 "$pid" 2>/dev/null; do sleep 10; done
+        wait "$pid" && status=0 || status=$?
+    fi
+    if [ "$status" = 0 ]; then return 0; fi
+    if [ "$(state_of "$run")" = interrupted ]; then
+        echo "== $(date '+%F %T') $run was interrupted and has saved its state: queued again"
+        scontrol requeue "$JOB"
+        sleep 60 # Slurm ends this shell
+    fi
+    local reason
+    reason=$(grep -h '^error: ' "$(scontrol show job "$JOB" | sed -n 's/^ *StdOut=//p')" 2>/dev/null | tail -n 1)
+    echo "== $(date '+%F %T') $run FAILED (exit code $status): ${reason:-$(reason_of "$run")}"
+    return "$status"
+}
