@@ -1,10 +1,11 @@
 # Two commands are all that a fresh machine with Python 3.11 needs:
 #   make hello    installs into .venv and runs the whole pipeline on the toy world
 #   make test     installs into .venv and runs the tests
+# Longer, and not needed: make toy-seeds, make scaling, make torture, make slurm-test
 PYTHON ?= python3.11
 PY := .venv/bin/python
 
-.PHONY: hello test lint format toy-seeds scaling clean
+.PHONY: hello test lint format toy-seeds scaling torture slurm-test
 
 hello: .venv/installed
 	./hello_world.sh
@@ -12,7 +13,15 @@ hello: .venv/installed
 test: .venv/installed
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	OMP_NUM_THREADS=1 $(PY) -m pytest --durations=15
+	OMP_NUM_THREADS=1 $(PY) -m pytest --durations=15 -m "not torture"
+
+# each stage killed at 20 random moments and started again: the same bits (8 minutes)
+torture: .venv/installed
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_torture.py tests/test_resume.py
+
+# the job scripts on a real Slurm of one machine (root, and Debian's packages; 10 minutes)
+slurm-test: .venv/installed
+	OMP_NUM_THREADS=1 $(PY) -m pytest --durations=0 tests/test_slurm.py
 
 # the table of the README: the toy world on three seeds
 toy-seeds: .venv/installed
