@@ -14,6 +14,7 @@ when all of it is on the disk, and is verified when it is read.
 Nothing here knows about RLHF: this is the plumbing that the stage scripts would otherwise repeat at length.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -361,6 +362,33 @@ def _set_zero3(zero, model, value_of, steps: int) -> None:
         zero._reassign_or_swap_out_partitioned_parameters(group)
     if zero.persistent_parameters:
         zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+
+@contextlib.contextmanager
+def gathered(model) -> Iterator[None]:
+    """Under ZeRO-3: whole weights on every rank and no communication inside, so that ranks may do as many passes of the
+    unwrapped model as each needs. Elsewhere nothing.
+
+    Args:
+        model: as `accelerator.prepare` returned it.
+    """
+    offload = getattr(getattr(model, "optimizer", None), "parameter_offload", None)
+    if offload is None:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        # the hooks fetch and release the weights of each layer
+        for parameter in model.parameters():
+            parameter.ds_active_sub_modules.clear()
+        for hook in [*offload.forward_hooks, *offload.backward_hooks]:
+            hook.remove()
+        offload.forward_hooks, offload.backward_hooks = [], []
+        try:
+            yield
+        finally:
+            offload._register_deepspeed_module(offload.module)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

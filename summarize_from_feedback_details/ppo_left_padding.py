@@ -42,6 +42,7 @@ from transformers import (
     GenerationConfig,
     get_scheduler,
 )
+from transformers.integrations import unset_hf_deepspeed_config
 
 from summarize_from_feedback_details.check_inputs import (
     check_push,
@@ -55,7 +56,7 @@ from summarize_from_feedback_details.check_inputs import (
     find_tokenizer,
     load_rows,
 )
-from summarize_from_feedback_details.checkpoints import Checkpoints, fingerprint
+from summarize_from_feedback_details.checkpoints import Checkpoints, fingerprint, gathered
 from summarize_from_feedback_details.run_folder import (
     Progress,
     RunFolder,
@@ -306,7 +307,8 @@ def make_accelerator(args) -> Accelerator:
         refuse("deepspeed", "a launch without DeepSpeed", "`accelerate launch --config_file deepspeed.yaml`")
     if plugin is not None:
         if plugin.zero_stage == 3:
-            refuse("deepspeed", "ZeRO stage 3", "stage 0, 1 or 2")
+            unset_hf_deepspeed_config()  # models are loaded whole; the trained ones are sharded when they are prepared
+            plugin.deepspeed_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
         # the loops accumulate by hand, so that a short last batch is scaled right
         plugin.deepspeed_config["gradient_accumulation_steps"] = 1
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.local_micro_batch_size
@@ -1031,7 +1033,10 @@ def main(args: Args) -> dict[str, float]:
         def evaluate(rows, what: str):
             move_frozen(device)
             model.eval()
-            found = evaluate_policy(accelerator, whole, reward_model, reward_bias, rows, tokenizer, stop_id, args, what)
+            with gathered(model):
+                found = evaluate_policy(
+                    accelerator, whole, reward_model, reward_bias, rows, tokenizer, stop_id, args, what
+                )
             move_frozen("cpu")
             return found
 
@@ -1067,7 +1072,7 @@ def main(args: Args) -> dict[str, float]:
                 for part in parts:
                     if checkpoints.stop_asked():
                         checkpoints.stop(update - 1)
-                    with accelerator.autocast():
+                    with accelerator.autocast(), gathered(model):
                         rollouts.append(make_rollout(
                             whole, ref_policy, reward_model, reward_bias, [queries[i] for i in part],
                             order[episodes[part]], episodes[part], accelerator.mixed_precision == "bf16", ids, args,
@@ -1158,7 +1163,8 @@ def main(args: Args) -> dict[str, float]:
         policy.generation_config = GenerationConfig.from_model_config(policy.config)
         save_model(accelerator, run, model, policy, tokenizer, args.output_dir)
         if args.value_output_dir:
-            value_model.config.reward_bias = float(whole.value_bias.detach())
+            with gathered(model):
+                value_model.config.reward_bias = float(whole.value_bias.detach())
             save_model(accelerator, run, model, value_model, tokenizer, args.value_output_dir)
         if is_main:
             shown = Table("PPO", "last value")

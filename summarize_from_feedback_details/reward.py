@@ -31,6 +31,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from rich.table import Table
 from transformers import AutoModelForSequenceClassification, get_scheduler
+from transformers.integrations import unset_hf_deepspeed_config
 
 from summarize_from_feedback_details.check_inputs import (
     check_batch_sizes,
@@ -45,7 +46,7 @@ from summarize_from_feedback_details.check_inputs import (
     find_tokenizer,
     load_rows,
 )
-from summarize_from_feedback_details.checkpoints import Checkpoints, fingerprint
+from summarize_from_feedback_details.checkpoints import Checkpoints, fingerprint, gathered
 from summarize_from_feedback_details.run_folder import (
     Progress,
     RunFolder,
@@ -217,7 +218,8 @@ def make_accelerator(args) -> Accelerator:
         refuse("deepspeed", "a launch without DeepSpeed", "`accelerate launch --config_file deepspeed.yaml`")
     if plugin is not None:
         if plugin.zero_stage == 3:
-            refuse("deepspeed", "ZeRO stage 3", "stage 0, 1 or 2")
+            unset_hf_deepspeed_config()  # models are loaded whole; the trained ones are sharded when they are prepared
+            plugin.deepspeed_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
         # the loops accumulate by hand, so that a short last batch is scaled right
         plugin.deepspeed_config["gradient_accumulation_steps"] = 1
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.local_micro_batch_size
@@ -432,14 +434,15 @@ def evaluate_pairs(accelerator, model, rows, pad_id: int, args, shared_prefix: b
     mine = np.argsort(-lengths, kind="stable")[accelerator.process_index :: accelerator.num_processes].tolist()
     progress, found = Progress(f"{what} pairs", len(mine), accelerator.is_main_process), []
     whole = accelerator.unwrap_model(model)
-    for start in range(0, len(mine), args.local_eval_batch_size):
-        part = mine[start : start + args.local_eval_batch_size]
-        with accelerator.autocast():
-            pairs = read_pairs(rows[part], pad_id)
-            chosen, rejected = pair_rewards(whole, pairs, pad_id, accelerator.device, shared_prefix, dtype)
-        found += zip(part, chosen.tolist(), rejected.tolist())
-        progress.step(len(part))
-        stop_if_wanted()  # what is evaluated here is evaluated again
+    with gathered(model):
+        for start in range(0, len(mine), args.local_eval_batch_size):
+            part = mine[start : start + args.local_eval_batch_size]
+            with accelerator.autocast():
+                pairs = read_pairs(rows[part], pad_id)
+                chosen, rejected = pair_rewards(whole, pairs, pad_id, accelerator.device, shared_prefix, dtype)
+            found += zip(part, chosen.tolist(), rejected.tolist())
+            progress.step(len(part))
+            stop_if_wanted()  # what is evaluated here is evaluated again
     model.train(was_training)
     found = sorted(gather_object(found))
     return np.array([c for _, c, _ in found]), np.array([r for _, _, r in found])
@@ -453,14 +456,15 @@ def score_demonstrations(accelerator, model, rows, pad_id: int, args, what: str)
     mine = np.argsort(-lengths, kind="stable")[accelerator.process_index :: accelerator.num_processes].tolist()
     progress, found = Progress(f"{what} rows", len(mine), accelerator.is_main_process), []
     whole = accelerator.unwrap_model(model)
-    for start in range(0, len(mine), args.local_eval_batch_size):
-        part = mine[start : start + args.local_eval_batch_size]
-        tokens = [strip_pads(row, pad_id) for row in rows[part]["query_reference_response_token"]]
-        with accelerator.autocast():
-            rewards = whole(**separate_rows(tokens, pad_id, accelerator.device))[:, 0]
-        found += zip(part, rewards.tolist())
-        progress.step(len(part))
-        stop_if_wanted()  # what is evaluated here is evaluated again
+    with gathered(model):
+        for start in range(0, len(mine), args.local_eval_batch_size):
+            part = mine[start : start + args.local_eval_batch_size]
+            tokens = [strip_pads(row, pad_id) for row in rows[part]["query_reference_response_token"]]
+            with accelerator.autocast():
+                rewards = whole(**separate_rows(tokens, pad_id, accelerator.device))[:, 0]
+            found += zip(part, rewards.tolist())
+            progress.step(len(part))
+            stop_if_wanted()  # what is evaluated here is evaluated again
     return np.array([reward for _, reward in sorted(gather_object(found))])
 
 
@@ -580,7 +584,7 @@ def main(args: Args) -> dict[str, float]:
         dtype = torch.bfloat16 if bf16_weights else torch.float32
         shared = args.shared_prefix
         if shared:
-            with accelerator.autocast():
+            with accelerator.autocast(), gathered(model):
                 some = read_pairs(train[: min(4, len(train))], pad_id)
                 exact = accelerator.mixed_precision == "no"
                 shared = prefix_can_be_shared(accelerator.unwrap_model(model), some, pad_id, device, dtype, exact)
@@ -695,7 +699,7 @@ def main(args: Args) -> dict[str, float]:
 def print_pairs(accelerator, model, rows, tokenizer, shared_prefix: bool, dtype) -> None:
     """Print the texts and rewards of a few training pairs."""
     pairs = read_pairs(rows, tokenizer.pad_token_id)
-    with accelerator.autocast():
+    with accelerator.autocast(), gathered(model):
         rewards = pair_rewards(
             accelerator.unwrap_model(model), pairs, tokenizer.pad_token_id, accelerator.device, shared_prefix, dtype
         )

@@ -528,7 +528,7 @@ def save_model(accelerator, run: RunFolder, wrapped, model, tokenizer, path: str
         run: the run that writes it.
         wrapped: what `accelerator.prepare` returned; `model`, or a module that holds it as an attribute.
     """
-    state = accelerator.get_state_dict(wrapped)
+    state = accelerator.get_state_dict(wrapped) or {}  # ZeRO-3 puts it together on rank 0 only
     prefix = next(
         (f"{name}." for name, child in accelerator.unwrap_model(wrapped).named_children() if child is model), ""
     )

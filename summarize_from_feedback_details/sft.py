@@ -31,6 +31,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from rich.table import Table
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, get_scheduler
+from transformers.integrations import unset_hf_deepspeed_config
 
 from summarize_from_feedback_details.check_inputs import (
     check_batch_sizes,
@@ -45,7 +46,7 @@ from summarize_from_feedback_details.check_inputs import (
     find_tokenizer,
     load_rows,
 )
-from summarize_from_feedback_details.checkpoints import Checkpoints, fingerprint
+from summarize_from_feedback_details.checkpoints import Checkpoints, fingerprint, gathered
 from summarize_from_feedback_details.run_folder import (
     Progress,
     RunFolder,
@@ -212,7 +213,8 @@ def make_accelerator(args) -> Accelerator:
         refuse("deepspeed", "a launch without DeepSpeed", "`accelerate launch --config_file deepspeed.yaml`")
     if plugin is not None:
         if plugin.zero_stage == 3:
-            refuse("deepspeed", "ZeRO stage 3", "stage 0, 1 or 2")
+            unset_hf_deepspeed_config()  # models are loaded whole; the trained ones are sharded when they are prepared
+            plugin.deepspeed_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
         # the loops accumulate by hand, so that a short last batch is scaled right
         plugin.deepspeed_config["gradient_accumulation_steps"] = 1
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.local_micro_batch_size
@@ -459,29 +461,30 @@ def evaluate_policy(accelerator, model, rows, tokenizer, args, stop_id: int, wha
         columns `query, response, reference, loss, response_length, has_eos`, in the rows' order, on every rank.
     """
     pad_id, device = tokenizer.pad_token_id, accelerator.device
-    model = accelerator.unwrap_model(model)
+    wrapped, model = model, accelerator.unwrap_model(model)
     was_training = model.training
     model.eval()
     lengths = rows["query_reference_response_token_len"]
     mine = sorted(range(len(rows)), key=lambda i: -lengths[i])[accelerator.process_index :: accelerator.num_processes]
     progress, found = Progress(f"{what} rows", len(mine), accelerator.is_main_process), []
-    for start in range(0, len(mine), args.local_eval_batch_size):
-        chosen = mine[start : start + args.local_eval_batch_size]
-        batch = rows[chosen]
-        losses = batch_losses(model, make_batch(batch, pad_id, device), pad_id, args.query_loss_weight)
-        queries = pad_rows([strip_pads(q, pad_id) for q in batch["query_token"]], pad_id, "left").to(device)
-        noise = episode_noise(args.seed, chosen, device)
-        responses, _ = sample_responses(
-            model, queries, noise, pad_id, stop_id, args.response_length, args.temperature, len(tokenizer)
-        )
-        texts = [text.strip() for text in decode(tokenizer, responses)]
-        for i, row in enumerate(chosen):
-            real = responses[i][responses[i] != pad_id]
-            ended = bool((real == stop_id).any())
-            reference = batch["reference_response"][i].replace(tokenizer.eos_token, "").strip()
-            found.append((row, batch["query"][i], texts[i], reference, losses[i].item(), len(real), ended))
-        progress.step(len(chosen))
-        stop_if_wanted()  # what is evaluated here is evaluated again
+    with gathered(wrapped):
+        for start in range(0, len(mine), args.local_eval_batch_size):
+            chosen = mine[start : start + args.local_eval_batch_size]
+            batch = rows[chosen]
+            losses = batch_losses(model, make_batch(batch, pad_id, device), pad_id, args.query_loss_weight)
+            queries = pad_rows([strip_pads(q, pad_id) for q in batch["query_token"]], pad_id, "left").to(device)
+            noise = episode_noise(args.seed, chosen, device)
+            responses, _ = sample_responses(
+                model, queries, noise, pad_id, stop_id, args.response_length, args.temperature, len(tokenizer)
+            )
+            texts = [text.strip() for text in decode(tokenizer, responses)]
+            for i, row in enumerate(chosen):
+                real = responses[i][responses[i] != pad_id]
+                ended = bool((real == stop_id).any())
+                reference = batch["reference_response"][i].replace(tokenizer.eos_token, "").strip()
+                found.append((row, batch["query"][i], texts[i], reference, losses[i].item(), len(real), ended))
+            progress.step(len(chosen))
+            stop_if_wanted()  # what is evaluated here is evaluated again
     model.train(was_training)
     found = sorted(gather_object(found))
     names = ["query", "response", "reference", "loss", "response_length", "has_eos"]

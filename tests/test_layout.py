@@ -1,4 +1,4 @@
-"""One process, two plain processes, and DeepSpeed ZeRO-2 on two: the same responses and the same weights."""
+"""One process, two plain processes, and DeepSpeed ZeRO-2 and 3 on two: the same responses and the same weights."""
 
 from dataclasses import replace
 
@@ -15,6 +15,7 @@ LOAD = {
     "reward": AutoModelForSequenceClassification,
     "ppo_left_padding": AutoModelForCausalLM,
 }
+NAMES = ("one", "two", "zero2", "zero3")
 COLUMNS = {"sft": ["response"], "reward": [], "ppo_left_padding": ["response"]}
 
 
@@ -30,18 +31,17 @@ def arguments(world, stage: str, output_dir):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo_left_padding"])
 def test_the_same_on_two_processes_and_under_deepspeed(world, workdir, stage):
-    for name, processes, deepspeed in (("one", 1, False), ("two", 2, False), ("zero", 2, True)):
+    for name, processes, zero in (("one", 1, None), ("two", 2, None), ("zero2", 2, 2), ("zero3", 2, 3)):
         args = arguments(world, stage, workdir / name)
         if processes == 2:
-            args = replace(
-                args, local_micro_batch_size=args.local_micro_batch_size // 2, world_size=2, deepspeed=deepspeed
-            )
-        done = launch(stage, args, workdir, processes, 2 if deepspeed else None)
+            args = replace(args, local_micro_batch_size=args.local_micro_batch_size // 2, world_size=2)
+            args = replace(args, deepspeed=zero is not None)
+        done = launch(stage, args, workdir, processes, zero)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         assert f"{processes} process(es) on cpu" in done.stdout and "WARNING: update" not in done.stdout
     one = LOAD[stage].from_pretrained("one").state_dict()
-    tables = {n: pandas.read_parquet(f"runs/{n}/tables/validation.parquet") for n in ("one", "two", "zero")}
-    for name in ("two", "zero"):
+    tables = {n: pandas.read_parquet(f"runs/{n}/tables/validation.parquet") for n in NAMES}
+    for name in NAMES[1:]:
         other = LOAD[stage].from_pretrained(name).state_dict()
         assert set(other) == set(one)
         for key, weight in one.items():
@@ -53,8 +53,8 @@ def test_the_same_on_two_processes_and_under_deepspeed(world, workdir, stage):
             assert tables[name][column].tolist() == tables["one"][column].tolist()
         numbers = tables[name].select_dtypes("float")
         pandas.testing.assert_frame_equal(numbers, tables["one"][numbers.columns], rtol=0, atol=1e-3)
-    metrics = {n: pandas.read_json(f"runs/{n}/metrics.jsonl", lines=True) for n in ("one", "two", "zero")}
-    for name in ("two", "zero"):
+    metrics = {n: pandas.read_json(f"runs/{n}/metrics.jsonl", lines=True) for n in NAMES}
+    for name in NAMES[1:]:
         for column in metrics["one"]:
             if not column.startswith(("time/", "memory/")):
                 pandas.testing.assert_series_equal(metrics[name][column], metrics["one"][column], rtol=1e-3, atol=1e-3)

@@ -22,6 +22,7 @@ from summarize_from_feedback_details.run_folder import REQUEUE_ME, RunFolder
 
 MAIN = {"sft": sft.main, "reward": reward.main, "ppo_left_padding": ppo_left_padding.main}
 STAGE_NAMES = list(MAIN)
+LONG = pytest.mark.torture
 
 
 def stage_args(world, stage: str, output_dir, **changes):
@@ -184,7 +185,7 @@ def test_signals_of_a_real_process(world, workdir, undisturbed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero", [None, 2])
+@pytest.mark.parametrize("zero", [pytest.param(None, marks=LONG), 2, pytest.param(3, marks=LONG)])
 def test_several_processes(world, workdir, undisturbed, zero):
     """The same bits on the same number of ranks; on another number, and under another wrapper, equal to 1e-5."""
     stage = "ppo_left_padding"

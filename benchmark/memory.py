@@ -1,0 +1,273 @@
+"""Memory of a stage on one GPU (or one CPU process): a formula, the table of the paper's models, a check by measuring.
+
+    python benchmark/memory.py                  the table of docs/cluster.md
+    python benchmark/memory.py --measure        run small models here, compare their peaks with the formula
+
+Bytes; N parameters; the terms are those of docs/cluster.md. Networks: SFT and reward model train one; PPO trains a
+policy and a value network and keeps two frozen ones, the reference policy and the reward model.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from summarize_from_feedback_details.run_folder import print_table, write_json  # noqa: E402
+
+BUCKET = 5e8  # elements of DeepSpeed's reduce bucket (its default), held once per gradient dtype
+SAVED_PER_LAYER = 18  # widths of hidden states that one GPT-NeoX layer keeps of a token for the backward pass
+LOGIT_COPIES = 4  # logits, their float32 copy, log-softmax, gradient
+
+
+@dataclass
+class Shape:
+    """Of a GPT-NeoX model."""
+
+    name: str
+    layers: int
+    hidden: int
+    vocabulary: int
+
+    @property
+    def trunk(self) -> float:
+        """Parameters without the output head: embedding, layers (12 D^2 + 13 D each), final norm."""
+        D = self.hidden
+        return self.vocabulary * D + self.layers * (12 * D * D + 13 * D) + 2 * D
+
+    @property
+    def policy(self) -> float:
+        """Parameters with the output head."""
+        return self.trunk + self.vocabulary * self.hidden
+
+
+PAPER = [Shape("1B", 16, 2048, 50304), Shape("2.8B", 32, 2560, 50304), Shape("6.9B", 32, 4096, 50432)]
+
+
+@dataclass
+class Layout:
+    """How a stage is run."""
+
+    stage: str  # sft, reward or ppo
+    rows: int  # of one forward pass in training (pairs for reward)
+    tokens: int  # of a row, pads trimmed
+    responses: int  # tokens at which logits are taken
+    rollout_rows: int = 0  # PPO: episodes sampled at a time
+    processes: int = 1
+    zero: int | None = None  # ZeRO stage; None: plain
+    width: int = 2  # bytes of a weight: 2 for bf16, 4 for float32
+    checkpointing: bool = False
+    offload: bool = False
+
+
+def memory(shape: Shape, layout: Layout) -> dict[str, float]:
+    """Bytes of each term on one process; `peak` is the larger of rollout and training."""
+    w, world = layout.width, layout.processes
+    trained = {"sft": shape.policy, "reward": shape.trunk, "ppo": shape.policy + shape.trunk}[layout.stage]
+    frozen = shape.policy + shape.trunk if layout.stage == "ppo" else 0.0
+    shard = world if layout.zero else 1
+    weights = w * trained / (shard if layout.zero == 3 else 1)
+    # ZeRO splits gradients once they are reduced; until then they stand in a bucket
+    bucket = w * min(BUCKET, trained) if layout.zero and world > 1 else 0.0
+    gradients = w * trained / shard + bucket
+    optimizer = (12 if layout.zero else 8) * trained / shard  # Adam's two moments; ZeRO has float32 masters, too
+    T, D, L = layout.tokens, shape.hidden, shape.layers
+    kept = layout.rows * T * D * w * (L + SAVED_PER_LAYER if layout.checkpointing else L * SAVED_PER_LAYER)
+    networks = 2 if layout.stage == "ppo" else 1  # both are in the graph at the same time
+    logits = 0.0 if layout.stage == "reward" else 4.0 * layout.rows * layout.responses * shape.vocabulary * LOGIT_COPIES
+    activations = kept * networks
+    cache = 2.0 * w * L * D * T * layout.rollout_rows
+    gathered = w * trained if layout.zero == 3 else 0.0  # ZeRO-3: whole weights while PPO samples
+    train = weights + gradients + optimizer + activations + logits + (0.0 if layout.offload else w * frozen)
+    rollout = weights + optimizer + w * frozen + cache + gathered if layout.stage == "ppo" else 0.0
+    return {"weights": weights, "frozen": w * frozen, "gradients": gradients, "optimizer": optimizer,
+            "activations": activations, "logits": logits, "cache": cache, "train": train, "rollout": rollout,
+            "peak": max(train, rollout)}  # fmt: skip
+
+
+def paper_layouts(shape: Shape) -> dict[str, Layout]:
+    """The runs of the README on 8 GPUs of 80 GB, and what else docs/cluster.md speaks of."""
+    rows, sampled = {"1B": (16, 64), "2.8B": (4, 32), "6.9B": (1, 4)}[shape.name]
+    eight = {"processes": 8, "zero": 2}
+    ppo = {"stage": "ppo", "rows": rows, "tokens": 565, "responses": 53, "rollout_rows": sampled}
+    return {
+        "SFT, ZeRO-2": Layout("sft", 1, 562, 562, **eight),
+        "reward, ZeRO-2": Layout("reward", 1, 807, 0, **eight),
+        "PPO, ZeRO-2": Layout(**ppo, **eight),
+        "PPO, ZeRO-2, --offload": Layout(**ppo, **eight, offload=True),
+        "PPO, ZeRO-3, --offload": Layout(**ppo, processes=8, zero=3, offload=True),
+        "PPO, 1 GPU, rows 4, checkpointing, --offload": Layout(
+            **ppo | {"rows": 4, "rollout_rows": 16}, checkpointing=True, offload=True, width=4
+        ),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# measuring
+
+LIBRARIES = Shape("libraries", 1, 64, 512)  # next to nothing: its peak is what the libraries and the data take
+MEASURED = [Shape("D 384, 4 layers", 4, 384, 50304), Shape("D 512, 6 layers", 6, 512, 50304), Shape("D 768, 8 layers", 8, 768, 50304)]  # noqa: E501  # fmt: skip
+
+
+def measured_layouts() -> dict[str, Layout]:
+    ppo = {"stage": "ppo", "rows": 32, "tokens": 79, "responses": 24, "rollout_rows": 32, "width": 4}
+    return {
+        "SFT": Layout("sft", 32, 66, 66, width=4),
+        "reward": Layout("reward", 32, 88, 0, width=4),
+        "PPO": Layout(**ppo),
+        "PPO, checkpointing": Layout(**ppo, checkpointing=True),
+        "PPO, ZeRO-2 on 2": Layout(**ppo | {"rows": 16, "rollout_rows": 16}, processes=2, zero=2),
+    }
+
+
+@dataclass
+class Args:
+    measure: bool = False
+    """also run small models here and compare"""
+    output: str | None = None
+    """also write the numbers to this JSON file"""
+
+
+def main(args: Args) -> dict:
+    """Print the tables; returns all numbers."""
+    found = {"paper": {}, "measured": {}}
+    shown = Table("GB on each GPU", *(s.name for s in PAPER))
+    for name in paper_layouts(PAPER[0]):
+        terms = [memory(s, paper_layouts(s)[name]) for s in PAPER]
+        found["paper"][name] = {s.name: t for s, t in zip(PAPER, terms)}
+        shown.add_row(name, *(f"{t['peak'] / 1e9:.0f}" for t in terms))
+    print_table(shown)
+    if args.measure:
+        found["measured"] = measure()
+    if args.output:
+        write_json(Path(args.output), found)
+        print(f"numbers: {args.output}")
+    return found
+
+
+def measure() -> dict:
+    """Peaks of real runs against the formula: resident memory above what the libraries alone take."""
+    import multiprocessing
+
+    found = {}
+    shown = Table("shape", "run", "formula, GB", "measured, GB", "measured / formula")
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        base = {}
+        for shape in [LIBRARIES, *MEASURED]:
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                pool.apply(make_world, (work, shape))
+            for name, layout in measured_layouts().items():
+                predicted = memory(shape, layout)["peak"]
+                peak = run_stage(work, layout)
+                if shape is LIBRARIES:
+                    base[name] = peak - predicted
+                    continue
+                peak -= base[name]
+                found[f"{shape.name}: {name}"] = {"formula": predicted, "measured": peak}
+                row = (f"{predicted / 1e9:.2f}", f"{peak / 1e9:.2f}", f"{peak / predicted:.2f}")
+                shown.add_row(shape.name, name, *row)
+                print(shape.name, name, *row, flush=True)
+    print_table(shown)
+    return found
+
+
+def make_world(work: Path, shape: Shape) -> None:
+    """The toy world's rows and tokenizer, and random GPT-NeoX models of the shape with Pythia's vocabulary."""
+    import torch
+    from transformers import (
+        AutoTokenizer,
+        GPTNeoXConfig,
+        GPTNeoXForCausalLM,
+        GPTNeoXForSequenceClassification,
+        logging,
+    )
+
+    from summarize_from_feedback_details import tldr_dataset, toy_tldr
+
+    logging.disable_progress_bar()
+    os.chdir(work)
+    if not (work / "rows").exists():
+        sizes = {
+            "n_sft": 256,
+            "n_sft_validation": 16,
+            "n_comparisons": 128,
+            "n_comparisons_validation": 16,
+            "n_cnndm": 4,
+        }
+        toy_tldr.main(toy_tldr.Args(data_dir=work / "raw", models_dir=work / "toy", sizes=("tiny",), **sizes))
+        long = tldr_dataset.TldrHParams(
+            length=56, max_sft_response_length=24, max_sft_query_response_length=80, max_rm_response_length=32,
+            max_rm_query_response_length=88,
+        )  # fmt: skip
+        cnndm = tldr_dataset.cnndm_defaults()
+        cnndm.length, cnndm.max_rm_response_length, cnndm.max_rm_query_response_length = 128, 32, 160
+        tldr_dataset.main(
+            tldr_dataset.Args(
+                base_model=str(work / "toy/tiny"), sft_dataset=str(work / "raw/sft"), output_dir=str(work / "rows"),
+                preference_dataset=str(work / "raw/comparisons"), tldr_params=long, cnndm_params=cnndm,
+                check_length_correctness=False,
+            )
+        )  # fmt: skip
+    config = GPTNeoXConfig(
+        hidden_size=shape.hidden, num_hidden_layers=shape.layers, intermediate_size=4 * shape.hidden,
+        num_attention_heads=shape.hidden // 64, vocab_size=shape.vocabulary, max_position_embeddings=512,
+        hidden_dropout=0.0, attention_dropout=0.0, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(work / "toy/tiny")
+    torch.manual_seed(1)
+    GPTNeoXForCausalLM(config).save_pretrained(work / "policy")
+    tokenizer.save_pretrained(work / "policy")
+    config.num_labels = 1
+    GPTNeoXForSequenceClassification(config).save_pretrained(work / "reward")
+    tokenizer.save_pretrained(work / "reward")
+
+
+def run_stage(work: Path, layout: Layout) -> float:
+    """Peak resident memory of process 0 in bytes."""
+    script = {"sft": "sft", "reward": "reward", "ppo": "ppo_left_padding"}[layout.stage]
+    run, world = f"{script}_{os.urandom(4).hex()}", layout.processes
+    flags = ["--base_model", "policy", "--query_dataset", "rows/sft", "--precision", "fp32", "--no-run_eval"]
+    flags += ["--local_micro_batch_size", str(layout.rows), "--batch_size", str(layout.rows * world)]
+    flags += ["--output_dir", f"out/{run}", "--run_name", run, "--num_updates", "2", "--print_sample_output_freq", "0"]
+    if layout.stage != "sft":
+        flags += ["--sft_model_path", "policy"]
+    if layout.stage == "reward":
+        flags += ["--label_dataset", "rows/comparisons", "--num_normalization_rows", "16", "--no-shared_prefix"]
+    if layout.stage == "ppo":
+        flags += ["--reward_model_path", "reward", "--response_length", str(layout.responses)]
+        flags += ["--local_rollout_forward_batch_size", str(layout.rollout_rows), "--ppo.noptepochs", "1"]
+    if layout.checkpointing:
+        flags += ["--gradient_checkpointing"]
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT),
+        "MALLOC_TRIM_THRESHOLD_": "0",
+    }
+    command = [sys.executable]
+    if layout.zero:
+        (work / "zero.yaml").write_text(
+            "compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\nuse_cpu: true\nmixed_precision: 'no'\n"
+            f"num_machines: 1\nnum_processes: {world}\ndeepspeed_config:\n  zero_stage: {layout.zero}\n"
+            "  gradient_accumulation_steps: 1\n  zero3_init_flag: false\n"
+        )
+        command += ["-m", "accelerate.commands.launch", "--config_file", "zero.yaml"]
+        flags += ["--deepspeed"]
+    command += [str(ROOT / f"summarize_from_feedback_details/{script}.py"), *flags]
+    done = subprocess.run(command, cwd=work, env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stdout[-2000:] + done.stderr[-2000:])
+    lines = [json.loads(line) for line in (work / f"runs/{run}/metrics.jsonl").read_text().splitlines()]
+    return max(v for line in lines for k, v in line.items() if k.startswith("memory/")) * 1e9
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, use_underscores=True))
