@@ -84,8 +84,8 @@ if [ "$MODEL" = toy ]; then
     # PPO's learning rate falls with the width of the model (at 3e-4 the medium one loses what SFT learned)
     case $SIZE in
         tiny | small) PPO_LR=3e-4 ;;
-        medium) PPO_LR=2e-4 ;;
-        large) PPO_LR=1.5e-4 ;;
+        medium) PPO_LR=1e-4 ;;
+        large) PPO_LR=7e-5 ;;
         *) refuse SIZE "'$SIZE'" "tiny, small, medium or large" ;;
     esac
     CHAIN=toy_${SIZE}_seed$SEED

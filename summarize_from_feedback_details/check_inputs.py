@@ -45,6 +45,15 @@ def check_sizes(args: Any, positive: tuple[str, ...] = (), at_least_zero: tuple[
                 refuse(name, str(value), expected)
 
 
+def drop_revisions(args: Any, *models: str) -> None:
+    """Set `<model>_revision` to None where `<model>_path` is not the default: the default revision is of that one."""
+    for model in models:
+        path, revision = f"{model}_path", f"{model}_revision"
+        default = type(args)
+        if getattr(args, path) != getattr(default, path) and getattr(args, revision) == getattr(default, revision):
+            setattr(args, revision, None)
+
+
 def load_rows(argument: str, path: str, revision: str | None, kind: str, columns: list[str], splits: list[str]):
     """Load a tokenised dataset from a folder or the hub and check its shape.
 

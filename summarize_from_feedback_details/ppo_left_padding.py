@@ -51,6 +51,7 @@ from summarize_from_feedback_details.check_inputs import (
     check_scheduler,
     check_sizes,
     check_tokens,
+    drop_revisions,
     find_model,
     find_stop_id,
     find_tokenizer,
@@ -938,12 +939,6 @@ def check_args(args: Args):
         if Path(args.value_output_dir).resolve() == Path(args.output_dir).resolve():
             refuse("value_output_dir", f"'{args.value_output_dir}', which is --output_dir", "another folder")
     check_push(args)
-    # the default revision belongs to the default model
-    if args.sft_model_path != Args.sft_model_path and args.sft_model_revision == Args.sft_model_revision:
-        args.sft_model_revision = None
-    # the default revision belongs to the default model
-    if args.reward_model_path != Args.reward_model_path and args.reward_model_revision == Args.reward_model_revision:
-        args.reward_model_revision = None
     base = find_model("base_model", args.base_model, args.base_model_revision, "policy")
     sft = find_model("sft_model_path", args.sft_model_path, args.sft_model_revision, "policy")
     check_same_vocabulary("sft_model_path", args.sft_model_path, sft, "base_model", args.base_model, base)
@@ -969,6 +964,7 @@ def main(args: Args) -> dict[str, float]:
     # sizes
     quiet_libraries()
     stamp = int(time.time())
+    drop_revisions(args, "sft_model", "reward_model")
     args.run_name = choose_run_name(args, "ppo_left_padding")
     if (done := finished_before(args)) is not None:
         return done

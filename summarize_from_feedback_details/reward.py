@@ -41,6 +41,7 @@ from summarize_from_feedback_details.check_inputs import (
     check_scheduler,
     check_sizes,
     check_tokens,
+    drop_revisions,
     fill_episodes,
     find_model,
     find_tokenizer,
@@ -513,9 +514,6 @@ def check_args(args: Args):
     check_batch_sizes(args, int(os.environ.get("WORLD_SIZE", 1)), default_batch_size=64)
     refuse_unwritable("output_dir", args.output_dir, args.run_name)
     check_push(args)
-    # the default revision belongs to the default model
-    if args.sft_model_path != Args.sft_model_path and args.sft_model_revision == Args.sft_model_revision:
-        args.sft_model_revision = None
     base = find_model("base_model", args.base_model, args.base_model_revision, "policy")
     sft = find_model("sft_model_path", args.sft_model_path, args.sft_model_revision, "policy")
     check_same_vocabulary("sft_model_path", args.sft_model_path, sft, "base_model", args.base_model, base)
@@ -542,6 +540,7 @@ def main(args: Args) -> dict[str, float]:
     # sizes
     quiet_libraries()
     stamp = int(time.time())
+    drop_revisions(args, "sft_model")
     args.run_name = choose_run_name(args, "reward")
     if (done := finished_before(args)) is not None:
         return done

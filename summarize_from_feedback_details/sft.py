@@ -653,15 +653,14 @@ def main(args: Args) -> dict[str, float]:
                 found = evaluate_policy(accelerator, model, rows, tokenizer, args, stop_id, f"policy, {split}")
                 final |= report(split, found)
                 paths.append(run.table(split, found))
-                same = rouge_means(found["reference"], found["reference"])
-                references |= {f"{split}/references/rouge/{k}": v for k, v in same.items()}
+                references[split] = rouge_means(found["reference"], found["reference"])
             run.log(args.num_updates + 1, final)
         whole = accelerator.unwrap_model(model)
         whole.generation_config = GenerationConfig.from_model_config(whole.config)
         save_model(accelerator, run, model, whole, tokenizer, args.output_dir)
         if is_main:
             if args.run_eval:
-                print_table(closing_table(splits, run.metrics | references))
+                print_table(closing_table(run.metrics, references))
             print(
                 "policy:", args.output_dir, *("\ntable:  " + str(p) for p in paths), f"\nrun:    {run.path}", flush=True
             )
@@ -671,15 +670,22 @@ def main(args: Args) -> dict[str, float]:
     return final
 
 
-def closing_table(splits, metrics: dict[str, float]) -> Table:
-    """ROUGE of the base model, of references of other posts, of the policy, and of the references, for each split."""
-    keys = [f"rouge/{k}" for k in ("rouge1", "rouge2", "rougeL", "rougeLsum")] + ["loss", "eos_rate"]
+def closing_table(metrics: dict[str, float], references: dict[str, dict[str, float]]) -> Table:
+    """ROUGE of the base model, of references of other posts, of the policy, and of the references, for each split.
+
+    Args:
+        references: split -> ROUGE of its references against themselves.
+    """
+    rouge = ("rouge1", "rouge2", "rougeL", "rougeLsum")
     shown = Table("split", "summaries", "ROUGE-1", "ROUGE-2", "ROUGE-L", "ROUGE-Lsum", "loss", "EOS", title="SFT")
-    who = {"base": "base model", "shuffled_references": "references, shuffled"}
-    who |= {"sft": "SFT policy", "references": "references"}
-    for split in splits:
+    who = {"base": "base model", "shuffled_references": "references, shuffled", "sft": "SFT policy"}
+    for split, of_references in references.items():
+        rows = {}
         for group, name in who.items():
-            values = [metrics.get(f"{split}/{group}/{key}") for key in keys]
+            values = [metrics.get(f"{split}/{group}/rouge/{k}") for k in rouge]
+            rows[name] = values + [metrics.get(f"{split}/{group}/{k}") for k in ("loss", "eos_rate")]
+        rows["references"] = [of_references[k] for k in rouge] + [None, None]
+        for name, values in rows.items():
             shown.add_row(split, name, *("-" if v is None else f"{v:.3f}" for v in values))
     return shown
 

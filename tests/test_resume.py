@@ -453,6 +453,16 @@ def test_the_same_command_again(world, workdir, monkeypatch, capsys):
     assert {k: found[k] for k in final} == final and Path("sft/model.safetensors").read_bytes() == weights
 
 
+@pytest.mark.parametrize("stage", STAGE_NAMES)
+def test_a_finished_run_is_left_as_it_is(world, workdir, stage, capsys):
+    final = MAIN[stage](stage_args(world, stage, stage))
+    before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in Path(".").rglob("*") if p.is_file()}
+    found = MAIN[stage](stage_args(world, stage, stage))
+    assert f"runs/{stage} is finished already" in capsys.readouterr().out
+    assert {k: found[k] for k in final} == final
+    assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in Path(".").rglob("*") if p.is_file()} == before
+
+
 def test_weights_and_biases_goes_on_in_the_same_run(world, workdir, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
