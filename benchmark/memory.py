@@ -23,8 +23,8 @@ sys.path.insert(0, str(ROOT))
 from summarize_from_feedback_details.run_folder import print_table, write_json  # noqa: E402
 
 BUCKET = 5e8  # elements of DeepSpeed's reduce bucket (its default), held once per gradient dtype
-SAVED_PER_LAYER = 18  # widths of hidden states that one GPT-NeoX layer keeps of a token for the backward pass
-LOGIT_COPIES = 4  # logits, their float32 copy, log-softmax, gradient
+SAVED_PER_LAYER = 19  # widths of hidden states that one GPT-NeoX layer keeps of a token for the backward pass
+LOGIT_COPIES = 3  # logits or their float32 copy, log-softmax, gradient
 
 
 @dataclass
@@ -65,6 +65,7 @@ class Layout:
     width: int = 2  # bytes of a weight: 2 for bf16, 4 for float32
     checkpointing: bool = False
     offload: bool = False
+    accumulates: bool = True  # whether gradients of earlier micro batches are there while activations are at their peak
 
 
 def memory(shape: Shape, layout: Layout) -> dict[str, float]:
@@ -85,7 +86,8 @@ def memory(shape: Shape, layout: Layout) -> dict[str, float]:
     activations = kept * networks
     cache = 2.0 * w * L * D * T * layout.rollout_rows
     gathered = w * trained if layout.zero == 3 else 0.0  # ZeRO-3: whole weights while PPO samples
-    train = weights + gradients + optimizer + activations + logits + (0.0 if layout.offload else w * frozen)
+    train = activations + logits + gradients if layout.accumulates else max(activations + logits, gradients)
+    train += weights + optimizer + (0.0 if layout.offload else w * frozen)
     rollout = weights + optimizer + w * frozen + cache + gathered if layout.stage == "ppo" else 0.0
     return {"weights": weights, "frozen": w * frozen, "gradients": gradients, "optimizer": optimizer,
             "activations": activations, "logits": logits, "cache": cache, "train": train, "rollout": rollout,
@@ -112,15 +114,17 @@ def paper_layouts(shape: Shape) -> dict[str, Layout]:
 # ----------------------------------------------------------------------------------------------------------------------
 # measuring
 
-LIBRARIES = Shape("libraries", 1, 64, 512)  # next to nothing: its peak is what the libraries and the data take
+LIBRARIES = Shape("libraries", 1, 64, 1024)  # next to nothing: its peak is what the libraries and the data take
 MEASURED = [Shape("D 384, 4 layers", 4, 384, 50304), Shape("D 512, 6 layers", 6, 512, 50304), Shape("D 768, 8 layers", 8, 768, 50304)]  # noqa: E501  # fmt: skip
 
 
 def measured_layouts() -> dict[str, Layout]:
-    ppo = {"stage": "ppo", "rows": 32, "tokens": 79, "responses": 24, "rollout_rows": 32, "width": 4}
+    """Small runs; tokens are those of the longest rows of the toy world's batches."""
+    ppo = {"stage": "ppo", "rows": 32, "tokens": 69, "responses": 24, "rollout_rows": 32, "width": 4}
+    ppo["accumulates"] = False
     return {
-        "SFT": Layout("sft", 32, 66, 66, width=4),
-        "reward": Layout("reward", 32, 88, 0, width=4),
+        "SFT": Layout("sft", 32, 57, 57, width=4, accumulates=False),
+        "reward": Layout("reward", 32, 2 * 58, 0, width=4, accumulates=False),
         "PPO": Layout(**ppo),
         "PPO, checkpointing": Layout(**ppo, checkpointing=True),
         "PPO, ZeRO-2 on 2": Layout(**ppo | {"rows": 16, "rollout_rows": 16}, processes=2, zero=2),

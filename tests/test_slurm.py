@@ -115,12 +115,17 @@ class Cluster:
 
     def wait(self, *jobs: str, seconds: float = 400) -> dict[str, str]:
         """Wait until all elements of these jobs have ended; returns their states."""
-        until = time.monotonic() + seconds
+        until, ended = time.monotonic() + seconds, None
         while True:
             self.hurry(*jobs)
             states = self.states(*jobs)
-            if not [s for s in states.values() if s.split()[0] in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING")]:
-                return states
+            running = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
+            if [s for s in states.values() if s.split()[0] in running]:
+                ended = None
+            else:  # a job that queues itself again looks ended for a moment
+                ended = ended or time.monotonic()
+                if time.monotonic() - ended > 5:
+                    return states
             assert time.monotonic() < until, (states, self.run("squeue"))
             time.sleep(0.3)
 
