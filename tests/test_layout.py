@@ -6,8 +6,11 @@ import pandas
 import pytest
 import torch
 from conftest import launch
+from safetensors.torch import load_file
+from test_resume import lines, stage_args
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from summarize_from_feedback_details import ppo_left_padding, reward, sft
 from summarize_from_feedback_details.ppo_left_padding import choose_precision
 
 LOAD = {
@@ -20,11 +23,11 @@ COLUMNS = {"sft": ["response"], "reward": [], "ppo_left_padding": ["response"]}
 
 
 def arguments(world, stage: str, output_dir):
-    # the last batch of SFT and of the reward model does not fill; lr large enough that a wrong gradient would show
+    # the last batch of SFT and of the reward model does not fill; a wrong gradient would move weights by 1e-4 a step
     if stage == "sft":
-        return world.sft_args(output_dir, total_episodes=28, lr=1e-3, max_grad_norm=1.0)
+        return world.sft_args(output_dir, total_episodes=28, lr=1e-4, max_grad_norm=1.0)
     if stage == "reward":
-        return world.reward_args(output_dir, total_episodes=28 + 1, lr=1e-3, max_grad_norm=1.0)
+        return world.reward_args(output_dir, total_episodes=28 + 1, lr=1e-4, max_grad_norm=1.0)
     return world.ppo_args(output_dir, lr=1e-4, nminibatches=2, local_micro_batch_size=2)
 
 
@@ -52,12 +55,12 @@ def test_the_same_on_two_processes_and_under_deepspeed(world, workdir, stage):
         for column in COLUMNS[stage]:
             assert tables[name][column].tolist() == tables["one"][column].tolist()
         numbers = tables[name].select_dtypes("float")
-        pandas.testing.assert_frame_equal(numbers, tables["one"][numbers.columns], rtol=0, atol=1e-3)
+        pandas.testing.assert_frame_equal(numbers, tables["one"][numbers.columns], rtol=1e-5, atol=1e-5)
     metrics = {n: pandas.read_json(f"runs/{n}/metrics.jsonl", lines=True) for n in NAMES}
     for name in NAMES[1:]:
         for column in metrics["one"]:
             if not column.startswith(("time/", "memory/")):
-                pandas.testing.assert_series_equal(metrics[name][column], metrics["one"][column], rtol=1e-3, atol=1e-3)
+                pandas.testing.assert_series_equal(metrics[name][column], metrics["one"][column], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -75,3 +78,35 @@ def test_bf16(world, workdir, deepspeed):
     # old log-probabilities come from the same forward pass as the new ones: the ratio is 1 but for batch shapes
     assert metrics["policy/first_pass_ratio_error"][0] < 0.1 and abs(metrics["objective/kl"][0]) < 0.05
     assert metrics["loss/value"].dropna().gt(0).all()
+
+
+def unsorted(deal):
+    """`deal` without its sorting: rows stay in the order of the batch."""
+    return lambda lengths, *rest: deal([0] * len(lengths), *rest)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo_left_padding"])
+def test_micro_batches_and_their_order(world, workdir, stage, monkeypatch):
+    """Several updates with micro batches of 4, 2, 1, and not sorted by length: responses, weights and metrics."""
+    module = {"sft": sft, "reward": reward, "ppo_left_padding": ppo_left_padding}[stage]
+    layouts = {name: {"local_micro_batch_size": n} for name, n in (("a", 4), ("b", 2), ("c", 1), ("unsorted", 4))}
+    if stage == "reward":
+        layouts["apart"] = {"local_micro_batch_size": 4, "shared_prefix": False}
+    metrics, weights, tables = {}, {}, {}
+    for name, change in layouts.items():
+        with monkeypatch.context() as patch:
+            if name == "unsorted":
+                patch.setattr(module, "deal", unsorted(module.deal))
+            module.main(stage_args(world, stage, name, lr=1e-4, **change))
+        metrics[name], weights[name] = lines(workdir / "runs" / name), load_file(f"{name}/model.safetensors")
+        tables[name] = pandas.read_parquet(f"runs/{name}/tables/validation.parquet")
+    if stage == "ppo_left_padding":  # what makes it hard is there: some without EOS, lengths that differ
+        assert min(line["objective/eos_rate"] for line in metrics["a"] if "objective/eos_rate" in line) < 1
+    for name in layouts:
+        for key, weight in weights["a"].items():
+            torch.testing.assert_close(weights[name][key], weight, rtol=0, atol=1e-5)
+        for column in COLUMNS[stage]:
+            assert tables[name][column].tolist() == tables["a"][column].tolist()
+        assert len(metrics[name]) == len(metrics["a"])
+        for ours, theirs in zip(metrics[name], metrics["a"]):
+            assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5), name

@@ -33,7 +33,7 @@ def stage_args(world, stage: str, output_dir, **changes):
         args = world.reward_args(output_dir, total_episodes=44, max_grad_norm=1.0)
     else:
         args = world.ppo_args(output_dir, num_updates=4, lr=1e-4, nminibatches=2, local_micro_batch_size=2, eval_freq=2)
-    return replace(args, save_freq=1, **changes)
+    return replace(args, **{"save_freq": 1} | changes)
 
 
 def lines(run: Path) -> list[dict]:
