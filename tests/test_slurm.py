@@ -106,7 +106,7 @@ class Cluster:
         return found
 
     def hurry(self, *jobs: str) -> None:
-        """Slurm lets a requeued job wait for two minutes; ten seconds are enough for what is left of the old one to end."""
+        """Slurm lets a requeued job wait for two minutes; ten seconds are enough for the rest of the old one to end."""
         for job in jobs:
             for line in self.run("scontrol", "-o", "show", "job", job).splitlines():
                 restart = re.search(r"Restarts=\d+", line)[0]
