@@ -79,9 +79,9 @@ done
 if [ $PREFETCH = 1 ]; then
     hub=()
     for model in "${models[@]}"; do [ -d "$model" ] || hub+=("$model"); done
-    for dataset in $("$PYTHON" -c 'from summarize_from_feedback_details import reward as r; print(r.Args.query_dataset, r.Args.label_dataset)'); do
-        hub+=("dataset:$dataset")
-    done
+    datasets=$("$PYTHON" -c 'from summarize_from_feedback_details.reward import Args
+print(Args.query_dataset, Args.label_dataset)') || refuse --prefetch "no working installation behind '$PYTHON'" "PYTHON=..."
+    for dataset in $datasets; do hub+=("dataset:$dataset"); done
     for what in "${hub[@]}"; do
         if [ $DRY = 1 ]; then echo "prefetch $what"; continue; fi
         HF_HUB_OFFLINE=0 "$PYTHON" - "$what" <<'PY'

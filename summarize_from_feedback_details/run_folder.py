@@ -325,7 +325,7 @@ class RunFolder:
                 id=json.loads(id_file.read_text())["id"],
                 resume="allow",
                 config=asdict(self.args),
-                dir=str(self.path),
+                dir=str(self.path.resolve()),
             )
 
     def _close(self) -> None:

@@ -465,7 +465,6 @@ def test_a_finished_run_is_left_as_it_is(world, workdir, stage, capsys):
 
 def test_weights_and_biases_goes_on_in_the_same_run(world, workdir, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
     args = stage_args(world, "sft", "sft", track=True)
     stop_after("sft", args, 2, monkeypatch)
     sft.main(replace(args))

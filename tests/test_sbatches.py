@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -12,7 +13,7 @@ SCRIPTS = sorted([*(ROOT / "sbatches").glob("*.sh"), *(ROOT / "sbatches").glob("
 
 def dry_run(*words: str, **env: str) -> subprocess.CompletedProcess:
     command = [str(ROOT / "sbatches/launch.sh"), "--dry-run", *words]
-    return subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
+    return subprocess.run(command, env=os.environ | {"PYTHON": sys.executable} | env, capture_output=True, text=True)
 
 
 def test_the_chain():
