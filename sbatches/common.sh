@@ -17,7 +17,10 @@ export PROCESSES_PER_NODE=${PROCESSES_PER_NODE:-8}
 export ACCELERATE_ARGS=${ACCELERATE_ARGS:---config_file deepspeed.yaml} # how accelerate launches
 DEEPSPEED=${DEEPSPEED---deepspeed}                              # empty: without
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}                      # compute nodes seldom have a network: launch.sh --prefetch
-export TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+export TOKENIZERS_PARALLELISM=false
+threads=$((${SLURM_CPUS_ON_NODE:-1} / PROCESSES_PER_NODE))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600} # seconds that SIGTERM leaves for a checkpoint
 
 STAGE_ORDER=(sft reward ppo_left_padding eval)
 declare -A BATCH_OF=([sft]=${BATCH:-128} [reward]=${BATCH:-64} [ppo_left_padding]=${BATCH:-512}) # rows of an update
@@ -59,16 +62,19 @@ PORT=$((20000 + SLURM_JOB_ID % 20000))
 INTERRUPTED=0
 trap 'INTERRUPTED=1' USR1 # --signal=B:USR1@300: the time limit is near
 
-state_of() { "$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1]))["state"])' "runs/$1/summary.json" 2>/dev/null; }
-reason_of() { "$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1])).get("reason", ""))' "runs/$1/summary.json" 2>/dev/null; }
+summary() { # RUN_NAME KEY: an entry of summary.json
+    "$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1])).get(sys.argv[2], ""))' "runs/$1/summary.json" "$2" 2>/dev/null
+}
 
 # launch RUN_NAME SCRIPT ARGUMENTS...: one launcher a node, PROCESSES_PER_NODE processes each. When the run says that it was
 # interrupted, by the time limit or a requeue, the job is queued again and goes on where it was.
 launch() {
-    local run=$1 status=0 pid
+    local run=$1 status=0 pid begun reason
     shift
     echo "== $(date '+%F %T') job $JOB restart ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST: $run"
-    srun --ntasks="$NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 sbatches/on_node.sh "$NODES" "$HEAD" "$PORT" "$@" &
+    begun=$(mktemp) # what is older than this file was not written by this start
+    srun --ntasks="$NODES" --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" --kill-on-bad-exit=1 \
+        sbatches/on_node.sh "$NODES" "$HEAD" "$PORT" "$@" &
     pid=$!
     wait "$pid" && status=0 || status=$? # more than 128 where a signal ended the waiting, not srun
     if [ "$INTERRUPTED" = 1 ]; then
@@ -77,13 +83,14 @@ launch() {
         wait "$pid" && status=0 || status=$?
     fi
     if [ "$status" = 0 ]; then return 0; fi
-    if [ "$(state_of "$run")" = interrupted ]; then
-        echo "== $(date '+%F %T') $run was interrupted and has saved its state: queued again"
+    if [ "runs/$run/summary.json" -nt "$begun" ] && { [ "$(summary "$run" requeue)" = True ] ||
+        { [ "$INTERRUPTED" = 1 ] && [ "$(summary "$run" state)" = running ]; }; }; then
+        echo "== $(date '+%F %T') $run was interrupted and goes on from its last checkpoint: queued again"
         scontrol requeue "$JOB"
         sleep 60 # Slurm ends this shell
     fi
-    local reason
-    reason=$(grep -h '^error: ' "$(scontrol show job "$JOB" | sed -n 's/^ *StdOut=//p')" 2>/dev/null | tail -n 1)
-    echo "== $(date '+%F %T') $run FAILED (exit code $status): ${reason:-$(reason_of "$run")}"
+    reason=$(tac "$(scontrol show job "$JOB" | sed -n 's/^ *StdOut=//p')" 2>/dev/null | sed '/^== .* restart /q' |
+        grep -m 1 '^error: ') || true
+    echo "== $(date '+%F %T') $run FAILED (exit code $status): ${reason:-$(summary "$run" reason)}"
     return "$status"
 }

@@ -52,17 +52,19 @@ for stage in "${stages[@]}"; do
     [ "$place" -gt "$last" ] || refuse --stages "'$STAGES'" "some of, in this order: ${STAGE_ORDER[*]}"
     last=$place
 done
-if [ "${stages[0]}" = reward ] || [ "${stages[0]}" = ppo_left_padding ]; then
-    for model in "${models[@]}"; do
-        for seed in "${seeds[@]}"; do
-            for need in sft reward; do
-                [ "$need" != "${stages[0]}" ] || break
+# what a stage reads is made by a stage before it, or is there
+declare -A NEEDS=([sft]="" [reward]="sft" [ppo_left_padding]="sft reward" [eval]="")
+for stage in "${stages[@]}"; do
+    for need in ${NEEDS[$stage]}; do
+        if [[ " ${stages[*]} " == *" $need "* ]]; then continue; fi
+        for model in "${models[@]}"; do
+            for seed in "${seeds[@]}"; do
                 folder=models/$(name_of "$model" "$seed")/$need
                 [ -e "$folder/config.json" ] || refuse --stages "'$STAGES', and no $folder" "a finished $need, or --stages with it"
             done
         done
     done
-fi
+done
 processes=$((NODES * PROCESSES_PER_NODE))
 for model in "${models[@]}"; do
     read -r micro ppo_micro _ <<<"$(rows_of "$model")"

@@ -55,7 +55,7 @@ class Checkpoints:
         self.model, self.optimizer, self.fixed = model, optimizer, json.loads(json.dumps(fixed))
         self.folder = run.path / "checkpoints"
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
-        self.saved_at = time.monotonic()
+        self.saved_at, self.look = time.monotonic(), {}
 
     # ------------------------------------------------------------------------------------------------------------------
     # when
@@ -78,6 +78,8 @@ class Checkpoints:
     def stop(self, *position) -> NoReturn:
         """Write a checkpoint (arguments of `save`), and end the process with the code that asks to be started again."""
         self.save(*position)
+        self.run.interrupted()
+        self.accelerator.wait_for_everyone()  # the launcher ends all processes when the first one has left
         raise SystemExit(REQUEUE_ME)
 
     def _agree(self, *flags: bool) -> list[bool]:
@@ -107,7 +109,8 @@ class Checkpoints:
         if not self._agree(self.rank == 0 and final.exists())[0]:
             failed = self._try(lambda: self._make_folder(partial), only_main=True)
             failed = failed or self._try(lambda: self._write_share(partial, shared or {}, local or {}))
-            failed = failed or self._try(lambda: self._finish(partial, final, update, step), only_main=True)
+            looks = gather_object([self.look]) if self.world > 1 else [self.look]
+            failed = failed or self._try(lambda: self._finish(partial, final, update, step, looks), only_main=True)
             if failed:
                 if self.rank == 0:
                     shutil.rmtree(partial, ignore_errors=True)
@@ -149,11 +152,10 @@ class Checkpoints:
         mine = {name: tensor.cpu().contiguous() for name, tensor in mine.items()}
         path = partial / f"rank_{self.rank:05d}.safetensors"
         save_file(mine, path)
-        # its own hash, so that none has to read another rank's file: the manifest is put together from these
-        (partial / f"{path.name}.sha256").write_text(json.dumps(_look(path)))
         _sync(path)
+        self.look = {path.name: _look(path)}
 
-    def _finish(self, partial: Path, final: Path, update: int, step: int | None) -> None:
+    def _finish(self, partial: Path, final: Path, update: int, step: int | None, looks: list[dict]) -> None:
         state = {
             "update": update,
             "step": step,
@@ -166,10 +168,7 @@ class Checkpoints:
             "fixed": self.fixed,
         }
         (partial / "state.json").write_text(json.dumps(state, indent=1) + "\n")
-        manifest = {}
-        for note in sorted(partial.glob("*.sha256")):
-            manifest[note.name.removesuffix(".sha256")] = json.loads(note.read_text())
-            note.unlink()
+        manifest = {name: look for one in looks for name, look in one.items()}
         manifest["state.json"] = _look(partial / "state.json")
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
         for name in ("state.json", "manifest.json"):

@@ -61,6 +61,7 @@ from summarize_from_feedback_details.checkpoints import Checkpoints, fingerprint
 from summarize_from_feedback_details.run_folder import (
     Progress,
     RunFolder,
+    as_typed,
     choose_run_name,
     finished_before,
     memory_gb,
@@ -72,6 +73,7 @@ from summarize_from_feedback_details.run_folder import (
     refuse_unwritable,
     save_model,
     stop_if_wanted,
+    stop_wanted,
 )
 
 STATISTICS = ("loss/policy", "loss/value", "policy/ratio", "policy/clipfrac", "policy/approxkl", "value/clipfrac",
@@ -855,7 +857,9 @@ def evaluate_policy(
             texts_of_row = (batch["query"][i], texts[i].strip(), reference)
             found.append((row, *texts_of_row, scores[i], reference_scores[i], length, ended))
         progress.step(len(part))
-        stop_if_wanted()  # what is evaluated here is evaluated again
+        if stop_wanted():  # what is evaluated here is evaluated again
+            break
+    stop_if_wanted()
     found = sorted(gather_object(found))
     names = ["query", "response", "reference", "score", "reference_score", "response_length", "has_eos"]
     return {name: [row[1 + i] for row in found] for i, name in enumerate(names)}
@@ -965,6 +969,7 @@ def main(args: Args) -> dict[str, float]:
     quiet_libraries()
     stamp = int(time.time())
     drop_revisions(args, "sft_model", "reward_model")
+    typed = as_typed(args)
     args.run_name = choose_run_name(args, "ppo_left_padding")
     if (done := finished_before(args)) is not None:
         return done
@@ -984,7 +989,7 @@ def main(args: Args) -> dict[str, float]:
         == world_size * args.nminibatches * args.gradient_accumulation_steps * args.local_micro_batch_size
     )
 
-    with RunFolder(args, "ppo_left_padding", is_main) as run:
+    with RunFolder(args, "ppo_left_padding", is_main, typed) as run:
         # --------------------------------------------------------------------------------------------------------------
         # data
         train = dataset["train"].with_format("numpy", columns=["query_token"])
@@ -1058,7 +1063,7 @@ def main(args: Args) -> dict[str, float]:
             if steps_done is not None:
                 rollout = Rollout(*(position["shared"][name].to(device) for name in Rollout._fields))
                 stats.copy_(position["local"]["stats"])
-                ratio_error.copy_(position["local"]["ratio_error"])
+                ratio_error.copy_(position["shared"]["ratio_error"])
                 position = {"step": None}
             else:
                 move_frozen(device)
@@ -1090,7 +1095,7 @@ def main(args: Args) -> dict[str, float]:
                 shuffled = np.random.default_rng([args.seed, update, epoch]).permutation(args.batch_size)
                 mini_batch = shuffled.reshape(args.nminibatches, args.mini_batch_size)[i]
                 counts = [int((~m[mini_batch]).sum()) for m in (adv.padding_mask, adv.padding_mask_p1)]
-                before = {"stats": stats.clone(), "ratio_error": ratio_error.clone()}
+                before = stats.clone()
 
                 def loss_of(part):
                     mb = mini_batch[part]
@@ -1115,7 +1120,8 @@ def main(args: Args) -> dict[str, float]:
                     accelerator, model, optimizer, parts, loss_of, args.max_grad_norm, on_bad, checkpoints.stop_asked
                 )
                 if norm is None:
-                    checkpoints.stop(update - 1, step, rollout._asdict(), before)
+                    worst = accelerator.gather(ratio_error).max().reshape(1)
+                    checkpoints.stop(update - 1, step, rollout._asdict() | {"ratio_error": worst}, {"stats": before})
             lr = scheduler.get_last_lr()[0]
             scheduler.step()
             stats = accelerator.reduce(stats, "sum") / args.nminibatches
@@ -1171,7 +1177,7 @@ def main(args: Args) -> dict[str, float]:
             print(f"{paths}\nrun:    {run.path}", flush=True)
             if args.push_to_hub:
                 push(args, "ppo_left_padding", stamp)
-        checkpoints.remove()
+    checkpoints.remove()
     return final
 
 

@@ -51,6 +51,7 @@ from summarize_from_feedback_details.checkpoints import Checkpoints, fingerprint
 from summarize_from_feedback_details.run_folder import (
     Progress,
     RunFolder,
+    as_typed,
     choose_run_name,
     finished_before,
     memory_gb,
@@ -62,6 +63,7 @@ from summarize_from_feedback_details.run_folder import (
     refuse_unwritable,
     save_model,
     stop_if_wanted,
+    stop_wanted,
 )
 
 DROPPED = {
@@ -443,8 +445,10 @@ def evaluate_pairs(accelerator, model, rows, pad_id: int, args, shared_prefix: b
                 chosen, rejected = pair_rewards(whole, pairs, pad_id, accelerator.device, shared_prefix, dtype)
             found += zip(part, chosen.tolist(), rejected.tolist())
             progress.step(len(part))
-            stop_if_wanted()  # what is evaluated here is evaluated again
+            if stop_wanted():  # what is evaluated here is evaluated again
+                break
     model.train(was_training)
+    stop_if_wanted()
     found = sorted(gather_object(found))
     return np.array([c for _, c, _ in found]), np.array([r for _, _, r in found])
 
@@ -465,7 +469,9 @@ def score_demonstrations(accelerator, model, rows, pad_id: int, args, what: str)
                 rewards = whole(**separate_rows(tokens, pad_id, accelerator.device))[:, 0]
             found += zip(part, rewards.tolist())
             progress.step(len(part))
-            stop_if_wanted()  # what is evaluated here is evaluated again
+            if stop_wanted():  # what is evaluated here is evaluated again
+                break
+    stop_if_wanted()
     return np.array([reward for _, reward in sorted(gather_object(found))])
 
 
@@ -541,6 +547,7 @@ def main(args: Args) -> dict[str, float]:
     quiet_libraries()
     stamp = int(time.time())
     drop_revisions(args, "sft_model")
+    typed = as_typed(args)
     args.run_name = choose_run_name(args, "reward")
     if (done := finished_before(args)) is not None:
         return done
@@ -556,7 +563,7 @@ def main(args: Args) -> dict[str, float]:
         print(f"{args.num_updates} updates over {args.total_episodes} of {len(train)} pairs", flush=True)
     assert args.batch_size == args.world_size * args.gradient_accumulation_steps * args.local_micro_batch_size
 
-    with RunFolder(args, "reward", is_main) as run:
+    with RunFolder(args, "reward", is_main, typed) as run:
         # --------------------------------------------------------------------------------------------------------------
         # data, model, optimiser
         order = epoch_order(len(train), args.total_episodes, args.seed)
@@ -605,7 +612,7 @@ def main(args: Args) -> dict[str, float]:
                 run.table(split, texts | group_columns(rows) | {"chosen_reward": chosen, "rejected_reward": rejected})
             return metrics, table
 
-        fixed = {"label_dataset": fingerprint(lengths), "precision": accelerator.mixed_precision}
+        fixed = {"label_dataset": fingerprint(lengths), "precision": accelerator.mixed_precision, **typed["models"]}
         checkpoints = Checkpoints(run, args, accelerator, model, optimizer, scheduler, fixed)
         first = checkpoints.resume()["update"] + 1
         if args.run_eval and first == 1:
@@ -690,7 +697,7 @@ def main(args: Args) -> dict[str, float]:
             print(f"reward model: {args.output_dir}\ntables: {run.path / 'tables'}\nrun:    {run.path}", flush=True)
             if args.push_to_hub:
                 push(args, "reward", stamp)
-        checkpoints.remove()
+    checkpoints.remove()
     return final
 
 

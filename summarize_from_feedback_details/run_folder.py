@@ -2,6 +2,7 @@
 
     runs/<run_name>/
         args.json          the arguments, derived sizes included
+        typed.json         the arguments as they were typed, and fingerprints of the models that they name
         metrics.jsonl      one object per update: {"update": 1, "train/sft/loss": 3.2, ...}
         tensorboard/       the same numbers as TensorBoard events
         tables/*.parquet   sampled responses and evaluation results
@@ -15,6 +16,7 @@ Nothing here knows about RLHF: this is the plumbing that the stage scripts would
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -46,7 +48,13 @@ FREE = {
     *("local_micro_batch_size", "micro_batch_size", "local_mini_batch_size", "local_batch_size"),
     *("local_rollout_forward_batch_size", "local_eval_batch_size"),
 }
-BEGUN = {"lock", "tables", "args.json", ".args.json.partial", ".summary.json.partial"}  # of a run killed at its start
+BEGUN = {
+    "lock",
+    "tables",
+    "args.json",
+    "typed.json",
+    *(f".{n}.json.partial" for n in ("args", "typed", "summary")),
+}  # of a run killed at its start
 _stop = {"wanted": False}  # set by a signal
 
 
@@ -56,8 +64,13 @@ def stop_wanted() -> bool:
 
 
 def stop_if_wanted() -> None:
-    """End the process where a signal asked for it: for long work that starts again from the last checkpoint."""
-    if stop_wanted():
+    """End the processes where a signal asked any of them to: for long work that starts again from the last checkpoint.
+
+    Called by all ranks together, since one that leaves alone lets the others wait for it.
+    """
+    from accelerate.utils import gather_object
+
+    if any(gather_object([stop_wanted()])):
         raise SystemExit(REQUEUE_ME)
 
 
@@ -193,38 +206,70 @@ def _read_run(path: Path) -> tuple[dict, dict] | None:
         return None
 
 
-def differences(saved: dict, args: Any) -> dict[str, tuple]:
-    """Arguments that change the result and are not those of the saved run: name -> (there, now).
+def differences(saved: dict, now: dict) -> dict[str, tuple]:
+    """Arguments that change the result and are not those of a saved run: name -> (there, now)."""
+    saved, now = _flat(saved), _flat(json.loads(json.dumps(now, default=str)))
+    return {k: (saved.get(k), v) for k, v in now.items() if k not in FREE and saved.get(k) != v}
 
-    What is None now was left out, and is derived from the others.
-    """
-    saved, now = _flat(saved), _flat(json.loads(json.dumps(asdict(args), default=str)))
-    return {k: (saved.get(k), v) for k, v in now.items() if k not in FREE and v is not None and saved.get(k) != v}
+
+def as_typed(args: Any) -> dict[str, Any]:
+    """The arguments before sizes are derived from them, and fingerprints of the models that they name: `typed.json`."""
+    models = {k: v for k, v in asdict(args).items() if k in ("base_model", "sft_model_path", "reward_model_path")}
+    return asdict(args) | {"models": {k: weights_fingerprint(v) for k, v in models.items()}}
+
+
+def weights_fingerprint(path: str) -> str:
+    """A short text that changes with the weights of a local checkpoint (both ends of each file); a hub id as it is."""
+    digest = hashlib.sha256()
+    for file in sorted(p for p in Path(path).glob("*") if p.suffix in (".safetensors", ".bin")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with open(file, "rb") as content:
+            digest.update(content.read(1_000_000))
+            content.seek(max(0, size - 1_000_000))
+            digest.update(content.read())
+    return f"weights {digest.hexdigest()[:12]}" if os.path.isdir(path) else path
 
 
 def choose_run_name(args: Any, stage: str, root: str = "runs") -> str:
-    """The run name that was given; else that of an unfinished run with the same arguments, or a new one."""
+    """The run name that was given; else that of an unfinished run with the same arguments, or a new one.
+
+    Call before sizes are derived.
+    """
     if args.run_name:
         return args.run_name
+    typed = as_typed(args)
     for path in sorted(Path(root).glob("*/summary.json"), key=lambda p: p.stat().st_mtime, reverse=True):
         found = _read_run(path.parent)
         unfinished = found is not None and found[0].get("state") != "finished" and found[0].get("stage") == stage
-        if unfinished and not differences(found[1], args) and not _held(path.parent):
+        if unfinished and not differences(_read_typed(path.parent), typed) and not _held(path.parent):
             return path.parent.name
     return f"{args.exp_name}__{args.seed}__{int(time.time())}"
 
 
 def finished_before(args: Any, root: str = "runs") -> dict[str, float] | None:
-    """The final metrics where this very run is finished already: there is nothing to do; otherwise None."""
+    """The final metrics where this very run is finished already: there is nothing to do; otherwise None.
+
+    Call before sizes are derived.
+    """
     path = Path(root) / args.run_name
     found = _read_run(path)
-    if found is None or found[0]["state"] != "finished" or differences(found[1], args):
+    if found is None or found[0]["state"] != "finished" or differences(_read_typed(path), as_typed(args)):
         return None
-    if not _wrote(path, Path(args.output_dir)):
+    outputs = [args.output_dir, getattr(args, "value_output_dir", None)]
+    if not all(_wrote(path, Path(folder)) for folder in outputs if folder):
         return None
     if os.environ.get("RANK", "0") == "0":
+        shutil.rmtree(path / "checkpoints", ignore_errors=True)  # of a run that was killed at its very end
         print(f"{path} is finished already, with these arguments: nothing to do\nmodel: {args.output_dir}", flush=True)
     return found[0]["metrics"]
+
+
+def _read_typed(path: Path) -> dict:
+    try:
+        return json.loads((path / "typed.json").read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def _held(path: Path) -> bool:
@@ -250,14 +295,15 @@ class RunFolder:
             `wandb_project_name`, `wandb_entity`.
         stage: name of the stage, e.g. `sft`.
         is_main: whether this process is rank 0.
+        typed: the arguments before sizes were derived, see `as_typed`.
         root: folder of the runs.
 
     Raises:
         SystemExit: code 2, where another process still works in this folder (see also `refuse_taken`).
     """
 
-    def __init__(self, args: Any, stage: str, is_main: bool = True, root: str = "runs"):
-        self.path = Path(root) / args.run_name
+    def __init__(self, args: Any, stage: str, is_main: bool = True, typed: dict | None = None, root: str = "runs"):
+        self.path, self.typed = Path(root) / args.run_name, typed or asdict(args)
         self.args, self.stage, self.is_main = args, stage, is_main
         self.start, self.seconds_before, self.metrics = time.monotonic(), 0.0, {}
         self.wandb = None
@@ -279,7 +325,7 @@ class RunFolder:
         summary, saved = found
         if summary["state"] == "finished":
             refuse("run_name", f"'{path}', which holds a finished run", "a new run name")
-        if differ := differences(saved, args):
+        if differ := differences(saved, asdict(args)):
             names = ", ".join(f"--{k} ({there} there, {now} now)" for k, (there, now) in differ.items())
             refuse("run_name", f"'{path}', a run with other arguments: {names}", "a new run name or the same arguments")
         if _held(path):
@@ -311,6 +357,7 @@ class RunFolder:
             except BlockingIOError:
                 refuse("run_name", f"'{self.path}', a run that still goes on", "a new run name, or to wait")
             write_json(self.path / "args.json", asdict(self.args))
+            write_json(self.path / "typed.json", self.typed)
             self._write_summary("running")
         if getattr(self.args, "track", False):
             import wandb
@@ -340,11 +387,14 @@ class RunFolder:
 
     @contextlib.contextmanager
     def one_line_for_a_full_disk(self) -> Iterator[None]:
+        from safetensors import SafetensorError  # which stands for an OSError while weights are written
+
         try:
             yield
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
+            what, why = getattr(error, "filename", None) or self.path, getattr(error, "strerror", None) or error
             raise SystemExit(
-                f"error: {error.filename or self.path} cannot be written: {error.strerror or error}; cure that and "
+                f"error: {what} cannot be written: {why}; cure that and "
                 "start the same command again: it goes on from the last checkpoint"
             ) from None
 
@@ -438,7 +488,12 @@ class RunFolder:
         torch.save(batch, path)
         raise SystemExit(f"error: {what} at update {update} is not finite; the batch is saved as {path}")
 
-    def _write_summary(self, state: str, reason: str | None = None) -> None:
+    def interrupted(self) -> None:
+        """Write that the run was stopped by a signal and wants to be started again; call when its state is saved."""
+        if self.is_main and (_read_run(self.path) or ({},))[0].get("state") != "failed":  # of another rank: that stays
+            self._write_summary("interrupted", requeue=True)
+
+    def _write_summary(self, state: str, reason: str | None = None, requeue: bool = False) -> None:
         content = {
             "stage": self.stage,
             "run_name": self.args.run_name,
@@ -449,7 +504,8 @@ class RunFolder:
             "versions": _versions(),
             "metrics": self.metrics,
         }
-        write_json(self.path / "summary.json", content | ({"reason": reason} if reason else {}))
+        more = ({"reason": reason} if reason else {}) | ({"requeue": True} if requeue else {})
+        write_json(self.path / "summary.json", content | more)
 
     def __exit__(self, kind, error, traceback) -> None:
         try:
@@ -459,19 +515,20 @@ class RunFolder:
 
     def _end(self, kind, error) -> None:
         code = error.code if kind is SystemExit else None
-        # 2: refused, so nothing happened to the run; a rank that waits for one that has stopped fails in its own way
-        interrupted = kind is KeyboardInterrupt or code in (REQUEUE_ME, 2) or (kind is not None and stop_wanted())
+        # a rank that waits for one that has stopped fails in its own way
+        stopped = code == REQUEUE_ME or (kind is not None and stop_wanted())
         if not self.is_main:
             # the launcher will end rank 0, which then writes nothing
-            if kind is not None and not interrupted and self.path.is_dir():
+            if kind is not None and not stopped and self.path.is_dir():
                 self._write_summary("failed", f"rank {os.environ.get('RANK')}: {kind.__name__}: {error}")
             return
         reason = str(error) if kind is SystemExit else f"{kind.__name__}: {error}" if kind else None
         try:
-            if interrupted:
+            if stopped:
+                self.interrupted()
+                print(f"interrupted; start the same command again and {self.path} goes on", flush=True)
+            elif kind is KeyboardInterrupt or code == 2:  # 2: refused, so nothing happened to the run
                 self._write_summary("interrupted")
-                if code != 2:
-                    print(f"interrupted; start the same command again and {self.path} goes on", flush=True)
             else:
                 self._write_summary("failed" if kind else "finished", reason)
         except OSError as full:

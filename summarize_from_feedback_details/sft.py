@@ -50,6 +50,7 @@ from summarize_from_feedback_details.checkpoints import Checkpoints, fingerprint
 from summarize_from_feedback_details.run_folder import (
     Progress,
     RunFolder,
+    as_typed,
     choose_run_name,
     finished_before,
     memory_gb,
@@ -61,6 +62,7 @@ from summarize_from_feedback_details.run_folder import (
     refuse_unwritable,
     save_model,
     stop_if_wanted,
+    stop_wanted,
 )
 
 INVALID_LOGPROB = 1.0  # stands at positions without a real token; masked wherever numbers are taken
@@ -484,8 +486,10 @@ def evaluate_policy(accelerator, model, rows, tokenizer, args, stop_id: int, wha
                 reference = batch["reference_response"][i].replace(tokenizer.eos_token, "").strip()
                 found.append((row, batch["query"][i], texts[i], reference, losses[i].item(), len(real), ended))
             progress.step(len(chosen))
-            stop_if_wanted()  # what is evaluated here is evaluated again
+            if stop_wanted():  # what is evaluated here is evaluated again
+                break
     model.train(was_training)
+    stop_if_wanted()
     found = sorted(gather_object(found))
     names = ["query", "response", "reference", "loss", "response_length", "has_eos"]
     return {name: [row[1 + i] for row in found] for i, name in enumerate(names)}
@@ -542,6 +546,7 @@ def main(args: Args) -> dict[str, float]:
     # sizes
     quiet_libraries()
     stamp = int(time.time())
+    typed = as_typed(args)
     args.run_name = choose_run_name(args, "sft")
     if (done := finished_before(args)) is not None:
         return done
@@ -557,7 +562,7 @@ def main(args: Args) -> dict[str, float]:
         print(f"{args.num_updates} updates over {args.total_episodes} of {len(train)} rows", flush=True)
     assert args.batch_size == args.world_size * args.gradient_accumulation_steps * args.local_micro_batch_size
 
-    with RunFolder(args, "sft", is_main) as run:
+    with RunFolder(args, "sft", is_main, typed) as run:
         # --------------------------------------------------------------------------------------------------------------
         # data, model, optimiser
         order = epoch_order(len(train), args.total_episodes, args.seed)
@@ -577,7 +582,7 @@ def main(args: Args) -> dict[str, float]:
         model, optimizer = accelerator.prepare(model, optimizer)
         splits = {s: dataset[s] for s in ("validation", "test") if s in dataset}
         splits = {s: rows.select(range(min(len(rows), args.num_eval_rows or len(rows)))) for s, rows in splits.items()}
-        fixed = {"query_dataset": fingerprint(lengths), "precision": accelerator.mixed_precision}
+        fixed = {"query_dataset": fingerprint(lengths), "precision": accelerator.mixed_precision, **typed["models"]}
         checkpoints = Checkpoints(run, args, accelerator, model, optimizer, scheduler, fixed)
         first = checkpoints.resume()["update"] + 1
         if args.run_eval and first == 1:
@@ -666,7 +671,7 @@ def main(args: Args) -> dict[str, float]:
             )
             if args.push_to_hub:
                 push(args, "sft", stamp)
-        checkpoints.remove()
+    checkpoints.remove()
     return final
 
 

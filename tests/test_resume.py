@@ -148,7 +148,8 @@ def test_killed_while_it_writes(world, workdir, undisturbed, moment, monkeypatch
         finally:
             os._exit(1)  # not reached, where the moment comes
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    assert json.loads(Path(f"runs/{stage}/summary.json").read_text())["state"] == "running"
+    state = json.loads(Path(f"runs/{stage}/summary.json").read_text())["state"]
+    assert state == ("finished" if name == "remove" else "running")
     MAIN[stage](stage_args(world, stage, stage))
     assert_same_bits(workdir, undisturbed, stage)
 
@@ -371,6 +372,24 @@ def test_a_clock_set_back(world, workdir, undisturbed, monkeypatch):
 # what may change, and what must not
 
 
+def test_what_was_left_out_is_an_argument_too(world, workdir, monkeypatch, capsys):
+    """A limit that was given and is not given now changes the result; so does a model that was trained again."""
+    args = stage_args(world, "sft", "sft", run_name=None)
+    folder = stop_after("sft", replace(args, run_name="first"), 2, monkeypatch)
+    with pytest.raises(SystemExit):
+        sft.main(replace(args, run_name="first", max_grad_norm=None))
+    assert "--max_grad_norm (1.0 there, None now)" in capsys.readouterr().err
+    sft.main(replace(args, output_dir="other", max_grad_norm=None))  # no run of these arguments: a new one
+    assert (folder / "update_00000002").exists() and "going on" not in capsys.readouterr().out
+    shutil.copytree(world.sft, "policy")
+    args = stage_args(world, "reward", "reward", sft_model_path="policy")
+    stop_after("reward", args, 2, monkeypatch)
+    shutil.copy(Path("other/model.safetensors"), "policy/model.safetensors")
+    with pytest.raises(SystemExit) as stopped:
+        reward.main(stage_args(world, "reward", "reward", sft_model_path="policy"))
+    assert stopped.value.code == 2 and "error: --sft_model_path: found weights" in capsys.readouterr().err
+
+
 CHANGES = {
     "sft": {"seed": 2, "lr": 2e-3, "batch_size": 16, "num_train_epochs": 2, "temperature": 0.5, "max_grad_norm": 2.0,
             "scheduler": "linear", "weight_decay": 0.1, "query_loss_weight": 0.5, "response_length": 20},
@@ -420,7 +439,8 @@ def test_other_data_under_the_same_name_is_refused(world, workdir, monkeypatch, 
     with pytest.raises(SystemExit) as stopped:
         sft.main(stage_args(world, "sft", "sft", query_dataset="rows"))
     assert stopped.value.code == 2 and "error: --query_dataset: found 400 rows, " in capsys.readouterr().err
-    assert json.loads(Path("runs/sft/summary.json").read_text())["state"] == "interrupted"
+    summary = json.loads(Path("runs/sft/summary.json").read_text())
+    assert summary["state"] == "interrupted" and "requeue" not in summary  # to be cured, not to be queued again
 
 
 @pytest.mark.slow

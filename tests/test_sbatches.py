@@ -52,6 +52,10 @@ def test_models_seeds_stages_and_prefetch():
         ),
         (["--stages", "dpo"], "--stages: found 'dpo'"),
         (["--stages", "reward"], "--stages: found 'reward', and no models/pythia-1b-deduped_44413/sft"),
+        (
+            ["--stages", "sft ppo_left_padding"],
+            "--stages: found 'sft ppo_left_padding', and no models/pythia-1b-deduped_44413/reward",
+        ),
         (["--nodes", "0"], "--nodes: found '0'; expected a number above 0"),
         (["--nodes", "3"], "--nodes: found 3, that is 24 processes x 1 rows for sft"),
         (["--nodes"], "--nodes: found nothing; expected a value"),

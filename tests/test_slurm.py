@@ -301,7 +301,7 @@ def test_a_time_limit_that_hits_twice(cluster, project, world):
     job = sbatch(cluster, project, env, "--array=0", *limit, "sbatches/ppo_left_padding.sbatch")
     assert set(cluster.wait(job, seconds=900).values()) == {"COMPLETED 0:0"}, logs(project)
     log = next((project / "slurm/logs").glob(f"ppo_{job}_0.out")).read_text()
-    assert log.count("was interrupted and has saved its state: queued again") >= 2, log
+    assert log.count("was interrupted and goes on from its last checkpoint: queued again") >= 2, log
     compare_runs(project / "runs/small_1_ppo", run, project / "models/small_1/ppo", model)
 
 
