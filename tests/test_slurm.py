@@ -295,7 +295,7 @@ def test_requeued_in_the_middle(cluster, project, world):
 
 def test_a_time_limit_that_hits_twice(cluster, project, world):
     env = ppo_settings(world)
-    env["PPO_ARGS"] += " --num_updates 250 --save_freq 500"
+    env["PPO_ARGS"] += " --num_updates 500 --save_freq 1000"
     run, model = undisturbed_ppo(cluster, project, env)
     limit = ("--time=1", "--signal=B:USR1@15")
     job = sbatch(cluster, project, env, "--array=0", *limit, "sbatches/ppo_left_padding.sbatch")
