@@ -167,7 +167,7 @@ def draw_curves(table, places):
             found[text] = Line2D([], [], color=colour, ls=style, lw=1.8)
         if metric == "objective/eos_rate":
             axis.set_ylim(-0.03, 1.03)
-    for state, marker in (("failed", "x"), ("running", ">")):
+    for state, marker in (("failed", "x"), ("running", ">"), ("interrupted", ">")):
         if (curves["state"] == state).any():
             found[f"{state} here"] = Line2D([], [], color="#444444", marker=marker, ls="", ms=5)
     last = figure.axes[5]

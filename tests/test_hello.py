@@ -1,7 +1,11 @@
 """The pipeline as a user starts it: `hello_world.sh`, its reuse of finished stages, and its refusals."""
 
+import contextlib
 import os
+import signal
 import subprocess
+import sys
+import time
 
 import pandas
 import pytest
@@ -19,11 +23,17 @@ def copy(tmp_path_factory):
     return folder
 
 
-def hello(folder, timeout=400, **variables):
-    import sys
-
+def start(folder, **variables) -> subprocess.Popen:
+    """`hello_world.sh` in a process group of its own."""
     env = os.environ | OFFLINE | {"PYTHON": sys.executable} | variables
-    return subprocess.run(["./hello_world.sh"], cwd=folder, env=env, capture_output=True, text=True, timeout=timeout)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(["./hello_world.sh"], cwd=folder, env=env, start_new_session=True, **pipes)
+
+
+def hello(folder, timeout=400, **variables):
+    process = start(folder, **variables)
+    out, err = process.communicate(timeout=timeout)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 @pytest.mark.slow
@@ -50,10 +60,20 @@ def test_smoke_run_then_reuse_then_changed_arguments(copy):
     # one stage's arguments change: it and those that depend on it start again, and what was there is kept
     script = copy / "hello_world.sh"
     script.write_text(script.read_text().replace("--num_normalization_rows 2048", "--num_normalization_rows 100"))
+    # it is killed in the middle of PPO, and started again
+    killed = start(copy, SMOKE="1", REPORT="0")
+    old, until = (copy / "runs/smoke_seed1_ppo/metrics.jsonl").stat().st_ino, time.monotonic() + 200
+    while time.monotonic() < until and killed.poll() is None:
+        with contextlib.suppress(FileNotFoundError):
+            if (copy / "runs/smoke_seed1_ppo/metrics.jsonl").stat().st_ino != old:
+                break
+        time.sleep(0.01)
+    os.killpg(killed.pid, signal.SIGKILL)
+    said = killed.communicate()[0]
+    assert said.count("reused") == 3 and "== reward: again" in said and "== ppo: again" in said
     changed = hello(copy, SMOKE="1", REPORT="0")
     assert changed.returncode == 0, changed.stderr[-3000:]
-    assert changed.stdout.count("reused") == 3
-    assert "== reward: again" in changed.stdout and "== ppo: again" in changed.stdout
+    assert changed.stdout.count("reused") == 4 and "== ppo: was interrupted, goes on" in changed.stdout
     assert (copy / "models/smoke_seed1/ppo.old-1/model.safetensors").read_bytes() == weights
     assert (copy / "runs/smoke_seed1_reward.old-1/metrics.jsonl").exists()
 
