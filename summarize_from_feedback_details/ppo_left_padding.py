@@ -1044,10 +1044,8 @@ def main(args: Args) -> dict[str, float]:
         # --------------------------------------------------------------------------------------------------------------
         # loop
         some = train[np.linspace(0, len(train) - 1, 1000).astype(int)]["query_token"]
-        fixed = {
-            "query_dataset": fingerprint([len(train), *np.concatenate(some)]),
-            "precision": accelerator.mixed_precision,
-        }
+        queries_used = fingerprint([len(train), *np.concatenate(some)])
+        fixed = {"query_dataset": queries_used, "precision": accelerator.mixed_precision, **typed["models"]}
         checkpoints = Checkpoints(run, args, accelerator, model, optimizer, scheduler, fixed)
         position = checkpoints.resume()
         progress = Progress("ppo updates", args.num_updates, is_main, done=position["update"])

@@ -388,6 +388,13 @@ def test_what_was_left_out_is_an_argument_too(world, workdir, monkeypatch, capsy
     with pytest.raises(SystemExit) as stopped:
         reward.main(stage_args(world, "reward", "reward", sft_model_path="policy"))
     assert stopped.value.code == 2 and "error: --sft_model_path: found weights" in capsys.readouterr().err
+    shutil.copytree(world.reward, "judge")
+    args = stage_args(world, "ppo_left_padding", "ppo_left_padding", reward_model_path="judge")
+    stop_after("ppo_left_padding", replace(args), 1, monkeypatch)
+    flip_a_bit(Path("judge/model.safetensors"))
+    with pytest.raises(SystemExit) as stopped:
+        ppo_left_padding.main(replace(args))
+    assert stopped.value.code == 2
 
 
 CHANGES = {
