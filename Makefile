@@ -15,7 +15,7 @@ test: .venv/installed
 	$(PY) -m ruff format --check .
 	OMP_NUM_THREADS=1 $(PY) -m pytest --durations=15 -m "not torture"
 
-# each stage killed at 20 random moments and started again: the same bits (8 minutes)
+# each stage killed at random moments, 20 trials, and started again: the same bits (20 minutes)
 torture: .venv/installed
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_torture.py tests/test_resume.py
 
