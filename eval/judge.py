@@ -296,13 +296,13 @@ class Cache:
     """All answers on disk, and who is asking for what, in one SQLite file that several processes may use.
 
     An answer is committed before `put` returns, so that a process killed at any moment has lost nothing it received.
+    SQLite's own journal, not its WAL: that one does not work on network file systems, nor wait when a file is made.
     """
 
     def __init__(self, path: str, lease: float):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         self.lease = lease  # seconds after which a question of a process that cannot be looked up is free again
         self.db = sqlite3.connect(path, timeout=60, isolation_level=None)
-        self.db.execute("PRAGMA journal_mode=WAL")
         self.db.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, question TEXT, answer TEXT)")
         self.db.execute("CREATE TABLE IF NOT EXISTS claims (key TEXT PRIMARY KEY, host TEXT, pid INTEGER, at REAL)")
 

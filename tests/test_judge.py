@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import multiprocessing
 import math
 import os
 import random
@@ -395,6 +396,30 @@ def test_two_processes_share_a_cache(server, tmp_path):
     assert sum(sent) == 120 and set(server.log["asked"].values()) == {1}
     reports = [json.loads((tmp_path / f"out{i}/policy/judge/report.json").read_text()) for i in range(2)]
     assert reports[0]["win_rate"] == reports[1]["win_rate"]
+
+
+def open_at_once(path, barrier, failures):
+    barrier.wait()
+    try:
+        cache = judge.Cache(path, lease=10)
+        for key in "abcdefgh":
+            cache.claim(key)
+            cache.put(key, "question", "answer")
+    except Exception as error:
+        failures.put(repr(error))
+
+
+def test_a_cache_is_made_by_many_at_once(tmp_path):
+    """Switching a new file to SQLite's WAL does not wait for others: "database is locked", 3 times in 120."""
+    context = multiprocessing.get_context("fork")
+    failures = context.SimpleQueue()
+    for trial in range(20):
+        barrier = context.Barrier(6)
+        start = (str(tmp_path / f"{trial}.sqlite"), barrier, failures)
+        processes = [context.Process(target=open_at_once, args=start) for _ in range(6)]
+        [p.start() for p in processes]
+        [p.join() for p in processes]
+        assert failures.empty(), failures.get()
 
 
 def test_claims_of_the_dead_are_free(tmp_path):
