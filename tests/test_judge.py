@@ -3,8 +3,8 @@
 import asyncio
 import hashlib
 import json
-import multiprocessing
 import math
+import multiprocessing
 import os
 import random
 import shutil
