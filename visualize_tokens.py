@@ -53,6 +53,7 @@ from summarize_from_feedback_details.check_inputs import (
     find_tokenizer,
     load_rows,
 )
+from summarize_from_feedback_details.packed_rows import use_packed_attention
 from summarize_from_feedback_details.run_folder import Progress, quiet_libraries, refuse
 from summarize_from_feedback_details.toy_tldr import MANIFEST
 
@@ -327,21 +328,19 @@ def loaded(argument: str, model: Model, device: torch.device, kind: str = "polic
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         refuse(argument, f"'{model}', which cannot be loaded: {reason}", "a whole checkpoint")
     ppo.disable_dropout(network)
+    if kind != "reward":
+        use_packed_attention(network)
     network = network.to(device).eval().requires_grad_(False)
     yield (network, bias) if kind == "reward" else network
     network.to("meta")  # whoever still holds it holds no weights
     torch.cuda.empty_cache()
 
 
-def in_batches(queries: list[list[int]], responses: torch.Tensor, pad_id: int, device, progress: Progress):
-    """Yield (slice, left-padded queries [b, Q], trimmed responses [b, K]) of all posts."""
+def in_batches(queries: list[list[int]], progress: Progress):
+    """Yield slices of all posts."""
     for start in range(0, len(queries), ROWS_AT_A_TIME):
         part = slice(start, start + ROWS_AT_A_TIME)
-        yield (
-            part,
-            ppo.pad_rows(queries[part], pad_id, "left").to(device),
-            ppo.trim_responses(responses[part], pad_id).to(device),
-        )
+        yield part
         progress.step(len(queries[part]))
 
 
@@ -350,46 +349,51 @@ def sample(model, queries, rows: list[int], ids, settings, device, progress: Pro
     """Responses [B, R] of a policy; token t of row i gets the t-th draw of (seed, i), as in PPO's evaluation."""
     pad_id, stop_id, size = ids
     R, found = settings.response_length, []
-    empty = torch.zeros(len(queries), 1, dtype=torch.long)
-    for part, query_tokens, _ in in_batches(queries, empty, pad_id, device, progress):
+    for part in in_batches(queries, progress):
         noise = ppo.episode_noise(settings.seed, rows[part], device)
+        query_tokens = ppo.pad_rows(queries[part], pad_id, "left").to(device)
         responses, _ = ppo.sample_responses(model, query_tokens, noise, pad_id, stop_id, R, settings.temperature, size)
         found.append(responses.cpu())
     return torch.cat(found)
 
 
 @torch.no_grad()
-def read_policy(model, queries, responses, pad_id: int, temperature: float, device, progress: Progress):
+def read_policy(model, queries, responses, pad_id: int, temperature: float, progress: Progress):
     """What a language model says of the responses: log-probs, ranks, its own first choices, all [B, R].
 
     Args:
-        responses: [B, R] token ids.
+        responses: [B, R] token ids, pads after the last.
         temperature: divides the logits of the log-probs.
     """
-    R, found = responses.shape[1], []
-    for _, query_tokens, short in in_batches(queries, responses, pad_id, device, progress):
-        K = short.shape[1]
-        inputs = ppo.model_inputs(torch.cat([query_tokens, short], 1), pad_id)
-        logits = model(**inputs, logits_to_keep=K + 1, use_cache=False).logits[:, :-1]  # [b, K, V]
-        chosen = logits.gather(2, short.clamp(max=logits.shape[2] - 1)[..., None])  # [b, K, 1]
+    found = []
+    for part in in_batches(queries, progress):
+        mask = responses[part] != pad_id
+        real = [ppo.strip_pads(row, pad_id) for row in responses[part]]
+        logits, targets = ppo.response_logits(model, queries[part], real)  # [N, V], [N]
         # rank 1 is the largest logit; the temperature changes no order
-        columns = ppo.response_logprobs(logits, short, temperature), 1 + (logits > chosen).sum(2), logits.argmax(2)
-        found.append([ppo.restore(column, R, 0).cpu() for column in columns])
-    return tuple(torch.cat(column) for column in zip(*found))
+        ranks = 1 + (logits > logits.gather(1, targets[:, None])).sum(1)
+        columns = ppo.token_logprobs(logits, targets, temperature), ranks, logits.argmax(1)
+        found.append([ppo.spread(column.cpu(), mask, 0.0) for column in columns])
+    logprobs, ranks, top = (torch.cat(column) for column in zip(*found))
+    return logprobs, ranks.long(), top.long()
 
 
 @torch.no_grad()
 def read_head(model, bias: float, queries, responses, pad_id: int, device, progress: Progress):
     """A reward or value network read everywhere: scores [B], before each token [B, R], at each token [B, R]."""
-    R, found = responses.shape[1], []
+    found = []
     network = ppo.PolicyAndValue(None, model, bias).to(device)
-    for _, query_tokens, short in in_batches(queries, responses, pad_id, device, progress):
-        query_responses = torch.cat([query_tokens, short], 1)
-        scores = ppo.read_rewards(model, bias, query_responses, pad_id)
-        # `values` reads BEFORE each token: with one pad more, the same numbers one place on are those AT each token
-        one_more = torch.nn.functional.pad(query_responses, (0, 1), value=pad_id)
-        read = network.values(ppo.model_inputs(one_more, pad_id), short.shape[1] + 1)  # [b, K + 1]
-        found.append([scores.cpu(), *(ppo.restore(column, R, 0.0).cpu() for column in (read[:, :-1], read[:, 1:]))])
+    for part in in_batches(queries, progress):
+        mask = responses[part] != pad_id
+        real = [ppo.strip_pads(row, pad_id) for row in responses[part]]
+        scores = ppo.read_rewards(model, bias, [q + r for q, r in zip(queries[part], real)])
+        # `values` reads BEFORE each token: with one more of each row, those one place on are those AT each token; the
+        # last is the value at the position right after the end, where there is room for it
+        counts = [len(row) + 1 for row in real]
+        read = network.values(queries[part], real, counts).cpu().split(counts)
+        R, mask_p1 = responses.shape[1], torch.arange(responses.shape[1]) < torch.tensor(counts)[:, None]
+        before = ppo.spread(torch.cat([row[:R] for row in read]), mask_p1, 0.0)
+        found.append([scores.cpu(), before, ppo.spread(torch.cat([row[1:] for row in read]), mask, 0.0)])
     return tuple(torch.cat(column) for column in zip(*found))
 
 
@@ -399,7 +403,7 @@ def score_everything(plan: SimpleNamespace, queries, references, rows: list[int]
     references = [[*reference, pad_id] for reference in references]  # room behind the longest
     columns = {REFERENCE: Scores(ppo.pad_rows(references, pad_id, "right"))}
     read = lambda model, responses, progress: read_policy(
-        model, queries, responses, pad_id, settings.logprob_temperature, device, progress
+        model, queries, responses, pad_id, settings.logprob_temperature, progress
     )
     for name, policy in plan.policies.items():
         with loaded("models", policy, device) as model:

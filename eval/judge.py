@@ -221,9 +221,8 @@ def judge_by_reward(pairs: pandas.DataFrame, model, bias: float, tokenizer, batc
     """A reward model: the reward at the last token of query and response, an end-of-text token behind it."""
     import torch
 
-    from summarize_from_feedback_details.ppo_left_padding import pad_rows, read_rewards
+    from summarize_from_feedback_details.ppo_left_padding import read_rewards
 
-    device = next(model.parameters()).device
     texts = [f"{q.strip()} {r.strip()}" for column in ("response", "reference") for q, r in zip(pairs["query"], pairs[column])]  # noqa: E501  # fmt: skip
     # a response that was cut off has no end-of-text token, neither here nor when it was sampled
     ended = [e for column in ("has_eos", "reference_has_eos") for e in pairs.get(column, [True] * len(pairs))]
@@ -232,9 +231,8 @@ def judge_by_reward(pairs: pandas.DataFrame, model, bias: float, tokenizer, batc
     order = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
-        rows = pad_rows([tokens[i] for i in part], tokenizer.pad_token_id, "right").to(device)
         with torch.no_grad():
-            scores[part] = read_rewards(model, bias, rows, tokenizer.pad_token_id).tolist()
+            scores[part] = read_rewards(model, bias, [tokens[i] for i in part]).tolist()
         progress.step(len(part))
     scores, reference_scores = scores[: len(pairs)], scores[len(pairs) :]
     return pandas.DataFrame(

@@ -29,7 +29,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
@@ -38,7 +37,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    DynamicCache,
     GenerationConfig,
     get_scheduler,
 )
@@ -58,12 +56,21 @@ from summarize_from_feedback_details.check_inputs import (
     load_rows,
 )
 from summarize_from_feedback_details.checkpoints import Checkpoints, fingerprint, gathered
+from summarize_from_feedback_details.packed_rows import (
+    hidden_at,
+    logits_at,
+    pack,
+    packs,
+    read_queries,
+    use_packed_attention,
+)
 from summarize_from_feedback_details.run_folder import (
     Progress,
     RunFolder,
     as_typed,
     choose_run_name,
     finished_before,
+    keep_freed_memory,
     memory_gb,
     print_table,
     push,
@@ -327,19 +334,24 @@ def epoch_order(rows: int, episodes: int, seed: int) -> np.ndarray:
     return np.concatenate(passes)[:episodes]
 
 
-def deal(lengths: list[int], micro: int, rank: int, world_size: int) -> list[list[int]]:
-    """Cut a batch into this rank's micro batches, rows of similar length together, longest first.
+def deal(lengths: list[int], micro: int, rank: int, world_size: int, alike: bool = False) -> list[list[int]]:
+    """Cut a batch into this rank's micro batches, each with about as many tokens: what is packed needs most room once.
 
     Every rank gets the same number of micro batches (so that collectives match); those of a batch that does not fill
-    may be empty.
+    may be empty. With `alike`, rows of similar length come together, longest first: what is padded wastes least.
 
     >>> deal([5, 9, 7], micro=1, rank=1, world_size=2)
     [[2], []]
+    >>> deal([1, 2, 3, 4], micro=2, rank=0, world_size=1), deal([1, 2, 3, 4], 2, 0, 1, alike=True)
+    ([[3, 0], [2, 1]], [[3, 2], [1, 0]])
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     steps = math.ceil(math.ceil(len(order) / world_size) / micro)
     mine = order[rank::world_size]
-    return [mine[i * micro : (i + 1) * micro] for i in range(steps)]
+    if alike:
+        return [mine[i * micro : (i + 1) * micro] for i in range(steps)]
+    there_and_back = [*range(steps), *reversed(range(steps))]
+    return [[row for i, row in enumerate(mine) if there_and_back[i % (2 * steps)] == step] for step in range(steps)]
 
 
 def train_step(accelerator, model, optimizer, micro_batches, loss_of, max_grad_norm, on_bad, stop) -> float | None:
@@ -370,7 +382,7 @@ def train_step(accelerator, model, optimizer, micro_batches, loss_of, max_grad_n
     if not math.isfinite(norm):
         on_bad("gradient", micro_batches[-1])
     optimizer.step()
-    optimizer.zero_grad()
+    optimizer.zero_grad(set_to_none=False)
     return norm
 
 
@@ -472,17 +484,13 @@ def sample_responses(model, queries, noise, pad_id, stop_id, response_length, te
     """
     inputs = model_inputs(queries, pad_id)
     mask, positions = inputs["attention_mask"], inputs["position_ids"]
-    tokens, cache = inputs["input_ids"], DynamicCache(config=model.config)
+    logits, cache = read_queries(model, inputs, response_length)  # [B, V]
     B = len(queries)
     responses = queries.new_full((B, response_length), pad_id)  # [B, R]
     logprobs = torch.full((B, response_length), INVALID_LOGPROB, device=queries.device)  # [B, R]
     alive = torch.ones(B, dtype=torch.bool, device=queries.device)
     for t in range(response_length):
-        logits = model(
-            input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1].float()  # fmt: skip  # [B, V]
-        logits = logits / (temperature or 1.0)
+        logits = logits.float() / (temperature or 1.0)
         allowed = logits.clone()
         # Deviates: the original could draw the pad or an id outside the tokenizer, and took it for padding
         allowed[:, vocab_size:] = -math.inf
@@ -497,11 +505,13 @@ def sample_responses(model, queries, noise, pad_id, stop_id, response_length, te
         logprobs[:, t] = logits.log_softmax(-1).gather(1, drawn[:, None])[:, 0]
         # tokens after EOS influence nothing that is kept: sampling may stop there
         alive &= drawn != stop_id
-        if not alive.any():
+        if not alive.any() or t + 1 == response_length:
             break
-        tokens = drawn[:, None]
         mask = torch.cat([mask, mask.new_ones(B, 1)], dim=1)
         positions = positions[:, -1:] + 1
+        logits = model(
+            input_ids=drawn[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        ).logits[:, -1]
     responses = truncate_response(responses, stop_id, pad_id)
     return responses, logprobs.masked_fill(responses == pad_id, INVALID_LOGPROB)
 
@@ -527,34 +537,105 @@ class PolicyAndValue(torch.nn.Module):
         self.policy, self.value_model = policy, value_model
         self.value_bias = torch.nn.Parameter(torch.tensor([bias]))
 
-    def forward(self, query_responses, R: int, pad_id: int):
-        """[B, Q + R] tokens -> logits [B, R, V] that predict the response, values [B, R] before each token."""
-        inputs = model_inputs(query_responses, pad_id)
-        logits = self.policy(**inputs, logits_to_keep=R + 1, use_cache=False).logits[:, :-1]
-        return logits, self.values(inputs, R)
+    def forward(
+        self, queries: list[list[int]], responses: list[list[int]], value_counts: list[int], temperature: float
+    ):
+        """What training needs of B episodes, token lists without pads; one row behind the other in each result.
 
-    def values(self, inputs, R: int):
+        Returns:
+            log-probabilities [N] and, without gradients, entropies [N] at the N response tokens, in nats; values, so
+            many of each response as `value_counts` says, in reward units.
+        """
+        logits, targets = response_logits(self.policy, queries, responses)
+        entropies = token_entropies(logits, temperature)
+        return token_logprobs(logits, targets, temperature), entropies, self.values(queries, responses, value_counts)
+
+    def values(self, queries, responses, value_counts) -> torch.Tensor:
         """values[t] is read at the token BEFORE response token t: it has seen the query and the tokens < t."""
-        trunk = getattr(self.value_model, self.value_model.base_model_prefix)
-        hidden = trunk(**inputs, use_cache=False).last_hidden_state[:, -R - 1 : -1]  # [B, R, D]
-        return self.value_model.score(hidden)[..., 0].float() + self.value_bias.float()
+        inputs, before = response_positions(self.value_model, queries, responses, value_counts)
+        return (
+            self.value_model.score(hidden_at(self.value_model, inputs, before))[:, 0].float() + self.value_bias.float()
+        )
 
 
-def response_logprobs(logits: torch.Tensor, responses: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Log-probabilities of the responses at this temperature: [B, R, V], [B, R] -> [B, R] nats."""
+def response_positions(model, queries, responses, counts) -> tuple[dict, torch.Tensor]:
+    """Inputs of a model, and the positions in its output before the first `counts` tokens of each response."""
+    device = next(model.parameters()).device
+    inputs, starts = pack([q + r for q, r in zip(queries, responses)], packs(model), device)
+    before = [range(s + len(q) - 1, s + len(q) - 1 + n) for s, q, n in zip(starts, queries, counts)]
+    return inputs, torch.tensor([i for each in before for i in each], device=device)
+
+
+def response_logits(policy, queries, responses) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [N, V] that predict the N tokens of the responses, and these tokens [N]."""
+    inputs, before = response_positions(policy, queries, responses, list(map(len, responses)))
+    return logits_at(policy, inputs, before), torch.tensor([i for r in responses for i in r], device=before.device)
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """See `token_logprobs`."""
+
+    @staticmethod
+    def forward(ctx, logits, targets, temperature):
+        logprobs, totals = (torch.empty(len(logits), device=logits.device) for _ in range(2))
+        for part in cut(logits):
+            scaled = logits[part].float() / temperature
+            totals[part] = scaled.logsumexp(-1)
+            logprobs[part] = scaled.gather(1, targets[part, None])[:, 0] - totals[part]
+        ctx.save_for_backward(logits, targets, totals)
+        ctx.temperature = temperature
+        return logprobs
+
+    @staticmethod
+    def backward(ctx, grad):
+        logits, targets, totals = ctx.saved_tensors
+        grad = grad / ctx.temperature
+        for part in cut(logits):
+            softmax = (logits[part].float() / ctx.temperature).sub_(totals[part, None]).exp_()
+            gradient = softmax.mul_(-grad[part, None])
+            gradient.scatter_add_(1, targets[part, None], grad[part, None])
+            logits[part] = gradient.to(logits.dtype)
+        return logits, None, None
+
+
+def cut(logits: torch.Tensor) -> list[slice]:
+    """Slices of rows of [N, V] logits, so small that the intermediate results of one stay in the cache of a CPU."""
+    rows = max(1, 2 ** (20 if logits.device.type == "cpu" else 27) // logits.shape[1])
+    return [slice(i, i + rows) for i in range(0, len(logits), rows)]
+
+
+def token_logprobs(logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Log-probabilities of tokens at this temperature: [N, V], [N] -> [N] nats.
+
+    The same as `-F.cross_entropy(logits.float() / temperature, targets, reduction="none")`, without its three copies of
+    the logits: the backward pass writes their gradient over them, so it can be run only once.
+    """
     # Detail: temperature - divides the logits of old, new and reference log-probs alike
-    targets = responses.clamp(max=logits.shape[2] - 1)  # pads may lie outside; what stands there is masked later
-    return -F.cross_entropy((logits.float() / temperature).transpose(1, 2), targets, reduction="none")
+    return TokenLogprobs.apply(logits, targets, temperature)
 
 
-def read_rewards(model, bias: float, query_responses: torch.Tensor, pad_id: int) -> torch.Tensor:
-    """Reward of each row, read at its last real token, normalised: [B, T] -> [B] reward units."""
-    inputs = model_inputs(query_responses, pad_id)
-    hidden = getattr(model, model.base_model_prefix)(**inputs, use_cache=False).last_hidden_state  # [B, T, D]
-    T = query_responses.shape[1]
-    last = T - 1 - first_true_indices((query_responses != pad_id).flip(1))  # [B]
+@torch.no_grad()
+def token_entropies(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Entropy of each next-token distribution: [N, V] -> [N] nats."""
+    entropies = torch.empty(len(logits), device=logits.device)
+    for part in cut(logits):
+        logprobs = (logits[part].float() / temperature).log_softmax(-1)
+        entropies[part] = -(logprobs.exp() * logprobs).sum(-1)
+    return entropies
+
+
+def spread(values: torch.Tensor, mask: torch.Tensor, fill: float) -> torch.Tensor:
+    """Numbers of real tokens, one row behind the other, to their places: [N], [B, R] with N True -> [B, R]."""
+    return torch.full(mask.shape, fill, device=mask.device).masked_scatter(mask, values.float())
+
+
+def read_rewards(model, bias: float, rows: list[list[int]]) -> torch.Tensor:
+    """Reward of each row (token ids without pads), read at its last token, normalised: [B] reward units."""
+    device = next(model.parameters()).device
+    inputs, starts = pack(rows, packs(model), device)
     # Detail: reward at the EOS token [12]
-    return model.score(hidden[torch.arange(len(last), device=last.device), last])[:, 0].float() + bias
+    last = torch.tensor([start + len(row) - 1 for start, row in zip(starts, rows)], device=device)
+    return model.score(hidden_at(model, inputs, last))[:, 0].float() + bias
 
 
 def load_reward_model(path: str, revision: str | None = None):
@@ -577,6 +658,7 @@ def load_reward_model(path: str, revision: str | None = None):
         model = AutoModelForSequenceClassification.from_pretrained(
             path, revision=revision, num_labels=1, dtype=torch.float32
         )
+        use_packed_attention(model)
         return model, float(getattr(model.config, "reward_bias", 0.0))
     base_config = AutoConfig.for_model(**config["base_config"])
     base_config.num_labels = 1
@@ -597,6 +679,7 @@ def load_reward_model(path: str, revision: str | None = None):
         if name in trunk:  # old checkpoints hold buffers (rotary frequencies, causal masks) that are computed today
             state[f"{model.base_model_prefix}.{name}"] = weight
     model.load_state_dict(state, strict=True)
+    use_packed_attention(model)
     return model, bias
 
 
@@ -726,58 +809,38 @@ def ppo_losses(new_logprobs, vpreds, logprobs, values, advantages, returns, clip
     }  # fmt: skip
 
 
-@torch.no_grad()
-def token_entropies(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Entropy of each next-token distribution: [B, R, V] -> [B, R] nats."""
-    logprobs = (logits.float() / temperature).log_softmax(-1)
-    return -(logprobs.exp() * logprobs).sum(-1)
-
-
-def micro_batch_loss(model, query_tokens, responses, adv: Advantages, mb, counts, pad_id: int, args):
+def micro_batch_loss(model, queries, responses, adv: Advantages, mb, counts, pad_id: int, args):
     """One micro batch's part of the loss over its mini-batch, and of the statistics.
 
     Args:
         model: `PolicyAndValue`, wrapped or not.
-        query_tokens: [b, Q], left-padded; responses: [b, R], pads after the stop token.
+        queries: b lists of token ids; responses: [b, R], pads after the stop token.
         adv: of the whole batch; mb: [b] numbers of these episodes in it.
         counts: real tokens of the whole mini-batch, and those of the value loss (one more where there is room).
 
     Returns:
         loss []; STATISTICS [7], to be added up over micro batches; largest |ratio - 1| [].
     """
-    responses = trim_responses(responses, pad_id)  # [b, K]
-    K = responses.shape[1]
-    logits, vpreds = model(torch.cat([query_tokens, responses], 1), K, pad_id)  # [b, K, V], [b, K]
-    mask, mask_p1 = ~adv.padding_mask[mb, :K], ~adv.padding_mask_p1[mb, :K]
-    new_logprobs = response_logprobs(logits, responses, args.temperature).masked_fill(~mask, INVALID_LOGPROB)
-    then = (c[mb, :K] for c in (adv.logprobs, adv.values, adv.advantages, adv.returns))
-    losses = ppo_losses(
-        new_logprobs, vpreds.masked_fill(~mask_p1, 0.0), *then, args.ppo.cliprange, args.ppo.cliprange_value
-    )
+    mask, mask_p1 = ~adv.padding_mask[mb], ~adv.padding_mask_p1[mb]  # [b, R]
+    real = [strip_pads(row, pad_id) for row in responses.cpu()]
+    new_logprobs, entropies, vpreds = model(queries, real, mask_p1.sum(1).tolist(), args.temperature)
+    new_logprobs, entropies = spread(new_logprobs, mask, INVALID_LOGPROB), spread(entropies, mask, 0.0)  # [b, R]
+    vpreds = spread(vpreds, mask_p1, 0.0)
+    then = (column[mb] for column in (adv.logprobs, adv.values, adv.advantages, adv.returns))
+    losses = ppo_losses(new_logprobs, vpreds, *then, args.ppo.cliprange, args.ppo.cliprange_value)
     # Deviates: means over the real tokens of the whole mini-batch; the original averaged each micro batch by itself,
     # and its statistics over pads
     mean = lambda values: (values * mask).sum() / counts[0]
     mean_p1 = lambda values: (values * mask_p1).sum() / counts[1]
     pg_loss, vf_loss = mean(losses["pg"]), mean_p1(losses["vf"])
     with torch.no_grad():
-        approx_kl = 0.5 * (new_logprobs - adv.logprobs[mb, :K]) ** 2
+        approx_kl = 0.5 * (new_logprobs - adv.logprobs[mb]) ** 2
         statistics = [pg_loss, vf_loss, mean(losses["ratio"]), mean(losses["pg_clipped"]), mean(approx_kl),
-                      mean_p1(losses["vf_clipped"]), mean(token_entropies(logits, args.temperature))]  # fmt: skip
+                      mean_p1(losses["vf_clipped"]), mean(entropies)]  # fmt: skip
         statistics = torch.stack(statistics)
         ratio_error = ((losses["ratio"] - 1.0) * mask).abs().max()
     # Detail: nothing else - no entropy bonus, no adaptive KL, no pretraining loss
     return pg_loss + args.ppo.vf_coef * vf_loss, statistics, ratio_error
-
-
-def trim_responses(responses: torch.Tensor, pad_id: int) -> torch.Tensor:
-    """Cut columns that are pads in all rows, but keep the one after the longest, which holds the score: [B, R']."""
-    longest = int((responses != pad_id).sum(1).max())
-    return responses[:, : min(longest + 1, responses.shape[1])]
-
-
-def restore(columns: torch.Tensor, R: int, fill: float) -> torch.Tensor:
-    """Undo a trim: [B, R'] -> [B, R]."""
-    return F.pad(columns, (0, R - columns.shape[1]), value=fill)
 
 
 @torch.no_grad()
@@ -801,24 +864,18 @@ def make_rollout(
     responses, logprobs = sample_responses(
         policy, query_tokens, noise, pad_id, stop_id, R, args.temperature, tokenizer_size
     )
-    short = trim_responses(responses, pad_id)  # [B, R']
-    K = short.shape[1]
-    query_responses = torch.cat([query_tokens, short], 1)  # [B, Q + R']
-    inputs = model_inputs(query_responses, pad_id)
-    ref_logits = ref_policy(**inputs, logits_to_keep=K + 1, use_cache=False).logits[:, :-1]
-    ref_logprobs = response_logprobs(ref_logits, short, args.temperature)
+    real = [strip_pads(row, pad_id) for row in responses.cpu()]
+    mask = responses != pad_id  # [B, R]
+    ref_logprobs = token_logprobs(*response_logits(ref_policy, queries, real), args.temperature)
     if resample:
-        logits = policy(**inputs, logits_to_keep=K + 1, use_cache=False).logits[:, :-1]
-        logprobs = response_logprobs(logits, short, args.temperature)
+        logprobs = token_logprobs(*response_logits(policy, queries, real), args.temperature)
+        logprobs = spread(logprobs, mask, INVALID_LOGPROB)
     # Detail: critic sees the untruncated response - values[t] has seen the tokens < t only, and those that are kept are
     # read at EOS at the latest: what stands after EOS influences nothing, so the truncated one gives the same values
-    values = policy_and_value.values(inputs, K)
-    scores = read_rewards(reward_model, reward_bias, query_responses, pad_id)
-    columns = (
-        restore(logprobs, R, INVALID_LOGPROB),
-        restore(ref_logprobs, R, INVALID_LOGPROB),
-        restore(values, R, 0.0),
-    )
+    mask_p1 = torch.arange(R, device=device) <= mask.sum(1)[:, None]  # one more where there is room
+    values = policy_and_value.values(queries, real, mask_p1.sum(1).tolist())
+    scores = read_rewards(reward_model, reward_bias, [q + r for q, r in zip(queries, real)])
+    columns = (logprobs, spread(ref_logprobs, mask, INVALID_LOGPROB), spread(values, mask_p1, 0.0))
     return Rollout(torch.tensor(query_rows, device=device), responses, *columns, scores)
 
 
@@ -838,17 +895,17 @@ def evaluate_policy(
     for start in range(0, len(mine), args.local_eval_batch_size):
         part = mine[start : start + args.local_eval_batch_size]
         batch = rows[part]
-        queries = pad_rows([strip_pads(q, pad_id) for q in batch["query_token"]], pad_id, "left").to(device)
+        queries = [strip_pads(q, pad_id) for q in batch["query_token"]]
         references = [strip_pads(r, pad_id) for r in batch["reference_response_token"]]
-        references = pad_rows(references, pad_id, "right").to(device)
         with accelerator.autocast():
+            query_tokens = pad_rows(queries, pad_id, "left").to(device)
             responses, _ = sample_responses(
-                policy_and_value.policy, queries, episode_noise(args.seed, part, device), pad_id, stop_id,
+                policy_and_value.policy, query_tokens, episode_noise(args.seed, part, device), pad_id, stop_id,
                 args.response_length, args.eval_temperature, len(tokenizer),
             )  # fmt: skip
             scores, reference_scores = (
-                read_rewards(reward_model, reward_bias, torch.cat([queries, r], 1), pad_id).tolist()
-                for r in (responses, references)
+                read_rewards(reward_model, reward_bias, [q + r for q, r in zip(queries, written)]).tolist()
+                for written in ([strip_pads(r, pad_id) for r in responses.cpu()], references)
             )
         texts = tokenizer.batch_decode(responses.tolist(), skip_special_tokens=True)
         for i, row in enumerate(part):
@@ -967,6 +1024,7 @@ def main(args: Args) -> dict[str, float]:
     # ------------------------------------------------------------------------------------------------------------------
     # sizes
     quiet_libraries()
+    keep_freed_memory()
     stamp = int(time.time())
     drop_revisions(args, "sft_model", "reward_model")
     typed = as_typed(args)
@@ -1008,6 +1066,10 @@ def main(args: Args) -> dict[str, float]:
         value_model, _ = load_reward_model(args.reward_model_path, args.reward_model_revision)
         for model in (policy, ref_policy, reward_model, value_model):
             disable_dropout(model)
+        packed = all([use_packed_attention(policy), use_packed_attention(ref_policy), packs(reward_model)])
+        if is_main:
+            how = "packed" if packed else "padded: this architecture cannot pack them"
+            print(f"rows are read {how}", flush=True)
         if args.gradient_checkpointing:
             policy.gradient_checkpointing_enable({"use_reentrant": False})
             value_model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -1015,10 +1077,15 @@ def main(args: Args) -> dict[str, float]:
         # Detail: optimiser - AdamW, eps 1e-5, lr 3e-6 in all stages; weight decay 0.01 is torch's default
         make = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
         run.parameters = sum(p.numel() for p in policy.parameters())
-        optimizer = make(model.parameters(), lr=args.lr, eps=args.eps, weight_decay=args.weight_decay)
+        optimizer = make(model.parameters(), lr=args.lr, eps=args.eps, weight_decay=args.weight_decay, fused=True)
         # Detail: learning rate - linear to 0 over updates
         scheduler = get_scheduler(args.scheduler, optimizer, args.warm_up_steps, args.num_updates)
         model, optimizer = accelerator.prepare(model, optimizer)
+        if (
+            accelerator.state.deepspeed_plugin is None
+        ):  # gradients get their place before activations fragment the memory
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
         whole = accelerator.unwrap_model(model)
         # the frozen models compute in the precision of the trained ones, so that KL starts at 0
         frozen = [
@@ -1067,7 +1134,9 @@ def main(args: Args) -> dict[str, float]:
                 move_frozen(device)
                 model.eval()
                 rollouts = []
-                parts = deal([len(q) for q in queries], args.local_rollout_forward_batch_size, rank, world_size)
+                parts = deal(
+                    [len(q) for q in queries], args.local_rollout_forward_batch_size, rank, world_size, alike=True
+                )
                 for part in parts:
                     if checkpoints.stop_asked():
                         checkpoints.stop(update - 1)
@@ -1097,9 +1166,8 @@ def main(args: Args) -> dict[str, float]:
 
                 def loss_of(part):
                     mb = mini_batch[part]
-                    query_tokens = pad_rows([queries[j] for j in mb], pad_id, "left").to(device)
                     loss, values, error = micro_batch_loss(
-                        model, query_tokens, rollout.responses[mb], adv, mb, counts, pad_id, args
+                        model, [queries[j] for j in mb], rollout.responses[mb], adv, mb, counts, pad_id, args
                     )
                     stats[epoch] += values
                     if step == 0:
@@ -1113,7 +1181,8 @@ def main(args: Args) -> dict[str, float]:
                     columns["query_rows"] = order[episodes[mb]]
                     run.stop_on_bad_numbers(update, what, columns)
 
-                parts = deal([total_lengths[j] for j in mini_batch], args.local_micro_batch_size, rank, world_size)
+                in_mini_batch = [total_lengths[j] for j in mini_batch]
+                parts = deal(in_mini_batch, args.local_micro_batch_size, rank, world_size, alike=not packed)
                 norm = train_step(
                     accelerator, model, optimizer, parts, loss_of, args.max_grad_norm, on_bad, checkpoints.stop_asked
                 )

@@ -48,12 +48,14 @@ from summarize_from_feedback_details.check_inputs import (
     load_rows,
 )
 from summarize_from_feedback_details.checkpoints import Checkpoints, fingerprint, gathered
+from summarize_from_feedback_details.packed_rows import hidden_at, join, pack, packs, use_packed_attention
 from summarize_from_feedback_details.run_folder import (
     Progress,
     RunFolder,
     as_typed,
     choose_run_name,
     finished_before,
+    keep_freed_memory,
     memory_gb,
     print_table,
     push,
@@ -132,7 +134,7 @@ class Args:
     gradient_checkpointing: bool = False
     """compute activations again in the backward pass: less memory, about a third more time"""
     shared_prefix: bool = True
-    """read what chosen and rejected have in common once (checked on one pair at the start; same numbers, less work)"""
+    """read what chosen and rejected have in common once (where the architecture allows it; same numbers, less work)"""
 
     # sizes, in pairs; those left out are derived
     world_size: int | None = None
@@ -238,19 +240,24 @@ def epoch_order(rows: int, episodes: int, seed: int) -> np.ndarray:
     return np.concatenate(passes)[:episodes]
 
 
-def deal(lengths: list[int], micro: int, rank: int, world_size: int) -> list[list[int]]:
-    """Cut a batch into this rank's micro batches, rows of similar length together, longest first.
+def deal(lengths: list[int], micro: int, rank: int, world_size: int, alike: bool = False) -> list[list[int]]:
+    """Cut a batch into this rank's micro batches, each with about as many tokens: what is packed needs most room once.
 
     Every rank gets the same number of micro batches (so that collectives match); those of a batch that does not fill
-    may be empty.
+    may be empty. With `alike`, rows of similar length come together, longest first: what is padded wastes least.
 
     >>> deal([5, 9, 7], micro=1, rank=1, world_size=2)
     [[2], []]
+    >>> deal([1, 2, 3, 4], micro=2, rank=0, world_size=1), deal([1, 2, 3, 4], 2, 0, 1, alike=True)
+    ([[3, 0], [2, 1]], [[3, 2], [1, 0]])
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     steps = math.ceil(math.ceil(len(order) / world_size) / micro)
     mine = order[rank::world_size]
-    return [mine[i * micro : (i + 1) * micro] for i in range(steps)]
+    if alike:
+        return [mine[i * micro : (i + 1) * micro] for i in range(steps)]
+    there_and_back = [*range(steps), *reversed(range(steps))]
+    return [[row for i, row in enumerate(mine) if there_and_back[i % (2 * steps)] == step] for step in range(steps)]
 
 
 def train_step(accelerator, model, optimizer, micro_batches, loss_of, max_grad_norm, on_bad, stop) -> float | None:
@@ -281,7 +288,7 @@ def train_step(accelerator, model, optimizer, micro_batches, loss_of, max_grad_n
     if not math.isfinite(norm):
         on_bad("gradient", micro_batches[-1])
     optimizer.step()
-    optimizer.zero_grad()
+    optimizer.zero_grad(set_to_none=False)
     return norm
 
 
@@ -289,29 +296,10 @@ def train_step(accelerator, model, optimizer, micro_batches, loss_of, max_grad_n
 # tensors
 
 
-def pad_rows(rows: list[list[int]], pad_id: int, side: str) -> torch.Tensor:
-    """Lists of token ids -> [B, longest], padded on one side only as far as needed."""
-    longest = max(map(len, rows))
-    if side == "left":
-        return torch.tensor([[pad_id] * (longest - len(row)) + row for row in rows], dtype=torch.long)
-    return torch.tensor([row + [pad_id] * (longest - len(row)) for row in rows], dtype=torch.long)
-
-
 def strip_pads(row, pad_id: int) -> list[int]:
     """The real tokens of a padded row."""
     row = np.asarray(row)
     return row[row != pad_id].tolist()
-
-
-def model_inputs(tokens: torch.Tensor, pad_id: int) -> dict[str, torch.Tensor]:
-    """What a model needs to read [B, T] tokens so that padding, left or right, changes nothing.
-
-    Pads are masked and replaced by id 0 (theirs may lie outside the embedding); positions count real tokens only, for
-    models with absolute positions.
-    """
-    mask = tokens != pad_id  # [B, T]
-    positions = (mask.long().cumsum(1) - 1).clamp(min=0)  # [B, T]
-    return {"input_ids": tokens.masked_fill(~mask, 0), "attention_mask": mask.long(), "position_ids": positions}
 
 
 def disable_dropout(model: torch.nn.Module) -> None:
@@ -331,21 +319,16 @@ def disable_dropout(model: torch.nn.Module) -> None:
 
 
 class RewardModel(torch.nn.Module):
-    """A sequence-classification model read at chosen positions of its rows."""
+    """A sequence-classification model read at chosen positions."""
 
     def __init__(self, model):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids, attention_mask, position_ids, ends):
-        """[B, T] tokens and [B, N] positions -> [B, N] rewards (logits: the normalising constant is not in them)."""
-        trunk = getattr(self.model, self.model.base_model_prefix)
-        hidden = trunk(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-        ).last_hidden_state  # [B, T, D]
-        rows = torch.arange(len(ends), device=ends.device)[:, None]
+    def forward(self, inputs: dict, ends: torch.Tensor) -> torch.Tensor:
+        """Inputs of `pack` or `join`, positions [N] -> [N] rewards, the normalising constant not added."""
         # Detail: reward at the EOS token [12] - the last real token; scores elsewhere are meaningless
-        return self.model.score(hidden[rows, ends])[..., 0].float()
+        return self.model.score(hidden_at(self.model, inputs, ends))[:, 0].float()
 
 
 def init_head(model) -> None:
@@ -360,41 +343,35 @@ def preference_losses(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Ten
     return -F.logsigmoid(chosen - rejected)
 
 
-def separate_rows(rows: list[list[int]], pad_id: int, device) -> dict[str, torch.Tensor]:
-    """Whole sequences, right-padded, each read at its last token: inputs of `RewardModel` with N = 1."""
-    tokens = pad_rows(rows, pad_id, "right").to(device)  # [B, T]
-    ends = torch.tensor([[len(row) - 1] for row in rows], device=device)  # [B, 1]
-    return model_inputs(tokens, pad_id) | {"ends": ends}
+def shared_prefix_rows(pairs: list[tuple[list[int], list[int]]], device) -> tuple[dict, list[int]]:
+    """Pairs as pieces, common prefix | rest of chosen | rest of rejected: the prefix is read once.
 
+    Both rests continue the prefix and do not see each other, so they score as if they stood alone ("Accelerating Direct
+    Preference Optimization with Prefix Sharing", arXiv 2410.20305).
 
-def shared_prefix_rows(
-    pairs: list[tuple[list[int], list[int]]], device, dtype=torch.float32
-) -> dict[str, torch.Tensor]:
-    """Pairs as one row each, [common prefix | rest of chosen | rest of rejected], `rejected` blind to `chosen`.
-
-    The positions of `rejected` restart after the prefix, so both score as if they stood alone ("Accelerating Direct
-    Preference Optimization with Prefix Sharing", arXiv 2410.20305). Returns inputs of `RewardModel` with N = 2; the
-    mask is additive, [B, 1, T, T].
+    Returns:
+        (inputs, positions [2B] of the last tokens: all chosen, then all rejected).
     """
-    tokens, segments, positions, ends = [], [], [], []
-    for chosen, rejected in pairs:
+    pieces, ends, total = [], ([], []), 0
+    for pair in pairs:
         p = 0  # the common prefix leaves each at least one token of its own
-        while p < min(len(chosen), len(rejected)) - 1 and chosen[p] == rejected[p]:
+        while p < min(map(len, pair)) - 1 and pair[0][p] == pair[1][p]:
             p += 1
-        c, r = len(chosen) - p, len(rejected) - p
-        tokens.append(chosen + rejected[p:])
-        segments.append([0] * p + [1] * c + [2] * r)
-        positions.append([*range(p + c), *range(p, p + r)])
-        ends.append([p + c - 1, p + c + r - 1])
-    T = max(map(len, tokens))
-    tokens, segments, positions = (
-        pad_rows(rows, fill, "right").to(device) for rows, fill in ((tokens, 0), (segments, 3), (positions, 0))
-    )  # [B, T] each
-    sees = torch.ones(T, T, dtype=torch.bool, device=device).tril()
-    sees = sees & ((segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None]))  # [B, T, T]
-    mask = torch.zeros(sees.shape, dtype=dtype, device=device).masked_fill(~sees, torch.finfo(dtype).min)
-    ends = torch.tensor(ends, device=device)  # [B, 2]
-    return {"input_ids": tokens, "attention_mask": mask[:, None], "position_ids": positions, "ends": ends}
+        before = len(pieces) if p else None
+        if p:
+            pieces.append((pair[0][:p], None))
+        for row, its_ends in zip(pair, ends):
+            pieces.append((row[p:], before))
+            its_ends.append(total + len(row) - 1)
+            total += len(row) - p
+        total += p
+    return join(pieces, device), [*ends[0], *ends[1]]
+
+
+def separate_rows(rows: list[list[int]], packed: bool, device) -> tuple[dict, list[int]]:
+    """Whole sequences: (inputs, positions of their last tokens)."""
+    inputs, starts = pack(rows, packed, device)
+    return inputs, [start + len(row) - 1 for start, row in zip(starts, rows)]
 
 
 def read_pairs(rows, pad_id: int) -> list[tuple[list[int], list[int]]]:
@@ -403,25 +380,20 @@ def read_pairs(rows, pad_id: int) -> list[tuple[list[int], list[int]]]:
     return [(strip_pads(chosen, pad_id), strip_pads(rejected, pad_id)) for chosen, rejected in both]
 
 
-def pair_rewards(model, pairs, pad_id: int, device, shared_prefix: bool, dtype=torch.float32):
-    """Rewards of chosen and rejected: ([B], [B])."""
-    if shared_prefix:
-        rewards = model(**shared_prefix_rows(pairs, device, dtype))  # [B, 2]
-        return rewards[:, 0], rewards[:, 1]
-    chosen, rejected = zip(*pairs)
-    rewards = model(**separate_rows([*chosen, *rejected], pad_id, device))[:, 0]  # [2B]
-    return rewards[: len(pairs)], rewards[len(pairs) :]
+def pair_rewards(model, pairs, packed: bool, shared_prefix: bool, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rewards of chosen and rejected: ([B], [B]).
 
-
-@torch.no_grad()
-def prefix_can_be_shared(model, pairs, pad_id: int, device, dtype, exact: bool = True) -> bool:
-    """Whether this architecture gives the same rewards with the prefix read once; tried on a few pairs.
-
-    `exact`: everything is computed in float32; bf16 has a wider tolerance.
+    Args:
+        model: `RewardModel`, wrapped or not; `packed`: whether it reads packed rows.
+        pairs: see `read_pairs`.
+        shared_prefix: read what the two have in common once; needs `packed`.
     """
-    shared = torch.cat(pair_rewards(model, pairs, pad_id, device, True, dtype))
-    apart = torch.cat(pair_rewards(model, pairs, pad_id, device, False, dtype))
-    return torch.allclose(shared, apart, rtol=0, atol=1e-3 if exact else 0.2)
+    if shared_prefix:
+        inputs, ends = shared_prefix_rows(pairs, device)
+    else:
+        inputs, ends = separate_rows([row for side in zip(*pairs) for row in side], packed, device)
+    rewards = model(inputs, torch.tensor(ends, device=device))  # [2B]
+    return rewards[: len(pairs)], rewards[len(pairs) :]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -429,7 +401,7 @@ def prefix_can_be_shared(model, pairs, pad_id: int, device, dtype, exact: bool =
 
 
 @torch.no_grad()
-def evaluate_pairs(accelerator, model, rows, pad_id: int, args, shared_prefix: bool, dtype, what: str):
+def evaluate_pairs(accelerator, model, rows, pad_id: int, args, shared_prefix: bool, what: str):
     """Rewards of every pair of a split, each row once: ([rows], [rows]) chosen and rejected, on every rank."""
     was_training = model.training
     model.eval()
@@ -442,7 +414,7 @@ def evaluate_pairs(accelerator, model, rows, pad_id: int, args, shared_prefix: b
             part = mine[start : start + args.local_eval_batch_size]
             with accelerator.autocast():
                 pairs = read_pairs(rows[part], pad_id)
-                chosen, rejected = pair_rewards(whole, pairs, pad_id, accelerator.device, shared_prefix, dtype)
+                chosen, rejected = pair_rewards(whole, pairs, packs(whole.model), shared_prefix, accelerator.device)
             found += zip(part, chosen.tolist(), rejected.tolist())
             progress.step(len(part))
             if stop_wanted():  # what is evaluated here is evaluated again
@@ -466,7 +438,8 @@ def score_demonstrations(accelerator, model, rows, pad_id: int, args, what: str)
             part = mine[start : start + args.local_eval_batch_size]
             tokens = [strip_pads(row, pad_id) for row in rows[part]["query_reference_response_token"]]
             with accelerator.autocast():
-                rewards = whole(**separate_rows(tokens, pad_id, accelerator.device))[:, 0]
+                inputs, ends = separate_rows(tokens, packs(whole.model), accelerator.device)
+                rewards = whole(inputs, torch.tensor(ends, device=accelerator.device))
             found += zip(part, rewards.tolist())
             progress.step(len(part))
             if stop_wanted():  # what is evaluated here is evaluated again
@@ -545,6 +518,7 @@ def main(args: Args) -> dict[str, float]:
     # ------------------------------------------------------------------------------------------------------------------
     # sizes
     quiet_libraries()
+    keep_freed_memory()
     stamp = int(time.time())
     drop_revisions(args, "sft_model")
     typed = as_typed(args)
@@ -577,35 +551,33 @@ def main(args: Args) -> dict[str, float]:
         )
         init_head(scorer)
         disable_dropout(scorer)
+        packed = use_packed_attention(scorer)
+        shared = args.shared_prefix and packed
+        if is_main:
+            how = "read once for each pair" if shared else "read twice"
+            why = "" if packed or not args.shared_prefix else ": this architecture cannot pack rows"
+            print(f"the prefix that chosen and rejected share is {how}{why}", flush=True)
         if args.gradient_checkpointing:
             scorer.gradient_checkpointing_enable({"use_reentrant": False})
         model = RewardModel(scorer)
         # Detail: optimiser - AdamW, eps 1e-5, lr 3e-6 in all stages; weight decay 0.01 is torch's default
         make = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
         run.parameters = sum(p.numel() for p in model.parameters())
-        optimizer = make(model.parameters(), lr=args.lr, eps=args.eps, weight_decay=args.weight_decay)
+        optimizer = make(model.parameters(), lr=args.lr, eps=args.eps, weight_decay=args.weight_decay, fused=True)
         scheduler = get_scheduler(args.scheduler, optimizer, args.warm_up_steps, args.num_updates)
         model, optimizer = accelerator.prepare(model, optimizer)
-        bf16_weights = accelerator.state.deepspeed_plugin is not None and accelerator.mixed_precision == "bf16"
-        dtype = torch.bfloat16 if bf16_weights else torch.float32
-        shared = args.shared_prefix
-        if shared:
-            with accelerator.autocast(), gathered(model):
-                some = read_pairs(train[: min(4, len(train))], pad_id)
-                exact = accelerator.mixed_precision == "no"
-                shared = prefix_can_be_shared(accelerator.unwrap_model(model), some, pad_id, device, dtype, exact)
-            if is_main:
-                how = "read once for each pair" if shared else "read twice: this architecture scores differently else"
-                print(f"the prefix that chosen and rejected share is {how}", flush=True)
+        if (
+            accelerator.state.deepspeed_plugin is None
+        ):  # gradients get their place before activations fragment the memory
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
         splits = {s: dataset[s] for s in ("validation", "validation_cnndm") if s in dataset and len(dataset[s])}
         splits = {s: rows.select(range(min(len(rows), args.num_eval_rows or len(rows)))) for s, rows in splits.items()}
 
         def evaluate_splits(when: str):
             metrics, table = {}, []
             for split, rows in splits.items():
-                chosen, rejected = evaluate_pairs(
-                    accelerator, model, rows, pad_id, args, shared, dtype, f"{when}, {split}"
-                )
+                chosen, rejected = evaluate_pairs(accelerator, model, rows, pad_id, args, shared, f"{when}, {split}")
                 found, lines = report(split, rows, chosen, rejected)
                 metrics, table = metrics | found, table + lines
                 texts = {c: list(rows[c]) for c in ("query", "chosen", "rejected") if c in rows.column_names}
@@ -625,14 +597,13 @@ def main(args: Args) -> dict[str, float]:
         for update in range(first, args.num_updates + 1):
             start = time.time()
             rows = order[(update - 1) * args.batch_size : update * args.batch_size]
-            parts = deal(
-                lengths[rows].tolist(), args.local_micro_batch_size, accelerator.process_index, args.world_size
-            )
+            rank, lengths_of_rows = accelerator.process_index, lengths[rows].tolist()
+            parts = deal(lengths_of_rows, args.local_micro_batch_size, rank, args.world_size, alike=not packed)
             sums = torch.zeros(3, device=device, dtype=torch.float64)  # loss, accuracy, tokens
 
             def loss_of(part):
                 pairs = read_pairs(train[rows[part or [0]]], pad_id)
-                chosen, rejected = pair_rewards(model, pairs, pad_id, device, shared, dtype)
+                chosen, rejected = pair_rewards(model, pairs, packed, shared, device)
                 losses = preference_losses(chosen, rejected)
                 loss = losses.sum() / len(rows) if part else 0.0 * losses.sum()
                 right = (chosen > rejected).sum() / len(rows)
@@ -662,7 +633,7 @@ def main(args: Args) -> dict[str, float]:
             if args.run_eval and args.eval_freq and update % args.eval_freq == 0 and update < args.num_updates:
                 metrics |= evaluate_splits(f"update {update}")[0]
             if args.print_sample_output_freq and update % args.print_sample_output_freq == 0:
-                print_pairs(accelerator, model, dataset["train"][rows[:2]], tokenizer, shared, dtype)
+                print_pairs(accelerator, model, dataset["train"][rows[:2]], tokenizer, shared)
             run.log(update, metrics)
             progress.step(note=f"loss {loss:.3f} accuracy {accuracy:.2f}")
             checkpoints.after_update(update)
@@ -702,13 +673,12 @@ def main(args: Args) -> dict[str, float]:
 
 
 @torch.no_grad()
-def print_pairs(accelerator, model, rows, tokenizer, shared_prefix: bool, dtype) -> None:
+def print_pairs(accelerator, model, rows, tokenizer, shared_prefix: bool) -> None:
     """Print the texts and rewards of a few training pairs."""
     pairs = read_pairs(rows, tokenizer.pad_token_id)
     with accelerator.autocast(), gathered(model):
-        rewards = pair_rewards(
-            accelerator.unwrap_model(model), pairs, tokenizer.pad_token_id, accelerator.device, shared_prefix, dtype
-        )
+        whole = accelerator.unwrap_model(model)
+        rewards = pair_rewards(whole, pairs, packs(whole.model), shared_prefix, accelerator.device)
     if accelerator.is_main_process:
         for (chosen, rejected), good, bad in zip(pairs, *(r.tolist() for r in rewards)):
             for name, tokens, reward in (("chosen", chosen, good), ("rejected", rejected, bad)):

@@ -19,18 +19,16 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
 import evaluate
 import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from rich.table import Table
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, get_scheduler
+from transformers import AutoModelForCausalLM, GenerationConfig, get_scheduler
 from transformers.integrations import unset_hf_deepspeed_config
 
 from summarize_from_feedback_details.check_inputs import (
@@ -47,12 +45,14 @@ from summarize_from_feedback_details.check_inputs import (
     load_rows,
 )
 from summarize_from_feedback_details.checkpoints import Checkpoints, fingerprint, gathered
+from summarize_from_feedback_details.packed_rows import logits_at, pack, packs, read_queries, use_packed_attention
 from summarize_from_feedback_details.run_folder import (
     Progress,
     RunFolder,
     as_typed,
     choose_run_name,
     finished_before,
+    keep_freed_memory,
     memory_gb,
     print_table,
     push,
@@ -232,19 +232,24 @@ def epoch_order(rows: int, episodes: int, seed: int) -> np.ndarray:
     return np.concatenate(passes)[:episodes]
 
 
-def deal(lengths: list[int], micro: int, rank: int, world_size: int) -> list[list[int]]:
-    """Cut a batch into this rank's micro batches, rows of similar length together, longest first.
+def deal(lengths: list[int], micro: int, rank: int, world_size: int, alike: bool = False) -> list[list[int]]:
+    """Cut a batch into this rank's micro batches, each with about as many tokens: what is packed needs most room once.
 
     Every rank gets the same number of micro batches (so that collectives match); those of a batch that does not fill
-    may be empty.
+    may be empty. With `alike`, rows of similar length come together, longest first: what is padded wastes least.
 
     >>> deal([5, 9, 7], micro=1, rank=1, world_size=2)
     [[2], []]
+    >>> deal([1, 2, 3, 4], micro=2, rank=0, world_size=1), deal([1, 2, 3, 4], 2, 0, 1, alike=True)
+    ([[3, 0], [2, 1]], [[3, 2], [1, 0]])
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     steps = math.ceil(math.ceil(len(order) / world_size) / micro)
     mine = order[rank::world_size]
-    return [mine[i * micro : (i + 1) * micro] for i in range(steps)]
+    if alike:
+        return [mine[i * micro : (i + 1) * micro] for i in range(steps)]
+    there_and_back = [*range(steps), *reversed(range(steps))]
+    return [[row for i, row in enumerate(mine) if there_and_back[i % (2 * steps)] == step] for step in range(steps)]
 
 
 def train_step(accelerator, model, optimizer, micro_batches, loss_of, max_grad_norm, on_bad, stop) -> float | None:
@@ -275,7 +280,7 @@ def train_step(accelerator, model, optimizer, micro_batches, loss_of, max_grad_n
     if not math.isfinite(norm):
         on_bad("gradient", micro_batches[-1])
     optimizer.step()
-    optimizer.zero_grad()
+    optimizer.zero_grad(set_to_none=False)
     return norm
 
 
@@ -359,17 +364,13 @@ def sample_responses(model, queries, noise, pad_id, stop_id, response_length, te
     """
     inputs = model_inputs(queries, pad_id)
     mask, positions = inputs["attention_mask"], inputs["position_ids"]
-    tokens, cache = inputs["input_ids"], DynamicCache(config=model.config)
+    logits, cache = read_queries(model, inputs, response_length)  # [B, V]
     B = len(queries)
     responses = queries.new_full((B, response_length), pad_id)  # [B, R]
     logprobs = torch.full((B, response_length), INVALID_LOGPROB, device=queries.device)  # [B, R]
     alive = torch.ones(B, dtype=torch.bool, device=queries.device)
     for t in range(response_length):
-        logits = model(
-            input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1].float()  # fmt: skip  # [B, V]
-        logits = logits / (temperature or 1.0)
+        logits = logits.float() / (temperature or 1.0)
         allowed = logits.clone()
         # Deviates: the original could draw the pad or an id outside the tokenizer, and took it for padding
         allowed[:, vocab_size:] = -math.inf
@@ -384,11 +385,13 @@ def sample_responses(model, queries, noise, pad_id, stop_id, response_length, te
         logprobs[:, t] = logits.log_softmax(-1).gather(1, drawn[:, None])[:, 0]
         # tokens after EOS influence nothing that is kept: sampling may stop there
         alive &= drawn != stop_id
-        if not alive.any():
+        if not alive.any() or t + 1 == response_length:
             break
-        tokens = drawn[:, None]
         mask = torch.cat([mask, mask.new_ones(B, 1)], dim=1)
         positions = positions[:, -1:] + 1
+        logits = model(
+            input_ids=drawn[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        ).logits[:, -1]
     responses = truncate_response(responses, stop_id, pad_id)
     return responses, logprobs.masked_fill(responses == pad_id, INVALID_LOGPROB)
 
@@ -397,53 +400,103 @@ def sample_responses(model, queries, noise, pad_id, stop_id, response_length, te
 # loss
 
 
-def token_weights(tokens, response_mask, pad_id: int, query_loss_weight: float) -> torch.Tensor:
-    """Weight of each token in the loss: 1 in the response, `query_loss_weight` in the query: [B, T].
+class TokenLogprobs(torch.autograd.Function):
+    """See `token_logprobs`."""
 
-    0 at pads, and at the first token of a row, which nothing predicts (with left padding, a pad stands before it).
+    @staticmethod
+    def forward(ctx, logits, targets, temperature):
+        logprobs, totals = (torch.empty(len(logits), device=logits.device) for _ in range(2))
+        for part in cut(logits):
+            scaled = logits[part].float() / temperature
+            totals[part] = scaled.logsumexp(-1)
+            logprobs[part] = scaled.gather(1, targets[part, None])[:, 0] - totals[part]
+        ctx.save_for_backward(logits, targets, totals)
+        ctx.temperature = temperature
+        return logprobs
+
+    @staticmethod
+    def backward(ctx, grad):
+        logits, targets, totals = ctx.saved_tensors
+        grad = grad / ctx.temperature
+        for part in cut(logits):
+            softmax = (logits[part].float() / ctx.temperature).sub_(totals[part, None]).exp_()
+            gradient = softmax.mul_(-grad[part, None])
+            gradient.scatter_add_(1, targets[part, None], grad[part, None])
+            logits[part] = gradient.to(logits.dtype)
+        return logits, None, None
+
+
+def cut(logits: torch.Tensor) -> list[slice]:
+    """Slices of rows of [N, V] logits, so small that the intermediate results of one stay in the cache of a CPU."""
+    rows = max(1, 2 ** (20 if logits.device.type == "cpu" else 27) // logits.shape[1])
+    return [slice(i, i + rows) for i in range(0, len(logits), rows)]
+
+
+def token_logprobs(logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Log-probabilities of tokens at this temperature: [N, V], [N] -> [N] nats.
+
+    The same as `-F.cross_entropy(logits.float() / temperature, targets, reduction="none")`, without its three copies of
+    the logits: the backward pass writes their gradient over them, so it can be run only once.
     """
-    real = tokens != pad_id
-    return torch.where(response_mask, 1.0, query_loss_weight) * (real & (real.cumsum(1) > 1))
+    # Detail: temperature - divides the logits of old, new and reference log-probs alike
+    return TokenLogprobs.apply(logits, targets, temperature)
 
 
-def sft_losses(logits: torch.Tensor, tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def sft_losses(logprobs: torch.Tensor, weights: torch.Tensor, counts: list[int]) -> torch.Tensor:
     """Cross entropy of each row, the weighted mean over its tokens.
 
     Detail: SFT loss [9] - over query and response, mean per sequence, then over sequences (the released runs used micro
     batch 1, which is that).
 
     Args:
-        logits: [B, K, V], those that predict the last K tokens.
-        tokens: [B, T] token ids, T >= K.
-        weights: [B, T], see `token_weights`; only the last K are used.
+        logprobs, weights: [N] of the rows' tokens, one row behind the other.
+        counts: how many of them belong to each of the B rows.
 
     Returns:
         [B] nats per token.
     """
-    K = logits.shape[1]
-    nll = F.cross_entropy(logits.transpose(1, 2), tokens[:, -K:].clamp(max=logits.shape[2] - 1), reduction="none")
-    return (nll * weights[:, -K:]).sum(1) / weights[:, -K:].sum(1).clamp(min=1e-8)
+    rows = zip(logprobs.split(counts), weights.split(counts))
+    return torch.stack([-(row * weight).sum() / weight.sum().clamp(min=1e-8) for row, weight in rows])
 
 
-def make_batch(rows, pad_id: int, device) -> SimpleNamespace:
-    """Rows of the dataset -> left-padded tokens [B, T], trimmed, so that responses end in the last column.
+def read_rows(rows, pad_id: int) -> list[tuple[list[int], int]]:
+    """Rows of the dataset -> (tokens of query and response without pads, how many of them are the response's)."""
+    joined = (strip_pads(row, pad_id) for row in rows["query_reference_response_token"])
+    labels = rows["query_reference_response_token_response_label"]
+    return [(tokens, len(strip_pads(label, pad_id))) for tokens, label in zip(joined, labels)]
 
-    `response_mask` is True at the response's tokens, EOS included; `response_len` the most of them in a row.
+
+class Policy(torch.nn.Module):
+    """A causal language model that is asked for log-probabilities of given tokens."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: dict, at: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Inputs of `pack`, positions [N] that predict and the tokens [N] there -> log-probabilities [N], in nats."""
+        return token_logprobs(logits_at(self.model, inputs, at), targets, 1.0)
+
+
+def batch_losses(model, rows: list[tuple[list[int], int]], query_loss_weight: float, packed: bool, device):
+    """Loss of each row, see `read_rows`: [B]. Logits are computed only where a weight is not 0.
+
+    Tokens of the response weigh 1, those of the query `query_loss_weight`; nothing predicts a row's first token.
+
+    Args:
+        model: `Policy`, wrapped or not; `packed`: whether it reads packed rows.
     """
-    joined = [strip_pads(row, pad_id) for row in rows["query_reference_response_token"]]
-    responses = [len(strip_pads(row, pad_id)) for row in rows["query_reference_response_token_response_label"]]
-    tokens = pad_rows(joined, pad_id, "left").to(device)  # [B, T]
-    T, lengths = tokens.shape[1], torch.tensor(responses, device=device)
-    response_mask = torch.arange(T, device=device) >= (T - lengths)[:, None]  # [B, T]
-    return SimpleNamespace(tokens=tokens, response_mask=response_mask, response_len=max(responses))
-
-
-def batch_losses(model, batch, pad_id: int, query_loss_weight: float) -> torch.Tensor:
-    """Loss of each row of a batch: [B]. Logits are computed only where a weight is not 0."""
-    weights = token_weights(batch.tokens, batch.response_mask, pad_id, query_loss_weight)
-    keep = batch.tokens.shape[1] if query_loss_weight > 0 else batch.response_len + 1
-    logits = model(**model_inputs(batch.tokens, pad_id), logits_to_keep=keep, use_cache=False).logits
-    return sft_losses(logits[:, :-1], batch.tokens, weights)
+    inputs, starts = pack([tokens for tokens, _ in rows], packed, device)
+    at, targets, weights, counts = [], [], [], []
+    for start, (tokens, R) in zip(starts, rows):
+        T = len(tokens)
+        first = 1 if query_loss_weight > 0 else max(1, T - R)
+        at += range(start + first - 1, start + T - 1)
+        targets += tokens[first:]
+        weights += [query_loss_weight if t < T - R else 1.0 for t in range(first, T)]
+        counts.append(T - first)
+    at, targets, weights = (torch.tensor(column, device=device) for column in (at, targets, weights))
+    return sft_losses(model(inputs, at, targets), weights, counts)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -464,6 +517,7 @@ def evaluate_policy(accelerator, model, rows, tokenizer, args, stop_id: int, wha
     """
     pad_id, device = tokenizer.pad_token_id, accelerator.device
     wrapped, model = model, accelerator.unwrap_model(model)
+    packed = packs(model.model)
     was_training = model.training
     model.eval()
     lengths = rows["query_reference_response_token_len"]
@@ -473,11 +527,11 @@ def evaluate_policy(accelerator, model, rows, tokenizer, args, stop_id: int, wha
         for start in range(0, len(mine), args.local_eval_batch_size):
             chosen = mine[start : start + args.local_eval_batch_size]
             batch = rows[chosen]
-            losses = batch_losses(model, make_batch(batch, pad_id, device), pad_id, args.query_loss_weight)
+            losses = batch_losses(model, read_rows(batch, pad_id), args.query_loss_weight, packed, device)
             queries = pad_rows([strip_pads(q, pad_id) for q in batch["query_token"]], pad_id, "left").to(device)
             noise = episode_noise(args.seed, chosen, device)
             responses, _ = sample_responses(
-                model, queries, noise, pad_id, stop_id, args.response_length, args.temperature, len(tokenizer)
+                model.model, queries, noise, pad_id, stop_id, args.response_length, args.temperature, len(tokenizer)
             )
             texts = [text.strip() for text in decode(tokenizer, responses)]
             for i, row in enumerate(chosen):
@@ -545,6 +599,7 @@ def main(args: Args) -> dict[str, float]:
     # ------------------------------------------------------------------------------------------------------------------
     # sizes
     quiet_libraries()
+    keep_freed_memory()
     stamp = int(time.time())
     typed = as_typed(args)
     args.run_name = choose_run_name(args, "sft")
@@ -568,18 +623,27 @@ def main(args: Args) -> dict[str, float]:
         order = epoch_order(len(train), args.total_episodes, args.seed)
         lengths = np.asarray(train["query_reference_response_token_len"])
         torch.manual_seed(args.seed)
-        model = AutoModelForCausalLM.from_pretrained(
+        policy = AutoModelForCausalLM.from_pretrained(
             args.base_model, revision=args.base_model_revision, dtype=torch.float32
         )
-        disable_dropout(model)
+        disable_dropout(policy)
+        packed = use_packed_attention(policy)
+        if is_main:
+            print(f"rows are read {'packed' if packed else 'padded: this architecture cannot pack them'}", flush=True)
         if args.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            policy.gradient_checkpointing_enable({"use_reentrant": False})
+        model = Policy(policy)
         # Detail: optimiser - AdamW, eps 1e-5, lr 3e-6 in all stages; weight decay 0.01 is torch's default
         make = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
         run.parameters = sum(p.numel() for p in model.parameters())
-        optimizer = make(model.parameters(), lr=args.lr, eps=args.eps, weight_decay=args.weight_decay)
+        optimizer = make(model.parameters(), lr=args.lr, eps=args.eps, weight_decay=args.weight_decay, fused=True)
         scheduler = get_scheduler(args.scheduler, optimizer, args.warm_up_steps, args.num_updates)
         model, optimizer = accelerator.prepare(model, optimizer)
+        if (
+            accelerator.state.deepspeed_plugin is None
+        ):  # gradients get their place before activations fragment the memory
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
         splits = {s: dataset[s] for s in ("validation", "test") if s in dataset}
         splits = {s: rows.select(range(min(len(rows), args.num_eval_rows or len(rows)))) for s, rows in splits.items()}
         fixed = {"query_dataset": fingerprint(lengths), "precision": accelerator.mixed_precision, **typed["models"]}
@@ -600,23 +664,21 @@ def main(args: Args) -> dict[str, float]:
         for update in range(first, args.num_updates + 1):
             start = time.time()
             rows = order[(update - 1) * args.batch_size : update * args.batch_size]
-            parts = deal(
-                lengths[rows].tolist(), args.local_micro_batch_size, accelerator.process_index, args.world_size
-            )
+            rank, lengths_of_rows = accelerator.process_index, lengths[rows].tolist()
+            parts = deal(lengths_of_rows, args.local_micro_batch_size, rank, args.world_size, alike=not packed)
             sums = torch.zeros(2, device=device, dtype=torch.float64)  # loss, real tokens
 
             def loss_of(part):
-                batch = make_batch(train[rows[part or [0]]], pad_id, device)
-                losses = batch_losses(model, batch, pad_id, args.query_loss_weight)
+                batch = read_rows(train[rows[part or [0]]], pad_id)
+                losses = batch_losses(model, batch, args.query_loss_weight, packed, device)
                 loss = losses.sum() / len(rows) if part else 0.0 * losses.sum()
-                sums.add_(torch.stack([loss.detach(), (batch.tokens != pad_id).sum() * bool(part)]))
+                tokens = torch.tensor(sum(len(row) for row, _ in batch), device=device)
+                sums.add_(torch.stack([loss.detach(), tokens * bool(part)]))
                 return loss
 
             def on_bad(what, part):
                 numbers = rows[part or [0]]
-                run.stop_on_bad_numbers(
-                    update, what, {"rows": numbers, "batch": vars(make_batch(train[numbers], pad_id, "cpu"))}
-                )
+                run.stop_on_bad_numbers(update, what, {"rows": numbers, "batch": read_rows(train[numbers], pad_id)})
 
             norm = train_step(
                 accelerator, model, optimizer, parts, loss_of, args.max_grad_norm, on_bad, checkpoints.stop_asked
@@ -660,9 +722,8 @@ def main(args: Args) -> dict[str, float]:
                 paths.append(run.table(split, found))
                 references[split] = rouge_means(found["reference"], found["reference"])
             run.log(args.num_updates + 1, final)
-        whole = accelerator.unwrap_model(model)
-        whole.generation_config = GenerationConfig.from_model_config(whole.config)
-        save_model(accelerator, run, model, whole, tokenizer, args.output_dir)
+        policy.generation_config = GenerationConfig.from_model_config(policy.config)
+        save_model(accelerator, run, model, policy, tokenizer, args.output_dir)
         if is_main:
             if args.run_eval:
                 print_table(closing_table(run.metrics, references))

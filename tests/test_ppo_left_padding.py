@@ -9,6 +9,7 @@ import pandas
 import pytest
 import torch
 from conftest import SHARED
+from test_packed_rows import compare_gradients
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from summarize_from_feedback_details import ppo_left_padding as ppo
+from summarize_from_feedback_details.packed_rows import use_packed_attention
 from summarize_from_feedback_details.ppo_left_padding import (
     INVALID_LOGPROB,
     PolicyAndValue,
@@ -39,9 +41,10 @@ from summarize_from_feedback_details.ppo_left_padding import (
     model_inputs,
     ppo_losses,
     read_rewards,
-    response_logprobs,
     sample_responses,
+    strip_pads,
     token_entropies,
+    token_logprobs,
     truncate_response,
 )
 
@@ -149,8 +152,14 @@ def test_golden_rollout_and_loss(name):
     mask, mask_p1 = ~adv.padding_mask, ~adv.padding_mask_p1
     counts, stats, loss = [int(mask.sum()), int(mask_p1.sum())], 0, 0
     for mb in (torch.arange(3), torch.arange(3, 8)):
-        model = lambda tokens, K, pad, mb=mb: (logits[mb, :K], vpreds[mb, :K])
-        part, values, _ = micro_batch_loss(model, g["in_queries"][mb], responses[mb], adv, mb, counts, PAD, args)
+
+        def model(queries, real, value_counts, temperature, mb=mb):
+            of_response = logits[mb][mask[mb]]  # [N, V], a copy: its gradient may be written over it
+            entropies = token_entropies(of_response, temperature)
+            logprobs = token_logprobs(of_response, responses[mb][mask[mb]], temperature)
+            return logprobs, entropies, vpreds[mb][mask_p1[mb]]
+
+        part, values, _ = micro_batch_loss(model, [[1]] * len(mb), responses[mb], adv, mb, counts, PAD, args)
         stats, loss = stats + values, loss + part
     loss.backward()
     close(loss.detach(), g["loss_loss"])
@@ -172,8 +181,9 @@ def test_golden_loss_terms():
     g = golden("ppo_base")
     cfg = json.loads(g["cfg"])
     responses, adv, args = golden_rollout(g, cfg)
-    new = response_logprobs(g["in_policy_logits_unscaled"], responses, cfg["temperature"])
-    new = new.masked_fill(adv.padding_mask, INVALID_LOGPROB)
+    mask, logits = ~adv.padding_mask, g["in_policy_logits_unscaled"]
+    new = token_logprobs(logits[mask], responses[mask], cfg["temperature"])
+    new = ppo.spread(new, mask, INVALID_LOGPROB)
     close(new, g["loss_new_logprobs"])
     vpreds = g["in_vpred_raw"].masked_fill(adv.padding_mask_p1, 0)
     found = ppo_losses(new, vpreds, adv.logprobs, adv.values, adv.advantages, adv.returns, 0.2, 0.2)
@@ -181,7 +191,7 @@ def test_golden_loss_terms():
     close(found["ratio"], g["loss_ratio"])
     value_losses = torch.max((g["loss_vpred"] - adv.returns) ** 2, (g["loss_vpredclipped"] - adv.returns) ** 2)
     close(found["vf"], 0.5 * value_losses)
-    close(token_entropies(g["in_policy_logits_unscaled"], cfg["temperature"]), g["loss_entropy"])
+    close(token_entropies(logits.flatten(0, 1), cfg["temperature"]).view(mask.shape), g["loss_entropy"])
 
 
 @needs_golden
@@ -201,16 +211,21 @@ def test_golden_models():
         real = tokens != PAD
         close(logits[real], g["logits"][real])
         trained = PolicyAndValue(policy, reward, bias)
-        response_logits, values = trained(tokens, R, PAD)
-        ours = response_logprobs(response_logits, responses, 0.7)
-        mask = responses != PAD
-        close(ours[mask], g["resp_logprobs_T07"][mask])
-        before = real[:, -R - 1 : -1]  # values are read at the token before; pads hold nothing
-        close(values[before], g["values_full"][:, -R - 1 : -1, 0][before])  # head, bias and normalising constant
-        close(read_rewards(reward, bias, tokens, PAD), g["reward"])
-        close(read_rewards(reward, bias, g["right_padded"], PAD), g["reward_rp"])
-        # Detail: layouts agree
-        close(read_rewards(reward, bias, tokens, PAD), read_rewards(reward, bias, g["right_padded"], PAD))
+        queries = [strip_pads(row, PAD) for row in tokens[:, :-R]]
+        written = [strip_pads(row, PAD) for row in responses]
+        counts, mask = list(map(len, written)), responses != PAD
+        before = real[:, -R - 1 : -1] & mask  # values are read at the token before
+        for packed in (False, True):
+            if packed:
+                assert use_packed_attention(policy) and use_packed_attention(reward)
+            logprobs, _, values = trained(queries, written, counts, 0.7)
+            close(logprobs, g["resp_logprobs_T07"][mask])
+            expected = g["values_full"][:, -R - 1 : -1, 0]
+            close(ppo.spread(values, mask, 0.0)[before], expected[before])  # head, bias and normalising constant
+            # Detail: layouts agree
+            rewards = read_rewards(reward, bias, [q + r for q, r in zip(queries, written)])
+            close(rewards, g["reward"])
+            close(rewards, g["reward_rp"])
 
 
 @needs_golden
@@ -241,15 +256,15 @@ def test_golden_generation():
 
 @needs_golden
 def test_golden_sums_of_logprobs():
-    """The file's DPO quantities, from log-probabilities of whole responses by `response_logprobs` at T = 1."""
+    """The file's DPO quantities, from log-probabilities of whole rows by `token_logprobs` at T = 1."""
     from summarize_from_feedback_details.reward import preference_losses
 
     g = golden("tiny_par")
     policy = AutoModelForCausalLM.from_pretrained(SHARED / "golden/tiny_par", dtype=torch.float32).eval()
     tokens, labels = g["right_padded"], g["dpo_labels"]
     logits = policy(**model_inputs(tokens, PAD)).logits[:, :-1]
-    logprobs = response_logprobs(logits, tokens[:, 1:], 1.0)
-    sums = (logprobs * (labels[:, 1:] != PAD)).sum(1)
+    counted = labels[:, 1:] != PAD
+    sums = ppo.spread(token_logprobs(logits[counted], tokens[:, 1:][counted], 1.0), counted, 0.0).sum(1)
     close(sums[:3].detach(), g["dpo_chosen"], atol=1e-4)
     close(sums[3:].detach(), g["dpo_rejected"], atol=1e-4)
     beta, chosen, rejected = float(g["beta"]), sums[:3] - g["dpo_ref_chosen"], sums[3:] - g["dpo_ref_rejected"]
@@ -323,10 +338,19 @@ def test_epoch_order_is_one_permutation_a_pass():
 @pytest.mark.parametrize("rows, micro, world_size", [(8, 2, 2), (7, 2, 2), (1, 4, 2), (13, 3, 4), (5, 1, 1)])
 def test_deal_gives_each_row_once_and_the_same_number_of_steps(rows, micro, world_size):
     lengths = [(7 * i) % 5 for i in range(rows)]
-    parts = [deal(lengths, micro, rank, world_size) for rank in range(world_size)]
-    assert sorted(i for rank in parts for part in rank for i in part) == list(range(rows))
-    assert len({len(rank) for rank in parts}) == 1
-    assert max(len(part) for rank in parts for part in rank) <= micro
+    for alike in (False, True):
+        parts = [deal(lengths, micro, rank, world_size, alike) for rank in range(world_size)]
+        assert sorted(i for rank in parts for part in rank for i in part) == list(range(rows))
+        assert len({len(rank) for rank in parts}) == 1
+        assert max(len(part) for rank in parts for part in rank) <= micro
+
+
+def test_deal_balances_what_is_packed_and_sorts_what_is_padded():
+    lengths = np.random.default_rng(0).permutation(np.arange(100, 500, 25)).tolist()
+    tokens = [sum(lengths[i] for i in part) for part in deal(lengths, 4, 0, 1)]
+    assert max(tokens) - min(tokens) <= 100 and sum(tokens) == sum(lengths)
+    alike = [[lengths[i] for i in part] for part in deal(lengths, 4, 0, 1, alike=True)]
+    assert sum(alike, []) == sorted(lengths, reverse=True)
 
 
 # ------------------------------------------------------------------------------------------------------- sampling
@@ -396,19 +420,26 @@ def test_never_draws_the_pad_or_an_id_outside_the_tokenizer():
     assert int(responses.max()) < PAD
 
 
-def test_sampling_stops_at_eos_and_logprobs_are_those_of_a_forward_pass():
-    policy, rows = tiny_policy(), some_queries((3, 9, 5, 1) * 4)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_sampling_stops_at_eos_and_logprobs_are_those_of_a_forward_pass(name):
+    """With queries read padded and packed: the same responses, and the log-probs of a pass over whole rows."""
+    policy, rows = tiny_policy(name), some_queries((3, 9, 5, 1) * 4)
     responses, logprobs = draw(policy, rows, 0.7, R=20)
     ended = (responses == EOS).any(1)
     assert ended.any()
     for row in responses[ended].tolist():
         assert set(row[row.index(EOS) + 1 :]) <= {PAD}
-    query_responses = torch.cat([ppo.pad_rows(rows, PAD, "left"), responses], 1)
-    with torch.no_grad():
-        logits = policy(**model_inputs(query_responses, PAD)).logits[:, -21:-1]
     mask = responses != PAD
-    again = response_logprobs(logits, responses, 0.7)
-    torch.testing.assert_close(logprobs[mask], again[mask], rtol=0, atol=1e-5)
+    written = [strip_pads(row, PAD) for row in responses]
+    with torch.no_grad():
+        again = token_logprobs(*ppo.response_logits(policy, rows, written), 0.7)
+        torch.testing.assert_close(logprobs[mask], again, rtol=0, atol=1e-5)
+        assert use_packed_attention(policy)
+        packed_responses, packed_logprobs = draw(policy, rows, 0.7, R=20)
+        assert torch.equal(responses, packed_responses)
+        torch.testing.assert_close(logprobs, packed_logprobs, rtol=0, atol=1e-5)
+        again = token_logprobs(*ppo.response_logits(policy, rows, written), 0.7)
+        torch.testing.assert_close(logprobs[mask], again, rtol=0, atol=1e-5)
     assert (logprobs[~mask] == INVALID_LOGPROB).all()
 
 
@@ -416,17 +447,24 @@ def test_tokens_after_eos_influence_nothing_that_is_kept():
     """Values, log-probs and score of a response are the same whatever was sampled after its EOS."""
     reward, policy = tiny_reward(), tiny_policy()
     model = PolicyAndValue(policy, reward, 0.3)
-    queries = ppo.pad_rows(some_queries((3, 6)), PAD, "left")
+    queries = some_queries((3, 6))
     truncated = torch.tensor([[5, 7, EOS, PAD, PAD, PAD], [9, EOS, PAD, PAD, PAD, PAD]])
     untruncated = torch.tensor([[5, 7, EOS, 12, 13, 14], [9, EOS, 31, EOS, 2, 2]])
     args = SimpleNamespace(ppo=PpoHParams(), non_eos_penalty=True, penalty_reward_value=-1.0)
-    results = []
+    results, mask = [], truncated != PAD
+    kept = [strip_pads(row, PAD) for row in truncated]
+    everything = torch.ones_like(mask)
     with torch.no_grad():
         for sampled in (truncated, untruncated):
             # the critic of the original reads what was sampled, the reward model what was kept
-            logits, values = model(torch.cat([queries, sampled], 1), 6, PAD)
-            logprobs = response_logprobs(logits, truncated, 0.7)
-            score = read_rewards(reward, 0.3, torch.cat([queries, truncated], 1), PAD)
+            written = [strip_pads(row, PAD) for row in sampled]
+            counts = [min(len(row) + 1, 6) for row in written]
+            read = torch.arange(6) < torch.tensor(counts)[:, None]
+            values = ppo.spread(model.values(queries, written, counts), read, 0.0)
+            logits, _ = ppo.response_logits(policy, queries, [row.tolist() for row in untruncated])
+            logprobs = token_logprobs(logits, truncated.clamp(max=logits.shape[1] - 1)[everything], 0.7)
+            logprobs = ppo.spread(logprobs, everything, 0.0)
+            score = read_rewards(reward, 0.3, [q + r for q, r in zip(queries, kept)])
             results.append(compute_advantages(truncated, logprobs, logprobs - 0.1, values, score, PAD, EOS, args))
     for ours, theirs in zip(*results):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
@@ -436,27 +474,28 @@ def test_tokens_after_eos_influence_nothing_that_is_kept():
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_padding_changes_nothing(name):
-    """Logits, values and rewards of real tokens with more padding on the left and on the right."""
-    model, rows = PolicyAndValue(tiny_policy(name), tiny_reward(name), 0.1), some_queries((3, 9, 5, 1))
-    responses = torch.tensor([[5, 7, EOS, PAD], [9, EOS, PAD, PAD], [1, 2, 3, 4], [EOS, PAD, PAD, PAD]])
-    tight = torch.cat([ppo.pad_rows(rows, PAD, "left"), responses], 1)
-    loose = torch.nn.functional.pad(tight, (5, 3), value=PAD)
-    mask = responses != PAD
-    with torch.no_grad():
-        logits, values = model(tight, 4, PAD)
-        more_logits, more_values = (x[:, :4] for x in model(loose, 7, PAD))
-        torch.testing.assert_close(logits[mask], more_logits[mask], rtol=0, atol=1e-5)
-        torch.testing.assert_close(values[mask], more_values[mask], rtol=0, atol=1e-5)
-        rewards = read_rewards(model.value_model, 0.1, tight, PAD)
-        torch.testing.assert_close(rewards, read_rewards(model.value_model, 0.1, loose, PAD), rtol=0, atol=1e-5)
-        for i, row in enumerate(rows):  # and each row by itself, without any padding
-            whole = torch.tensor([row + responses[i][mask[i]].tolist()])
-            alone, _ = model(whole, int(mask[i].sum()), PAD)
-            torch.testing.assert_close(alone[0], logits[i][mask[i]], rtol=0, atol=1e-5)
-            torch.testing.assert_close(
-                read_rewards(model.value_model, 0.1, whole, PAD)[0], rewards[i], rtol=0, atol=1e-5
-            )
+def test_padding_and_packing_change_nothing(name):
+    """Log-probs, entropies, values, rewards and gradients: packed, padded, and each row by itself."""
+    queries = some_queries((3, 9, 5, 1))
+    written = [[5, 7, EOS], [9, EOS], [1, 2, 3, 4], [EOS]]
+    counts = [4, 3, 4, 2]  # of values: one more where there is room
+    results = []
+    for packed in (True, False):
+        model = PolicyAndValue(tiny_policy(name), tiny_reward(name), 0.1)
+        if packed:
+            assert use_packed_attention(model.policy) and use_packed_attention(model.value_model)
+        logprobs, entropies, values = model(queries, written, counts, 0.7)
+        rewards = read_rewards(model.value_model, 0.1, [q + r for q, r in zip(queries, written)])
+        (logprobs.sin().sum() + values.square().sum() + rewards.sum()).backward()
+        results.append(((logprobs, entropies, values, rewards), model))
+        ends = np.cumsum([0, *map(len, written)]), np.cumsum([0, *counts])
+        for i, row in enumerate(queries):
+            alone = model([row], [written[i]], [counts[i]], 0.7)
+            for ours, whole, end in zip(alone, (logprobs, entropies, values), (ends[0], ends[0], ends[1])):
+                torch.testing.assert_close(ours, whole[end[i] : end[i + 1]], rtol=0, atol=1e-5)
+    for ours, theirs in zip(results[0][0], results[1][0]):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    compare_gradients(results[0][1], results[1][1])
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -495,10 +534,10 @@ def test_reads_the_original_scalar_model(tmp_path, layout):
               "base_config": base, "bias": 1.5, "hidden_size": 32}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
     loaded, bias = load_reward_model(str(tmp_path))
-    tokens = torch.tensor([[5, 6, 7, EOS, PAD]])
+    rows = [[5, 6, 7, EOS]]
     with torch.no_grad():
-        expected = model.score(model.gpt_neox(tokens[:, :4]).last_hidden_state[:, -1])[:, 0] + 0.25 - 1.5
-        torch.testing.assert_close(read_rewards(loaded.eval(), bias, tokens, PAD), expected, rtol=0, atol=1e-5)
+        expected = model.score(model.gpt_neox(torch.tensor(rows)).last_hidden_state[:, -1])[:, 0] + 0.25 - 1.5
+        torch.testing.assert_close(read_rewards(loaded.eval(), bias, rows), expected, rtol=0, atol=1e-5)
 
 
 # -------------------------------------------------------------------------------------------------------- the stage

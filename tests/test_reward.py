@@ -12,13 +12,13 @@ from test_ppo_left_padding import ARCHITECTURES, EOS, PAD, golden, needs_golden,
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from summarize_from_feedback_details import reward
+from summarize_from_feedback_details.packed_rows import use_packed_attention
 from summarize_from_feedback_details.ppo_left_padding import load_reward_model, read_rewards
 from summarize_from_feedback_details.reward import (
     RewardModel,
     init_head,
     pair_rewards,
     preference_losses,
-    prefix_can_be_shared,
     separate_rows,
     shared_prefix_rows,
 )
@@ -41,7 +41,8 @@ def test_golden_reward():
     bias = float(g["scalar_b"]) - g["scalar_bias"]
     rows = [[i for i in row.tolist() if i != PAD] for row in g["query_responses"]]
     with torch.no_grad():
-        rewards = RewardModel(model)(**separate_rows(rows, PAD, "cpu"))[:, 0] + bias
+        inputs, ends = separate_rows(rows, False, "cpu")
+        rewards = RewardModel(model)(inputs, torch.tensor(ends)) + bias
     torch.testing.assert_close(rewards, g["reward"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(rewards, g["reward_rp"], rtol=1e-5, atol=1e-5)
     loss = preference_losses(rewards[:3], rewards[3:]).mean()
@@ -77,48 +78,35 @@ def test_head_initialisation():
 
 
 def test_shared_prefix_layout_by_hand():
-    found = shared_prefix_rows(PAIRS[:2], "cpu")
-    assert found["input_ids"][0].tolist() == [3, 4, 5, 6, EOS, 9, 9, 8, EOS]
-    assert found["position_ids"][0].tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 6]
-    assert found["ends"].tolist() == [[4, 8], [2, 3]]
-    sees = found["attention_mask"][0, 0] == 0
-    assert sees[4].tolist() == [True] * 5 + [False] * 4  # chosen's EOS sees the prefix and chosen
-    assert sees[8].tolist() == [True] * 3 + [False] * 2 + [True] * 4  # rejected's does not see chosen
+    inputs, ends = shared_prefix_rows([*PAIRS[:2], ([1, 2], [3])], "cpu")
+    assert inputs["input_ids"][0].tolist() == [3, 4, 5, 6, EOS, 9, 9, 8, EOS, 8, 9, EOS, EOS, 1, 2, 3]
+    assert inputs["position_ids"][0].tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 6, 0, 1, 2, 1, 0, 1, 0]
+    # prefix of 3, the rest of chosen and of rejected behind it; ... ; nothing in common
+    assert inputs["pieces"] == [(3, None), (2, 0), (4, 0), (1, None), (2, 3), (1, 3), (2, None), (1, None)]
+    assert ends == [4, 11, 14, 8, 12, 15]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_shared_prefix_gives_the_same_rewards_and_gradients(name):
-    model = RewardModel(tiny_reward(name))
+    """Shared and packed, apart and packed, apart and padded; and each row by itself, through the plain class."""
     results = []
-    for shared in (True, False):
-        model.zero_grad()
-        chosen, rejected = pair_rewards(model, PAIRS, PAD, "cpu", shared)
+    for packed, shared in ((True, True), (True, False), (False, False)):
+        model = RewardModel(tiny_reward(name))
+        assert not packed or use_packed_attention(model.model)
+        chosen, rejected = pair_rewards(model, PAIRS, packed, shared, "cpu")
         preference_losses(chosen, rejected).mean().backward()
         gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
         results.append((chosen.detach(), rejected.detach(), gradients))
-    for ours, theirs in zip(*results):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    for other in results[1:]:
+        for ours, theirs in zip(results[0], other):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     chosen, rejected, _ = results[0]
     assert chosen[3] == pytest.approx(rejected[3].item(), abs=1e-6)
-    for i, pair in enumerate(PAIRS):  # and each by itself, through the plain class
+    model.model.config.pad_token_id = PAD
+    for i, pair in enumerate(PAIRS):
         for ours, tokens in zip((chosen[i], rejected[i]), pair):
-            model.model.config.pad_token_id = PAD
             plain = model.model(torch.tensor([tokens])).logits[0, 0]
             torch.testing.assert_close(ours, plain, rtol=0, atol=1e-5)
-    assert prefix_can_be_shared(model, PAIRS, PAD, "cpu", torch.float32)
-
-
-def test_an_architecture_that_ignores_positions_is_noticed():
-    class Ignores(torch.nn.Module):
-        def __init__(self, model):
-            super().__init__()
-            self.inner = RewardModel(model)
-
-        def forward(self, position_ids, **inputs):
-            plain = torch.arange(position_ids.shape[1]).expand_as(position_ids)
-            return self.inner(position_ids=plain, **inputs)
-
-    assert not prefix_can_be_shared(Ignores(tiny_reward("gpt2")), PAIRS, PAD, "cpu", torch.float32)
 
 
 def test_main_learns_normalises_and_writes_a_standard_checkpoint(world, workdir, capsys):
@@ -146,7 +134,8 @@ def test_main_learns_normalises_and_writes_a_standard_checkpoint(world, workdir,
     tokenizer = AutoTokenizer.from_pretrained("rm")
     tokens = torch.tensor(demonstrations["query_reference_response_token"])
     with torch.no_grad():
-        rewards = read_rewards(model.eval(), bias, tokens, tokenizer.pad_token_id)
+        rows = [[i for i in row if i != tokenizer.pad_token_id] for row in tokens.tolist()]
+        rewards = read_rewards(model.eval(), bias, rows)
     assert rewards.mean().abs() < 1e-4 and rewards.std() > 1e-3
     # plain classes and a pipeline read it: the logit is the reward before normalisation
     plain = AutoModelForSequenceClassification.from_pretrained("rm").eval()

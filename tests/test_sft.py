@@ -2,24 +2,36 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pandas
 import pytest
 import torch
 from conftest import SHARED
+from test_packed_rows import compare_gradients
 from test_ppo_left_padding import ARCHITECTURES, EOS, PAD, golden, needs_golden, tiny_policy
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from summarize_from_feedback_details import sft
+from summarize_from_feedback_details.packed_rows import use_packed_attention
 from summarize_from_feedback_details.sft import (
+    Policy,
     batch_losses,
-    make_batch,
     model_inputs,
+    read_rows,
     rouge_means,
     sft_losses,
-    token_weights,
+    token_logprobs,
 )
+
+
+def padded_losses(logits, tokens, counted):
+    """`sft_losses` of padded rows: logits [B, T - 1, V] that predict tokens [B, T]; those `counted` weigh 1."""
+    counted = counted[:, 1:]
+    logprobs = token_logprobs(logits[counted], tokens[:, 1:][counted], 1.0)
+    counts = counted.sum(1)
+    return sft_losses(logprobs, torch.ones_like(logprobs), counts.tolist()), counts
 
 
 @needs_golden
@@ -29,10 +41,10 @@ def test_golden_sft_loss(layout):
     g = golden("tiny_par")
     model = AutoModelForCausalLM.from_pretrained(SHARED / "golden/tiny_par", dtype=torch.float32).eval()
     tokens = g[layout]
-    weights = token_weights(tokens, torch.ones_like(tokens, dtype=torch.bool), PAD, 1.0)
     with torch.no_grad():
         logits = model(**model_inputs(tokens, PAD)).logits
-    rows, counts = sft_losses(logits[:, :-1], tokens, weights), weights[:, 1:].sum(1)
+    real = tokens != PAD
+    rows, counts = padded_losses(logits[:, :-1], tokens, real & (real.cumsum(1) > 1))  # nothing predicts the first
     torch.testing.assert_close((rows * counts).sum() / counts.sum(), g["sft_loss"].float(), rtol=0, atol=1e-5)
     # and ours, the mean of row means, is the original at micro batch 1: each row's own token mean
     nll = -logits[:, :-1].log_softmax(-1).gather(2, tokens[:, 1:, None].clamp(max=63))[..., 0]
@@ -46,24 +58,25 @@ def test_golden_sft_eval_loss():
     """The original's evaluation loss also counts each left-padded row's first token, predicted from a pad."""
     g = golden("tiny_par")
     tokens = g["query_responses"]
-    weights = (tokens != PAD).float()
-    rows, counts = sft_losses(g["logits"][:, :-1], tokens, weights), weights[:, 1:].sum(1)
+    rows, counts = padded_losses(g["logits"][:, :-1], tokens, tokens != PAD)
     torch.testing.assert_close((rows * counts).sum() / counts.sum(), g["sft_eval_loss"].float(), rtol=0, atol=1e-5)
 
 
 def test_weights_and_loss_by_hand():
-    tokens = torch.tensor([[PAD, 5, 6, 7, EOS]])
-    response = torch.tensor([[False, False, False, True, True]])
-    # nothing predicts the first token of a row
-    assert token_weights(tokens, response, PAD, 0.5).tolist() == [[0.0, 0.0, 0.5, 1.0, 1.0]]
-    logits = torch.zeros(1, 4, 64)
-    logits[0, 2, 7] = 2.0  # predicts the 7
-    flat = math.log(64)
-    seven = math.log(63 + math.exp(2.0)) - 2.0
-    loss = sft_losses(logits, tokens, token_weights(tokens, response, PAD, 0.0))
-    assert loss.item() == pytest.approx((seven + flat) / 2, abs=1e-6)
-    loss = sft_losses(logits, tokens, token_weights(tokens, response, PAD, 0.5))
-    assert loss.item() == pytest.approx((0.5 * flat + seven + flat) / 2.5, abs=1e-6)
+    """A row [5, 6, | 7, EOS] under a model that says 2 more for the 7 than for the other 63 ids, and nothing else."""
+
+    class Says(torch.nn.Module):
+        config = SimpleNamespace(_attn_implementation="sdpa")
+
+        def forward(self, input_ids, **_):
+            logits = torch.zeros(*input_ids.shape, 64)
+            logits[:, 1, 7] = 2.0
+            return SimpleNamespace(logits=logits)
+
+    flat, seven = math.log(64), math.log(63 + math.exp(2.0)) - 2.0
+    for weight, expected in ((0.0, (seven + flat) / 2), (0.5, (0.5 * flat + seven + flat) / 2.5)):
+        loss = batch_losses(Policy(Says()), [([5, 6, 7, EOS], 2)], weight, False, "cpu")
+        assert loss.item() == pytest.approx(expected, abs=1e-6)
 
 
 def rows_of(pairs, width=12):
@@ -77,30 +90,30 @@ def rows_of(pairs, width=12):
 PAIRS = [([3, 4, 5], [6, EOS]), ([8], [9, 10, 11, EOS]), ([1, 2, 3, 4, 5, 6], [EOS])]
 
 
-def test_make_batch_aligns_responses_right_and_trims():
-    batch = make_batch(rows_of(PAIRS), PAD, "cpu")
-    assert batch.tokens.tolist() == [
-        [PAD, PAD, 3, 4, 5, 6, EOS],
-        [PAD, PAD, 8, 9, 10, 11, EOS],
-        [1, 2, 3, 4, 5, 6, EOS],
-    ]
-    assert batch.response_mask.sum(1).tolist() == [2, 4, 1] and batch.response_len == 4
+def test_read_rows_strips_pads():
+    assert read_rows(rows_of(PAIRS), PAD) == [([*query, *response], len(response)) for query, response in PAIRS]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("query_loss_weight", [0.0, 1.0])
-def test_loss_of_a_row_does_not_depend_on_its_batch(name, query_loss_weight):
-    """Neither padding nor the shortcut that computes logits only where a weight is not 0 changes a row's loss."""
-    model = tiny_policy(name)
-    with torch.no_grad():
-        together = batch_losses(model, make_batch(rows_of(PAIRS), PAD, "cpu"), PAD, query_loss_weight)
-        for i, (query, response) in enumerate(PAIRS):
-            alone = batch_losses(model, make_batch(rows_of([PAIRS[i]]), PAD, "cpu"), PAD, query_loss_weight)
-            torch.testing.assert_close(alone[0], together[i], rtol=0, atol=1e-5)
-            whole = torch.tensor([query + response])
-            nll = -model(whole).logits[0, :-1].log_softmax(-1).gather(1, whole[0, 1:, None])[:, 0]
-            weight = torch.tensor([query_loss_weight] * (len(query) - 1) + [1.0] * len(response))
-            torch.testing.assert_close(together[i], (nll * weight).sum() / weight.sum(), rtol=0, atol=1e-5)
+@pytest.mark.parametrize("packed", [True, False])
+def test_loss_of_a_row_does_not_depend_on_its_batch(name, query_loss_weight, packed):
+    """Neither packing nor padding nor the shortcut that computes logits only where a weight is not 0 changes a loss."""
+    model, rows = tiny_policy(name), read_rows(rows_of(PAIRS), PAD)
+    plain = tiny_policy(name)
+    assert not packed or use_packed_attention(model)
+    losses = lambda rows: batch_losses(Policy(model), rows, query_loss_weight, packed, "cpu")
+    together, expected = losses(rows), []
+    for i, (query, response) in enumerate(PAIRS):
+        torch.testing.assert_close(losses([rows[i]])[0], together[i], rtol=0, atol=1e-5)
+        whole = torch.tensor([query + response])
+        nll = -plain(whole).logits[0, :-1].log_softmax(-1).gather(1, whole[0, 1:, None])[:, 0]
+        weight = torch.tensor([query_loss_weight] * (len(query) - 1) + [1.0] * len(response))
+        expected.append((nll * weight).sum() / weight.sum())
+        torch.testing.assert_close(together[i], expected[i], rtol=0, atol=1e-5)
+    together.sum().backward()
+    torch.stack(expected).sum().backward()
+    compare_gradients(model, plain)
 
 
 def test_rouge_by_hand():
@@ -191,7 +204,7 @@ def test_stops_on_numbers_that_are_not_finite(world, workdir):
         sft.main(world.sft_args(workdir / "policy", base_model="bad", run_eval=False))
     assert json.loads((workdir / "runs/policy/summary.json").read_text())["state"] == "failed"
     saved = torch.load(next((workdir / "runs/policy").glob("bad_batch_*.pt")), weights_only=False)
-    assert len(saved["rows"]) == 4 and saved["batch"]["tokens"].shape[0] == 4
+    assert len(saved["rows"]) == len(saved["batch"]) == 4 and all(tokens for tokens, _ in saved["batch"])
     # starting again does the same, and keeps what the failed run wrote
     with pytest.raises(SystemExit, match="error: loss at update 1 is not finite"):
         sft.main(world.sft_args(workdir / "policy", base_model="bad", run_eval=False))

@@ -1,0 +1,256 @@
+"""One side of the benchmark on one stage, as a process of its own: a few updates, timed; prints one JSON object.
+
+    python benchmark/one_run.py --side ours --stage ppo --micro 4 --folder /tmp/workload --work.rows 16
+
+Ours: the stage script itself, its `main`. TRL: its trainer, set up as its documentation says. Both sides are timed by
+the same clock at the same places: optimiser steps, `Accelerator.backward`, and the ends of updates.
+"""
+
+import contextlib
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+os.environ |= {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "TOKENIZERS_PARALLELISM": "false"}
+
+import torch  # noqa: E402
+import tyro  # noqa: E402
+import workload  # noqa: E402
+
+
+@dataclass
+class Args:
+    side: Literal["ours", "trl"]
+    """whose code"""
+    stage: Literal["sft", "reward", "ppo"]
+    """which stage"""
+    folder: Path
+    """where the models and rows are (`workload.make`)"""
+    work: workload.Workload = field(default_factory=lambda: workload.Workload(rows=8))
+    """what is computed"""
+    micro: int = 4
+    """rows, pairs or episodes of one forward pass"""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """what the trainer is asked for"""
+    updates: int = 1
+    """updates that are timed"""
+    warm_up: int = 0
+    """updates before them, not timed"""
+    count_flops: bool = False
+    """count what is really computed, padding included (slower: do not time it)"""
+    profile: Path | None = None
+    """write the top operators of the timed updates to this file (slower: do not time it)"""
+
+
+class Clock:
+    """Seconds of the updates, and of the phases within them."""
+
+    def __init__(self):
+        self.marks, self.phases, self.open, self.peak_gb = [], [], None, 0.0
+
+    def update_ends(self) -> None:
+        """Also called once before the first update."""
+        self.marks.append(time.perf_counter())
+        self.peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # until here: nothing is saved yet
+        self.phases.append({})
+
+    def add(self, phase: str, seconds: float) -> None:
+        if self.phases:
+            self.phases[-1][phase] = self.phases[-1].get(phase, 0.0) + seconds
+
+    def watch(self) -> None:
+        """Time the backward passes and optimiser steps of whatever trainer runs in this process."""
+        from accelerate import Accelerator
+        from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+        plain = Accelerator.backward
+
+        def backward(accelerator, loss, **kwargs):
+            start = time.perf_counter()
+            plain(accelerator, loss, **kwargs)
+            self.add("backward", time.perf_counter() - start)
+
+        Accelerator.backward = backward
+        register_optimizer_step_pre_hook(lambda *_: setattr(self, "open", time.perf_counter()))
+        register_optimizer_step_post_hook(lambda *_: self.add("optimiser", time.perf_counter() - self.open))
+
+    def report(self, warm_up: int) -> dict:
+        seconds = [b - a for a, b in zip(self.marks, self.marks[1:])]
+        phases = self.phases[:-1]
+        for total, parts in zip(seconds, phases):
+            parts["forward and the rest"] = total - sum(parts.values())
+        return {"seconds": seconds[warm_up:], "phases": phases[warm_up:]}
+
+
+def run_ours(args: Args, clock: Clock, scratch: str) -> None:
+    """The stage's `main`, on a run folder in `scratch`."""
+    from summarize_from_feedback_details import ppo_left_padding, reward, sft
+    from summarize_from_feedback_details.checkpoints import Checkpoints
+    from summarize_from_feedback_details.run_folder import RunFolder
+
+    data, models = args.folder.resolve(), args.folder.resolve()
+    os.chdir(scratch)
+    updates = args.updates + args.warm_up
+    common = {
+        "run_name": "bench", "output_dir": f"{scratch}/out", "precision": args.precision, "run_eval": False,
+        "base_model": str(models / "policy"), "query_dataset": str(data / "sft"), "print_sample_output_freq": 0,
+        "local_micro_batch_size": args.micro, "batch_size": args.work.rows, "save_freq": 0, "save_minutes": 0.0,
+    }  # fmt: skip
+    plain_resume, plain_log = Checkpoints.resume, RunFolder.log
+
+    def resume(self):
+        position = plain_resume(self)
+        clock.update_ends()
+        return position
+
+    def log(self, update, metrics):
+        if update <= updates:
+            if "time/ppo/rollout_seconds" in metrics:
+                clock.add("rollout", metrics["time/ppo/rollout_seconds"])
+            clock.update_ends()
+        plain_log(self, update, metrics)
+
+    Checkpoints.resume, RunFolder.log = resume, log
+    if args.stage == "sft":
+        sft.main(sft.Args(**common, num_train_epochs=updates))
+    elif args.stage == "reward":
+        reward.main(reward.Args(
+            **common, num_train_epochs=updates, sft_model_path=str(models / "policy"), sft_model_revision=None,
+            label_dataset=str(data / "comparisons"), num_normalization_rows=1,
+        ))  # fmt: skip
+    else:
+        ppo_left_padding.main(ppo_left_padding.Args(
+            **common, num_updates=updates, sft_model_path=str(models / "policy"), sft_model_revision=None,
+            reward_model_path=str(models / "reward"), reward_model_revision=None,
+            response_length=args.work.response_length,
+        ))  # fmt: skip
+
+
+def run_trl(args: Args, clock: Clock, scratch: str) -> None:
+    """TRL's trainer: current for SFT and reward, `trl.experimental.ppo` of the last release that had it for PPO."""
+    import datasets
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+
+    updates = args.updates + args.warm_up
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            clock.update_ends()
+
+        def on_step_end(self, *_, **__):
+            clock.update_ends()
+
+    tokenizer = AutoTokenizer.from_pretrained(args.folder / "policy")
+    load = lambda kind, name, **kw: kind.from_pretrained(args.folder / name, dtype=torch.float32, **kw)
+    rows = datasets.load_dataset("parquet", data_dir=str(args.folder / "sft"), split="train")
+    strip = lambda row: [t for t in row if t != workload.PAD]
+    common = {
+        "output_dir": scratch, "per_device_train_batch_size": args.micro, "learning_rate": 3e-6, "adam_epsilon": 1e-5,
+        "gradient_accumulation_steps": args.work.rows // args.micro, "weight_decay": 0.01, "report_to": "none",
+        "use_cpu": True, "bf16": args.precision == "bf16", "gradient_checkpointing": False, "save_strategy": "no",
+        "seed": args.work.seed, "disable_tqdm": True, "logging_steps": 1,
+    }  # fmt: skip
+    transformers.utils.logging.set_verbosity_error()
+    if args.stage == "sft":
+        from trl import SFTConfig, SFTTrainer
+
+        rows = rows.map(lambda r: {"input_ids": strip(r["query_reference_response_token"])}).select_columns("input_ids")
+        trainer = SFTTrainer(
+            model=load(AutoModelForCausalLM, "policy"), processing_class=tokenizer, train_dataset=rows,
+            args=SFTConfig(**common, max_steps=updates, max_length=None, max_grad_norm=0.0),
+            callbacks=[Watch()],
+        )  # fmt: skip
+    elif args.stage == "reward":
+        from trl import RewardConfig, RewardTrainer
+
+        pairs = datasets.load_dataset("parquet", data_dir=str(args.folder / "comparisons"), split="train")
+        pairs = pairs.map(
+            lambda r: {f"{k}_ids": strip(r[f"query_{k}_token"]) for k in ("chosen", "rejected")}
+        ).select_columns(["chosen_ids", "rejected_ids"])
+        trainer = RewardTrainer(
+            model=load(AutoModelForSequenceClassification, "policy", num_labels=1), processing_class=tokenizer,
+            train_dataset=pairs, args=RewardConfig(**common, max_steps=updates, max_length=None, max_grad_norm=0.0),
+            callbacks=[Watch()],
+        )  # fmt: skip
+    else:
+        from trl.experimental import ppo
+
+        tokenizer.padding_side = "left"
+        rows = rows.map(lambda r: {"input_ids": strip(r["query_token"])}).select_columns("input_ids")
+        plain = ppo.ppo_trainer.PolicyAndValueWrapper.forward
+        begun = {"update": 0}
+
+        def forward(wrapper, **kwargs):  # called in training only: the first call of an update ends its rollout
+            if begun["update"] < len(clock.marks):
+                begun["update"] = len(clock.marks)
+                clock.add("rollout", time.perf_counter() - clock.marks[-1])
+            return plain(wrapper, **kwargs)
+
+        ppo.ppo_trainer.PolicyAndValueWrapper.forward = forward
+        trainer = ppo.PPOTrainer(
+            args=ppo.PPOConfig(**common, num_ppo_epochs=4, num_mini_batches=1, kl_coef=0.05, missing_eos_penalty=1.0,
+                               total_episodes=updates * args.work.rows, response_length=args.work.response_length,
+                               temperature=0.7, stop_token="eos", num_sample_generations=0),
+            processing_class=tokenizer, model=load(AutoModelForCausalLM, "policy"),
+            ref_model=load(AutoModelForCausalLM, "policy"),
+            reward_model=load(AutoModelForSequenceClassification, "reward", num_labels=1),
+            value_model=load(AutoModelForSequenceClassification, "reward", num_labels=1),
+            train_dataset=rows, eval_dataset=rows.select([0]), callbacks=[Watch()],
+        )  # fmt: skip
+    trainer.train()
+
+
+def counting():
+    """A counter of the FLOPs of all matrix products and attentions, the CPU's fused attention included."""
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+    aten = torch.ops.aten
+
+    def forward(query, key, value, *_, out_shape=None, **__):
+        return sdpa_flop_count(query, key, value)
+
+    def backward(grad, query, key, value, *_, out_shape=None, **__):
+        return 2 * sdpa_flop_count(query, key, value)
+
+    mapping = {
+        aten._scaled_dot_product_flash_attention_for_cpu: forward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+    return FlopCounterMode(display=False, custom_mapping=mapping)
+
+
+def main(args: Args) -> None:
+    clock = Clock()
+    clock.watch()
+    if args.stage == "ppo":
+        workload.force_ends(args.folder)
+    run = {"ours": run_ours, "trl": run_trl}[args.side]
+    counter = counting() if args.count_flops else contextlib.nullcontext()
+    profiler = contextlib.nullcontext()
+    if args.profile:
+        profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+    with tempfile.TemporaryDirectory() as scratch, counter, profiler, contextlib.redirect_stdout(sys.stderr):
+        run(args, clock, scratch)
+    found = clock.report(args.warm_up)
+    found["peak_gb"] = clock.peak_gb
+    found["peak_gb_with_saving"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    found["threads"] = torch.get_num_threads()
+    if args.count_flops:
+        found["computed_flops"] = counter.get_total_flops() / (args.updates + args.warm_up)
+    if args.profile:
+        table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=60)
+        args.profile.write_text(table)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, use_underscores=True))

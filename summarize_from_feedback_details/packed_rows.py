@@ -1,0 +1,187 @@
+"""Rows of different lengths in one forward pass without a pad: one behind the other, each seeing itself only.
+
+A batch of B rows becomes one row of all their tokens, [1, T1 + T2 + ...]. Everything that a transformer does to each
+token by itself (projections, MLP, norms) then works on real tokens only; attention is the one place where rows must not
+see each other, and transformers lets a model's attention be replaced. A piece may also stand behind an earlier one and
+see it, too: a query that two responses share is read once ("Accelerating Direct Preference Optimization with Prefix
+Sharing", arXiv 2410.20305).
+
+Nothing here knows about RLHF. Architectures that do not let their attention be replaced read padded rows instead: the
+same numbers, more work.
+"""
+
+import torch
+import torch.nn.functional as F
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+NAME = "packed"
+
+
+def packed_attention(module, query, key, value, attention_mask, pieces=None, **kwargs):
+    """Causal attention within each piece, and from it to the piece that it continues; without `pieces`, plain SDPA.
+
+    GPUs: this is the one place for a kernel that takes rows of different lengths at once.
+
+    Args:
+        query, key, value: [1, heads, tokens of all pieces, head width].
+        pieces: [(tokens, number of the earlier piece that it continues, or None)].
+
+    Returns:
+        ([1, tokens, heads, head width], None), as transformers expects.
+    """
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    if pieces is None:
+        return sdpa(module, query, key, value, attention_mask, **kwargs)
+    sizes = [size for size, _ in pieces]
+    window = kwargs.get("sliding_window")
+    if window is not None and window < max(
+        size + (sizes[before] if before is not None else 0) for size, before in pieces
+    ):
+        raise ValueError(f"rows longer than the sliding window of {window} tokens cannot be packed")
+    # a copy of its own lets go of a joint query-key-value projection, three times its size, before the backward pass
+    queries, keys, values = (states.split(sizes, 2) for states in (query, key, value.contiguous()))
+    out = []
+    for i, (size, before) in enumerate(pieces):
+        k, v, mask = keys[i], values[i], None  # no mask: causal, by the kernel that computes half of the scores
+        if before is not None:
+            k, v = torch.cat([keys[before], k], 2), torch.cat([values[before], v], 2)
+            mask = torch.ones(size, sizes[before] + size, dtype=torch.bool, device=k.device).tril(sizes[before])
+            mask = mask[None, None]
+        out.append(sdpa(module, queries[i], k, v, mask, **kwargs)[0])
+    return torch.cat(out, 1), None
+
+
+def packs(model) -> bool:
+    """Whether `use_packed_attention` found that this model reads packed rows."""
+    return getattr(model.config, "_attn_implementation", None) == NAME
+
+
+@torch.no_grad()
+def use_packed_attention(model) -> bool:
+    """Let a freshly loaded model read packed rows, if its architecture does so exactly; returns whether it does.
+
+    Tried on a few tokens: two rows of different lengths, and two more that continue a third.
+    """
+    ALL_ATTENTION_FUNCTIONS.register(NAME, packed_attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])  # of padded rows
+    before, was_training = model.config._attn_implementation, model.training
+    model.eval()
+    trunk, device = getattr(model, model.base_model_prefix), next(model.parameters()).device
+    a, b, c = (list(range(1, 1 + n)) for n in (5, 9, 3))
+    read = lambda inputs: trunk(**inputs, use_cache=False).last_hidden_state[0]
+    alone = [read(join([(row, None)], device, packed=False)) for row in (c, b, a + b, a + c)]
+    expected = torch.cat([*alone[:3], alone[3][len(a) :]])
+    try:
+        model.set_attn_implementation(NAME)
+        found = read(join([(c, None), (b, None), (a, None), (b, 2), (c, 2)], device))
+        same = packs(model) and torch.allclose(found, expected, rtol=0, atol=1e-3 * float(expected.abs().max()))
+    except (TypeError, ValueError):  # it takes no `pieces`, or needs more than SDPA can do
+        same = False
+    if not same:
+        model.set_attn_implementation(before)
+    model.train(was_training)
+    return same
+
+
+def join(pieces, device, packed: bool = True) -> dict:
+    """Pieces, [(token ids, number of the earlier piece that it continues, or None)] -> inputs of a model."""
+    positions = []
+    for tokens, before in pieces:
+        first = len(pieces[before][0]) if before is not None else 0
+        positions += range(first, first + len(tokens))
+    inputs = {
+        "input_ids": torch.tensor([[token for tokens, _ in pieces for token in tokens]], device=device),
+        "position_ids": torch.tensor([positions], device=device),
+    }
+    if packed:
+        inputs["pieces"] = [(len(tokens), before) for tokens, before in pieces]
+        # a mask of four dimensions is left alone by transformers, which else would look for rows in the positions
+        inputs["attention_mask"] = torch.zeros(1, 1, 1, 1, device=device)
+    return inputs
+
+
+def pack(rows: list[list[int]], packed: bool, device) -> tuple[dict, list[int]]:
+    """Rows of token ids -> (inputs of a model, number of each row's first token in its output, flattened).
+
+    Args:
+        rows: B lists of token ids, without pads.
+        packed: one behind the other; otherwise [B, T] with pads on the right, masked, id 0.
+    """
+    if packed:
+        starts = [0]
+        for row in rows[:-1]:
+            starts.append(starts[-1] + len(row))
+        return join([(row, None) for row in rows], device), starts
+    T = max(map(len, rows))
+    padded = lambda values: torch.tensor([[*v, *[0] * (T - len(v))] for v in values], device=device)
+    inputs = {
+        "input_ids": padded(rows),
+        "attention_mask": padded([[1] * len(row) for row in rows]),
+        "position_ids": padded([range(len(row)) for row in rows]),
+    }
+    return inputs, [i * T for i in range(len(rows))]
+
+
+def logits_at(model, inputs: dict, at: torch.Tensor) -> torch.Tensor:
+    """Logits [N, V] of a causal language model at these positions [N] of its flattened output."""
+    if "pieces" in inputs:
+        return model(**inputs, logits_to_keep=at, use_cache=False).logits[0]
+    return model(**inputs, use_cache=False).logits.flatten(0, 1)[at]
+
+
+def hidden_at(model, inputs: dict, at: torch.Tensor) -> torch.Tensor:
+    """Last hidden states [N, D] at these positions [N] of the flattened output, after the final norm."""
+    trunk = getattr(model, model.base_model_prefix)
+    return trunk(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[at]
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values of one layer, [B, heads, tokens, head width], with room behind them: more are written in place.
+
+    transformers' own layer copies all of them for each token that is added.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, room: int):
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.room = [F.pad(states, (0, 0, 0, room)) for states in (keys, values)]
+        self.keys, self.values = (states[:, :, : keys.shape[2]] for states in self.room)
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        begin, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        for states, more in zip(self.room, (key_states, value_states)):
+            states[:, :, begin:end] = more
+        self.keys, self.values = (states[:, :, :end] for states in self.room)
+        return self.keys, self.values
+
+
+def read_queries(model, inputs: dict, room: int) -> tuple[torch.Tensor, DynamicCache]:
+    """Read left-padded queries before sampling, without their pads where the model packs.
+
+    Args:
+        inputs: `input_ids`, `attention_mask`, `position_ids`, [B, Q] each.
+        room: tokens that will be sampled at most.
+
+    Returns:
+        logits [B, V] that predict the next token; the cache, left-padded as the queries are.
+    """
+    cache = DynamicCache(config=model.config)
+    if packs(model):
+        Q, lengths = inputs["input_ids"].shape[1], inputs["attention_mask"].sum(1).tolist()
+        rows = [row[Q - n :] for row, n in zip(inputs["input_ids"].tolist(), lengths)]
+        packed, starts = pack(rows, True, inputs["input_ids"].device)
+        last = torch.tensor([start + n - 1 for start, n in zip(starts, lengths)], device=inputs["input_ids"].device)
+        logits = model(**packed, past_key_values=cache, use_cache=True, logits_to_keep=last).logits[0]
+        pad = lambda states: torch.cat([F.pad(s, (0, 0, Q - s.shape[2], 0)) for s in states.split(lengths, 2)])
+    else:
+        logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        pad = lambda states: states
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[i] = RoomyLayer(pad(layer.keys), pad(layer.values), room)
+        elif packs(model):
+            layer.keys, layer.values = pad(layer.keys), pad(layer.values)
+    return logits, cache

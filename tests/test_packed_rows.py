@@ -1,0 +1,124 @@
+"""Packed rows: the same numbers and gradients as rows apart, what cannot be packed is noticed, the cache with room."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, FalconConfig, GPTJConfig, MistralConfig
+
+from summarize_from_feedback_details import sft
+from summarize_from_feedback_details.packed_rows import (
+    RoomyLayer,
+    hidden_at,
+    join,
+    logits_at,
+    pack,
+    packs,
+    use_packed_attention,
+)
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+ROWS = [[3, 4, 5, 6, 7], [8, 9], [1, 2, 3, 4, 5, 6, 7, 8, 9]]
+
+
+def compare_gradients(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
+    """To 1e-5 of the largest gradient."""
+    pairs = [(p.grad, q.grad) for p, q in zip(ours.parameters(), theirs.parameters())]
+    assert all((p is None) == (q is None) for p, q in pairs) and any(p is not None for p, _ in pairs)
+    pairs = [(p, q) for p, q in pairs if p is not None]
+    largest = max(float(q.abs().max()) for _, q in pairs)
+    for p, q in pairs:
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-5 * max(1.0, largest))
+
+
+def test_layouts_by_hand():
+    inputs, starts = pack(ROWS[:2], True, "cpu")
+    assert inputs["input_ids"].tolist() == [[3, 4, 5, 6, 7, 8, 9]] and starts == [0, 5]
+    assert inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1]] and inputs["pieces"] == [(5, None), (2, None)]
+    inputs, starts = pack(ROWS[:2], False, "cpu")
+    assert inputs["input_ids"].tolist() == [[3, 4, 5, 6, 7], [8, 9, 0, 0, 0]] and starts == [0, 5]
+    assert inputs["attention_mask"].tolist() == [[1] * 5, [1, 1, 0, 0, 0]]
+    inputs = join([([1, 2], None), ([3], 0), ([4, 5], 0)], "cpu")
+    assert inputs["position_ids"].tolist() == [[0, 1, 2, 2, 3]] and inputs["pieces"] == [(2, None), (1, 0), (2, 0)]
+
+
+@pytest.mark.parametrize("kind", [FalconConfig, GPTJConfig])
+def test_an_architecture_that_cannot_pack_is_noticed_and_padded(kind):
+    """These two compute attention themselves; their padded rows give what each row gives alone."""
+    names = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64, "rotary_dim": 4}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(kind(**(names if kind is GPTJConfig else SIZES))).eval()
+    sft.disable_dropout(model)
+    assert not use_packed_attention(model) and not packs(model)
+    inputs, starts = pack(ROWS, packs(model), "cpu")
+    with torch.no_grad():
+        for start, row in zip(starts, ROWS):
+            alone = model(torch.tensor([row]), use_cache=False).logits[0, -1]
+            at = torch.tensor([start + len(row) - 1])
+            torch.testing.assert_close(logits_at(model, inputs, at)[0], alone, rtol=0, atol=1e-5)
+
+
+class Ignores(torch.nn.Module):
+    """A trunk that counts positions through all rows."""
+
+    def __init__(self, trunk):
+        super().__init__()
+        self.trunk = trunk
+
+    def forward(self, position_ids, **inputs):
+        plain = torch.arange(position_ids.shape[1]).expand_as(position_ids)
+        return self.trunk(position_ids=plain, **inputs)
+
+
+def test_an_architecture_that_ignores_positions_is_noticed():
+    from test_ppo_left_padding import tiny_policy
+
+    model = tiny_policy("gpt2")
+    model.transformer = Ignores(model.transformer)
+    assert not use_packed_attention(model) and model.config._attn_implementation == "sdpa"
+
+
+def test_a_sliding_window_is_not_passed_over():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MistralConfig(**SIZES, sliding_window=20, num_key_value_heads=2)).eval()
+    assert use_packed_attention(model)
+    with torch.no_grad():
+        hidden_at(model, pack(ROWS, True, "cpu")[0], torch.tensor([0]))
+        with pytest.raises(ValueError, match="sliding window of 20"):
+            hidden_at(model, pack([list(range(21))], True, "cpu")[0], torch.tensor([0]))
+
+
+def test_packing_leaves_no_trace_in_a_checkpoint(tmp_path):
+    from test_ppo_left_padding import tiny_policy
+
+    model = tiny_policy()
+    assert use_packed_attention(model)
+    model.save_pretrained(tmp_path)
+    assert "packed" not in (tmp_path / "config.json").read_text()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+
+
+def test_a_cache_with_room():
+    keys, values = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
+    layer = RoomyLayer(keys, values, room=2)
+    more = torch.randn(2, 3, 2, 5)
+    for t in range(2):
+        found, _ = layer.update(more[:, :, t : t + 1], more[:, :, t : t + 1])
+        assert layer.get_seq_length() == 5 + t and found.data_ptr() == layer.room[0].data_ptr()  # nothing is copied
+    assert torch.equal(layer.keys, torch.cat([keys, more], 2))
+    assert torch.equal(layer.values, torch.cat([values, more], 2))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_token_logprobs_are_cross_entropy(temperature, dtype):
+    """Value and gradient, over several slices; bf16 rounds its gradient once."""
+    torch.manual_seed(0)
+    logits, targets = torch.randn(100, 50_000).to(dtype), torch.randint(0, 50_000, (100,))
+    ours, plain = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    assert len(sft.cut(logits)) > 3
+    expected = -torch.nn.functional.cross_entropy(plain.float() / temperature, targets, reduction="none")
+    found = sft.token_logprobs(ours * 1, targets, temperature)  # a product: a leaf may not be written over
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    weights = torch.randn(100)
+    (found * weights).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(ours.grad, plain.grad, rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-2)
