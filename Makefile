@@ -1,11 +1,11 @@
 # Two commands are all that a fresh machine with Python 3.11 needs:
 #   make hello    installs into .venv and runs the whole pipeline on the toy world
 #   make test     installs into .venv and runs the tests
-# Longer, and not needed: make toy-seeds, make scaling, make torture, make slurm-test
+# Longer, and not needed: make toy-seeds, make scaling, make torture, make slurm-test, make bench
 PYTHON ?= python3.11
 PY := .venv/bin/python
 
-.PHONY: hello test lint format toy-seeds scaling torture slurm-test
+.PHONY: hello test lint format toy-seeds scaling torture slurm-test bench
 
 hello: .venv/installed
 	./hello_world.sh
@@ -34,6 +34,10 @@ toy-seeds: .venv/installed
 scaling: .venv/installed
 	eval/scaling.sh
 
+# our stages beside TRL's trainers, in an environment of its own (40 minutes; goes on where it was stopped)
+bench: .venv-bench/installed
+	.venv-bench/bin/python benchmark/bench.py
+
 lint: .venv/installed
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -46,4 +50,11 @@ format: .venv/installed
 	@command -v $(PYTHON) >/dev/null || { echo "error: PYTHON: found no '$(PYTHON)'; expected Python 3.11 (make PYTHON=...)" >&2; exit 2; }
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv-bench/installed: requirements.txt benchmark/requirements.txt
+	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -r benchmark/requirements.txt
+	rm -rf .venv-bench/trl-ppo
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv-bench/trl-ppo trl==1.12.0
 	touch $@

@@ -222,6 +222,7 @@ def counting():
         return 2 * sdpa_flop_count(query, key, value)
 
     mapping = {
+        aten.addmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1],  # the gradients of TRL's fused head
         aten._scaled_dot_product_flash_attention_for_cpu: forward,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
     }
