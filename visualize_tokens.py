@@ -660,7 +660,7 @@ def wait_for_key() -> str:
     stdin = sys.stdin.fileno()
     before = termios.tcgetattr(stdin)
     try:
-        tty.setcbreak(stdin)
+        tty.setcbreak(stdin, termios.TCSADRAIN)  # its default throws away what was typed meanwhile
         return os.read(stdin, 16).decode(errors="replace")  # an arrow key is several bytes
     finally:
         termios.tcsetattr(stdin, termios.TCSADRAIN, before)

@@ -133,13 +133,11 @@ def measure(args: Args, runs: Runs) -> None:
                 if stage == "ppo" and has_bf16():
                     runs.measure("ours", stage, micro, work, key, precision="bf16")
     if "scaling" in args.steps:
-        for points in SCALED.values():
-            for name, value in points:
+        for stage in reversed(ROWS):
+            for name, value in (point for points in SCALED.values() for point in points):
                 work = replace(base, rows=4, **{name: value})
                 work = replace(work, heads=max(1, work.hidden // 64))
-                for stage in ROWS:
-                    key = f"scaling {name} {value}"
-                    runs.measure("ours", stage, 4, work, key, warm_up=0 if stage == "ppo" else 1)
+                runs.measure("ours", stage, 4, work, f"scaling {name} {value}", warm_up=0 if stage == "ppo" else 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

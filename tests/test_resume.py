@@ -368,6 +368,20 @@ def test_a_clock_set_back(world, workdir, undisturbed, monkeypatch):
     assert json.loads(Path("runs/sft/summary.json").read_text())["wall_clock_seconds"] >= 0
 
 
+@pytest.mark.skipif(shutil.which("faketime") is None, reason="needs Debian's package faketime")
+def test_a_process_whose_clock_is_set_back(world, workdir, undisturbed, monkeypatch):
+    """The same with no patch: the whole process, its libraries and its file dates live a year ago."""
+    args = stage_args(world, "sft", "sft")
+    stop_after("sft", args, 3, monkeypatch)
+    command, env = launch_command("sft", args, workdir)
+    command = ["faketime", "-f", "-365d", *command]
+    done = subprocess.run(command, cwd=workdir, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert_same_bits(workdir, undisturbed, "sft")
+    written = EventAccumulator("runs/sft/tensorboard").Reload().Scalars("train/sft/loss")
+    assert written[2].wall_time - 300 * 86400 > written[-1].wall_time  # the clock was set back, in the middle
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # what may change, and what must not
 

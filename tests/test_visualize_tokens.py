@@ -9,6 +9,7 @@ import pty
 import re
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -364,6 +365,8 @@ def test_keys_in_a_terminal_of_60_columns(ppo_run):
             break
         if out.count(b"any key") > 3 - len(keys):
             os.write(terminal, keys.pop(0))
+    else:
+        os.kill(pid, signal.SIGKILL)  # it waits for a key that never came
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.decode())
     assert code == 0, text[-2000:]
