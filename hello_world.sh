@@ -7,6 +7,7 @@
 #   FRESH=1 ./hello_world.sh                                 do not reuse finished stages
 #   SIZE=medium ./hello_world.sh                             another size of the toy model: tiny, small, medium, large
 #   KL_COEF=0.2 PPO_EPISODES=4800 ./hello_world.sh           another PPO run beside the first one
+#   PRECISION=bf16 ./hello_world.sh                         the toy stages in bf16 (default: fp32), beside those in fp32
 #   REPORT=0 ./hello_world.sh                                train only: no judge, figures, page
 #   MODEL=EleutherAI/pythia-1b-deduped ./hello_world.sh      the real thing: real data, the paper's batch sizes
 #   MICRO=4 PPO_MICRO=8 ROLLOUT=32 MODEL=... ./hello_world.sh    rows of one forward pass on one GPU: SFT and reward
@@ -18,12 +19,13 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
-MODEL=${MODEL:-toy} SMOKE=${SMOKE:-0} FRESH=${FRESH:-0} REPORT=${REPORT:-1}
+MODEL=${MODEL:-toy} SMOKE=${SMOKE:-0} FRESH=${FRESH:-0} REPORT=${REPORT:-1} PRECISION=${PRECISION:-fp32}
 STAGES=summarize_from_feedback_details
 export TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}
 
 refuse() { echo "error: $1: found $2; expected $3" >&2; exit 2; }
 is_count() { [[ $1 =~ ^[1-9][0-9]*$ ]]; }
+[[ $PRECISION =~ ^(fp32|bf16|auto)$ ]] || refuse PRECISION "'$PRECISION'" "fp32, bf16 or auto"
 for flag in SMOKE FRESH REPORT; do [[ ${!flag} =~ ^[01]$ ]] || refuse "$flag" "'${!flag}'" "0 or 1"; done
 
 # ----------------------------------------------------------------------------------------------------------- machine
@@ -96,6 +98,7 @@ if [ "$MODEL" = toy ]; then
         ROWS=(--n_sft 600 --n_sft_validation 32 --n_comparisons 400 --n_comparisons_validation 40 --n_cnndm 10)
         EPISODES=(640 320 128) EVAL=(--num_eval_rows 32)
     fi
+    [ "$PRECISION" = fp32 ] || CHAIN=${CHAIN}_$PRECISION
     PPO_EPISODES=${PPO_EPISODES:-${EPISODES[2]}}
     is_count "$PPO_EPISODES" || refuse PPO_EPISODES "'$PPO_EPISODES'" "a number above 0"
     [[ ${KL_COEF:-0} =~ ^[0-9]*\.?[0-9]+$ ]] || refuse KL_COEF "'$KL_COEF'" "a number of at least 0"
@@ -106,7 +109,7 @@ if [ "$MODEL" = toy ]; then
     for batch in $BATCH $PPO_BATCH; do
         [ $((batch % PROCESSES)) = 0 ] || refuse "number of GPUs" "$PROCESSES" "a divisor of the batch size $batch"
     done
-    TOY=(--lr 3e-3 --warm_up_steps 20 --eps 1e-8 --weight_decay 0 --max_grad_norm 1 --precision fp32
+    TOY=(--lr 3e-3 --warm_up_steps 20 --eps 1e-8 --weight_decay 0 --max_grad_norm 1 --precision "$PRECISION"
         --local_eval_batch_size 128 --print_sample_output_freq 0)
 
     "$PYTHON" eval/speed_probe.py --smoke "$SMOKE"

@@ -125,6 +125,7 @@ def test_committed_report_is_made_of_its_measurements(file):
     for name, (theirs, ours, *_) in bench.comparisons(runs).items():
         assert len(theirs) == len(ours) >= 3
         value, low, high = bench.ratio(theirs, ours)
-        assert f"| {name} | **{value:.2f}x** | {low:.2f} to {high:.2f} |" in text
+        line = f"| {name} | **{value:.2f}x** | {low:.2f} to {high:.2f} |"
+        assert line in text and line in (ROOT / "README.md").read_text()
     assert np.isfinite([s for run in runs.found.values() for s in run.get("seconds", [])]).all()
     assert not re.search(r"/(home|root|work|tmp)/", file.read_text() + text)
