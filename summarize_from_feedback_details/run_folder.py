@@ -623,8 +623,8 @@ def print_table(table) -> None:
 def keep_freed_memory() -> None:
     """Let the C library keep what is freed: else each large tensor is mapped, zeroed and faulted in again.
 
-    glibc's M_MMAP_MAX = 0 and M_TRIM_THRESHOLD = 2 GiB (mallopt(3)), unless the environment has its variables for one of
-    them; elsewhere nothing happens.
+    glibc's M_MMAP_MAX = 0 and M_TRIM_THRESHOLD = 2 GiB (mallopt(3)), unless the environment sets one of them; elsewhere
+    nothing happens.
     """
     if os.environ.keys() & {"MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"}:
         return
