@@ -135,7 +135,7 @@ def measure(args: Args, runs: Runs) -> None:
     if "scaling" in args.steps:
         for stage in reversed(ROWS):
             for name, value in (point for points in SCALED.values() for point in points):
-                work = replace(base, rows=4, **{name: value})
+                work = replace(replace(base, rows=4), **{name: value})
                 work = replace(work, heads=max(1, work.hidden // 64))
                 runs.measure("ours", stage, 4, work, f"scaling {name} {value}", warm_up=0 if stage == "ppo" else 1)
 
