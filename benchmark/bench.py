@@ -41,7 +41,7 @@ TARGETS = {
 SCALED = {  # of a smaller workload, so that 13 points of three stages take minutes
     "query": [("query", f) for f in (0.25, 0.5, 1.0, 1.5)],
     "response": [("response", f) for f in (0.5, 1.0, 2.0, 3.0)],
-    "batch": [("rows", f) for f in (4, 8, 16, 32)],
+    "batch": [("rows", f) for f in (4, 8, 12, 16)],
     "model": [("hidden", f) for f in (256, 384, 512, 768)],
 }
 Step = Literal["flops", "profile", "beside", "scaling"]
