@@ -92,7 +92,7 @@ if [ "$MODEL" = toy ]; then
     esac
     CHAIN=toy_${SIZE}_seed$SEED
     ROWS=(--n_sft 16000 --n_comparisons 16000)
-    EPISODES=(19200 16000 1600) EVAL=()
+    EPISODES=(19200 16000 3200) EVAL=()
     if [ "$SMOKE" = 1 ]; then
         CHAIN=smoke_seed$SEED
         ROWS=(--n_sft 600 --n_sft_validation 32 --n_comparisons 400 --n_comparisons_validation 40 --n_cnndm 10)

@@ -285,11 +285,12 @@ def draw(runs: Runs) -> None:
                     if run:
                         xs.append(x)
                         ys.append(run["seconds"][-1] / value if name == "rows" else run["seconds"][-1] / 4)
-                axis.plot(xs, ys, marker=marker, label=stage)
+                if xs:
+                    axis.plot(xs, ys, marker=marker, label=stage)
             labels = {"query": "query, tokens (mean)", "response": "response, tokens (mean)",
                       "batch": "rows of an update", "model": "parameters of the layers, million"}  # fmt: skip
-            axis.set(xscale="log", yscale="log", xlabel=labels[what])
-            axis.grid(alpha=0.3, which="both", linewidth=0.4)
+            axis.set(xlabel=labels[what], xlim=(0, None), ylim=(0, None))
+            axis.grid(alpha=0.3, linewidth=0.4)
             axis.spines[["top", "right"]].set_visible(False)
         axes[0].set_ylabel("seconds per row, pair or episode")
         axes[0].legend(frameon=False, fontsize=8)

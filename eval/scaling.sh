@@ -18,7 +18,7 @@ mkdir -p logs/scaling
 
 run_cell() { # cells are written as SIZE SEED [KL_COEF EPISODES]
     local name=$1_seed$2${3:+_kl$3} start=$SECONDS
-    if SIZE=$1 SEED=$2 KL_COEF=${3:-} PPO_EPISODES=${4:-} ./hello_world.sh >>"logs/scaling/$name.log" 2>&1; then
+    if SIZE=$1 SEED=$2 KL_COEF=${3:-} PPO_EPISODES=${4:-1600} ./hello_world.sh >>"logs/scaling/$name.log" 2>&1; then
         echo "$name: $((SECONDS - start)) s"
     else
         echo "$name: FAILED, see logs/scaling/$name.log" >&2
