@@ -194,7 +194,7 @@ def test_settings_of_hello_world_exist():
     named = {name for line in README.splitlines() if "hello_world.sh" in line or "MICRO=" in line
              for name in re.findall(r"\b([A-Z_]+)=", line)}  # fmt: skip
     toy, real = {"SIZE", "KL_COEF", "PPO_EPISODES"}, {"MODEL", "MICRO", "PPO_MICRO", "ROLLOUT"}
-    assert {"SEED", "SMOKE", "FRESH", "REPORT"} | toy | real == named
+    assert {"SEED", "SMOKE", "FRESH", "REPORT", "PRECISION"} | toy | real == named
     assert all(f"${{{name}:-" in script for name in named)
 
 
