@@ -1,6 +1,6 @@
 """One side of the benchmark on one stage, as a process of its own: a few updates, timed; prints one JSON object.
 
-    python benchmark/one_run.py --side ours --stage ppo --micro 4 --folder /tmp/workload --work.rows 16
+    python benchmark/one_run.py --side ours --stage ppo --micro 4 --folder workload --work.rows 16
 
 Ours: the stage script itself, its `main`. TRL: its trainer, set up as its documentation says. Both sides are timed by
 the same clock at the same places: optimiser steps, `Accelerator.backward`, and the ends of updates.

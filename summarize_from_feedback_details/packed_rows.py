@@ -169,7 +169,8 @@ def read_queries(model, inputs: dict, room: int) -> tuple[torch.Tensor, DynamicC
         logits [B, V] that predict the next token; the cache, left-padded as the queries are.
     """
     cache = DynamicCache(config=model.config)
-    if packs(model):
+    # layers of a sliding window keep the last tokens of what they read, whichever row's these are
+    if packs(model) and all(type(layer) is DynamicLayer for layer in cache.layers):
         Q, lengths = inputs["input_ids"].shape[1], inputs["attention_mask"].sum(1).tolist()
         rows = [row[Q - n :] for row, n in zip(inputs["input_ids"].tolist(), lengths)]
         packed, starts = pack(rows, True, inputs["input_ids"].device)
@@ -182,6 +183,4 @@ def read_queries(model, inputs: dict, room: int) -> tuple[torch.Tensor, DynamicC
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
             cache.layers[i] = RoomyLayer(pad(layer.keys), pad(layer.values), room)
-        elif packs(model):
-            layer.keys, layer.values = pad(layer.keys), pad(layer.values)
     return logits, cache

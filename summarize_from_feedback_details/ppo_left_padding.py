@@ -553,9 +553,8 @@ class PolicyAndValue(torch.nn.Module):
     def values(self, queries, responses, value_counts) -> torch.Tensor:
         """values[t] is read at the token BEFORE response token t: it has seen the query and the tokens < t."""
         inputs, before = response_positions(self.value_model, queries, responses, value_counts)
-        return (
-            self.value_model.score(hidden_at(self.value_model, inputs, before))[:, 0].float() + self.value_bias.float()
-        )
+        values = self.value_model.score(hidden_at(self.value_model, inputs, before))[:, 0]
+        return values.float() + self.value_bias.float()
 
 
 def response_positions(model, queries, responses, counts) -> tuple[dict, torch.Tensor]:
@@ -1081,9 +1080,8 @@ def main(args: Args) -> dict[str, float]:
         # Detail: learning rate - linear to 0 over updates
         scheduler = get_scheduler(args.scheduler, optimizer, args.warm_up_steps, args.num_updates)
         model, optimizer = accelerator.prepare(model, optimizer)
-        if (
-            accelerator.state.deepspeed_plugin is None
-        ):  # gradients get their place before activations fragment the memory
+        # gradients get their place before activations fragment the memory; DeepSpeed keeps its own
+        if accelerator.state.deepspeed_plugin is None:
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter)
         whole = accelerator.unwrap_model(model)

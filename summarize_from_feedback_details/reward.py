@@ -566,9 +566,8 @@ def main(args: Args) -> dict[str, float]:
         optimizer = make(model.parameters(), lr=args.lr, eps=args.eps, weight_decay=args.weight_decay, fused=True)
         scheduler = get_scheduler(args.scheduler, optimizer, args.warm_up_steps, args.num_updates)
         model, optimizer = accelerator.prepare(model, optimizer)
-        if (
-            accelerator.state.deepspeed_plugin is None
-        ):  # gradients get their place before activations fragment the memory
+        # gradients get their place before activations fragment the memory; DeepSpeed keeps its own
+        if accelerator.state.deepspeed_plugin is None:
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter)
         splits = {s: dataset[s] for s in ("validation", "validation_cnndm") if s in dataset and len(dataset[s])}

@@ -86,6 +86,27 @@ def test_a_sliding_window_is_not_passed_over():
             hidden_at(model, pack([list(range(21))], True, "cpu")[0], torch.tensor([0]))
 
 
+def test_sampling_with_a_sliding_window():
+    """Its cache keeps the last tokens of a row, so queries are read padded: the same tokens, beyond the window, too."""
+    torch.manual_seed(0)
+    config = MistralConfig(**SIZES, sliding_window=20, num_key_value_heads=2, intermediate_size=64)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    queries, R = sft.pad_rows([*ROWS, *ROWS], 63, "left"), 30
+    found = []
+    for _ in range(2):
+        noise = sft.episode_noise(1, range(len(queries)), torch.device("cpu"))
+        found.append(sft.sample_responses(model, queries, noise, 63, 62, R, 1.0, 63))
+        assert use_packed_attention(model)
+    assert torch.equal(found[0][0], found[1][0]) and (found[0][0] != 63).sum(1).max() == R
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=0, atol=1e-5)
+    for i, row in enumerate([*ROWS, *ROWS]):  # each response along a pass over its whole row
+        written = [t for t in found[0][0][i].tolist() if t != 63]
+        with torch.no_grad():
+            logits = model(torch.tensor([row + written]), use_cache=False).logits[0, len(row) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(written)[:, None])[:, 0]
+        torch.testing.assert_close(found[0][1][i, : len(written)], expected, rtol=0, atol=1e-5)
+
+
 def test_packing_leaves_no_trace_in_a_checkpoint(tmp_path):
     from test_ppo_left_padding import tiny_policy
 
