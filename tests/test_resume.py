@@ -511,4 +511,4 @@ def test_weights_and_biases_goes_on_in_the_same_run(world, workdir, monkeypatch)
     sft.main(replace(args))
     folders = sorted(Path("runs/sft/wandb").glob("offline-run-*"))
     run_id = json.loads(Path("runs/sft/wandb.json").read_text())["id"]
-    assert len(folders) == 2 and all(f.name.endswith(run_id) for f in folders)
+    assert len(folders) == 2 and all(f.name.split("-")[3] == run_id for f in folders)
