@@ -24,7 +24,6 @@ from summarize_from_feedback_details.run_folder import print_table, write_json  
 
 BUCKET = 5e8  # elements of DeepSpeed's reduce bucket (its default), held once per gradient dtype
 SAVED_PER_LAYER = 19  # widths of hidden states that one GPT-NeoX layer keeps of a token for the backward pass
-LOGIT_COPIES = 3  # logits or their float32 copy, log-softmax, gradient
 
 
 @dataclass
@@ -57,7 +56,7 @@ class Layout:
 
     stage: str  # sft, reward or ppo
     rows: int  # of one forward pass in training (pairs for reward)
-    tokens: int  # of a row, pads trimmed
+    tokens: float  # of a row in the mean: rows are packed
     responses: int  # tokens at which logits are taken
     rollout_rows: int = 0  # PPO: episodes sampled at a time
     processes: int = 1
@@ -65,7 +64,6 @@ class Layout:
     width: int = 2  # bytes of a weight: 2 for bf16, 4 for float32
     checkpointing: bool = False
     offload: bool = False
-    accumulates: bool = True  # whether gradients of earlier micro batches are there while activations are at their peak
 
 
 def memory(shape: Shape, layout: Layout) -> dict[str, float]:
@@ -82,12 +80,12 @@ def memory(shape: Shape, layout: Layout) -> dict[str, float]:
     T, D, L = layout.tokens, shape.hidden, shape.layers
     kept = layout.rows * T * D * w * (L + SAVED_PER_LAYER if layout.checkpointing else L * SAVED_PER_LAYER)
     networks = 2 if layout.stage == "ppo" else 1  # both are in the graph at the same time
-    logits = 0.0 if layout.stage == "reward" else 4.0 * layout.rows * layout.responses * shape.vocabulary * LOGIT_COPIES
+    # once, in the precision of the products: their gradient is written over them
+    logits = 0.0 if layout.stage == "reward" else w * layout.rows * layout.responses * shape.vocabulary
     activations = kept * networks
     cache = 2.0 * w * L * D * T * layout.rollout_rows
     gathered = w * trained if layout.zero == 3 else 0.0  # ZeRO-3: whole weights while PPO samples
-    train = activations + logits + gradients if layout.accumulates else max(activations + logits, gradients)
-    train += weights + optimizer + (0.0 if layout.offload else w * frozen)
+    train = activations + logits + gradients + weights + optimizer + (0.0 if layout.offload else w * frozen)
     rollout = weights + optimizer + w * frozen + cache + gathered if layout.stage == "ppo" else 0.0
     return {"weights": weights, "frozen": w * frozen, "gradients": gradients, "optimizer": optimizer,
             "activations": activations, "logits": logits, "cache": cache, "train": train, "rollout": rollout,
@@ -119,12 +117,11 @@ MEASURED = [Shape("D 384, 4 layers", 4, 384, 50304), Shape("D 512, 6 layers", 6,
 
 
 def measured_layouts() -> dict[str, Layout]:
-    """Small runs; tokens are those of the longest rows of the toy world's batches."""
-    ppo = {"stage": "ppo", "rows": 32, "tokens": 69, "responses": 24, "rollout_rows": 32, "width": 4}
-    ppo["accumulates"] = False
+    """Small runs; tokens are means of the toy world's rows (a random policy samples all 24)."""
+    ppo = {"stage": "ppo", "rows": 32, "tokens": 57, "responses": 24, "rollout_rows": 32, "width": 4}
     return {
-        "SFT": Layout("sft", 32, 57, 57, width=4, accumulates=False),
-        "reward": Layout("reward", 32, 2 * 58, 0, width=4, accumulates=False),
+        "SFT": Layout("sft", 32, 43, 42, width=4),
+        "reward": Layout("reward", 32, 91, 0, width=4),
         "PPO": Layout(**ppo),
         "PPO, checkpointing": Layout(**ppo, checkpointing=True),
         "PPO, ZeRO-2 on 2": Layout(**ppo | {"rows": 16, "rollout_rows": 16}, processes=2, zero=2),
