@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from summarize_from_feedback_details.run_folder import print_table, write_json  # noqa: E402
 
 BUCKET = 5e8  # elements of DeepSpeed's reduce bucket (its default), held once per gradient dtype
-SAVED_PER_LAYER = 19  # widths of hidden states that one GPT-NeoX layer keeps of a token for the backward pass
+SAVED_PER_LAYER = 17  # widths of hidden states that one GPT-NeoX layer keeps of a token for the backward pass
 
 
 @dataclass
@@ -64,6 +64,9 @@ class Layout:
     width: int = 2  # bytes of a weight: 2 for bf16, 4 for float32
     checkpointing: bool = False
     offload: bool = False
+    accumulates: bool = (
+        True  # ZeRO: whether gradients are there while activations are at their peak; else they always are
+    )
 
 
 def memory(shape: Shape, layout: Layout) -> dict[str, float]:
@@ -78,14 +81,16 @@ def memory(shape: Shape, layout: Layout) -> dict[str, float]:
     gradients = w * trained / shard + bucket
     optimizer = (12 if layout.zero else 8) * trained / shard  # Adam's two moments; ZeRO has float32 masters, too
     T, D, L = layout.tokens, shape.hidden, shape.layers
-    kept = layout.rows * T * D * w * (L + SAVED_PER_LAYER if layout.checkpointing else L * SAVED_PER_LAYER)
+    saved = layout.rows * T * D * w * (L + SAVED_PER_LAYER if layout.checkpointing else L * SAVED_PER_LAYER)
     networks = 2 if layout.stage == "ppo" else 1  # both are in the graph at the same time
     # once, in the precision of the products: their gradient is written over them
     logits = 0.0 if layout.stage == "reward" else w * layout.rows * layout.responses * shape.vocabulary
-    activations = kept * networks
+    activations = saved * networks
     cache = 2.0 * w * L * D * T * layout.rollout_rows
     gathered = w * trained if layout.zero == 3 else 0.0  # ZeRO-3: whole weights while PPO samples
-    train = activations + logits + gradients + weights + optimizer + (0.0 if layout.offload else w * frozen)
+    kept = layout.accumulates or not layout.zero
+    train = activations + logits + gradients if kept else max(activations + logits, gradients)
+    train += weights + optimizer + (0.0 if layout.offload else w * frozen)
     rollout = weights + optimizer + w * frozen + cache + gathered if layout.stage == "ppo" else 0.0
     return {"weights": weights, "frozen": w * frozen, "gradients": gradients, "optimizer": optimizer,
             "activations": activations, "logits": logits, "cache": cache, "train": train, "rollout": rollout,
@@ -124,7 +129,7 @@ def measured_layouts() -> dict[str, Layout]:
         "reward": Layout("reward", 32, 91, 0, width=4),
         "PPO": Layout(**ppo),
         "PPO, checkpointing": Layout(**ppo, checkpointing=True),
-        "PPO, ZeRO-2 on 2": Layout(**ppo | {"rows": 16, "rollout_rows": 16}, processes=2, zero=2),
+        "PPO, ZeRO-2 on 2": Layout(**ppo | {"rows": 16, "rollout_rows": 16}, processes=2, zero=2, accumulates=False),
     }
 
 

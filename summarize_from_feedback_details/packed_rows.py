@@ -128,7 +128,8 @@ def pack(rows: list[list[int]], packed: bool, device) -> tuple[dict, list[int]]:
 def logits_at(model, inputs: dict, at: torch.Tensor) -> torch.Tensor:
     """Logits [N, V] of a causal language model at these positions [N] of its flattened output."""
     if "pieces" in inputs:
-        return model(**inputs, logits_to_keep=at, use_cache=False).logits[0]
+        # flattened, not indexed: the gradient of an index would be a second copy of the logits
+        return model(**inputs, logits_to_keep=at, use_cache=False).logits.flatten(0, 1)
     return model(**inputs, use_cache=False).logits.flatten(0, 1)[at]
 
 

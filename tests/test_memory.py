@@ -24,7 +24,7 @@ def test_terms_by_hand():
     N = shape.policy
     assert (plain["weights"], plain["gradients"], plain["optimizer"], plain["frozen"]) == (4 * N, 4 * N, 8 * N, 0)
     assert plain["activations"] == 3 * 7 * 10 * 4 * 2 * memory.SAVED_PER_LAYER
-    assert plain["logits"] == 4 * 3 * 7 * 100 * memory.LOGIT_COPIES
+    assert plain["logits"] == 4 * 3 * 7 * 100
     ppo = {"stage": "ppo", "rows": 1, "tokens": 5, "responses": 2, "rollout_rows": 6, "processes": 4}
     zero2, zero3 = (memory.memory(shape, memory.Layout(**ppo, zero=stage)) for stage in (2, 3))
     N = shape.policy + shape.trunk
