@@ -31,6 +31,26 @@ def _reason(error: Exception) -> str:
     return f"the hub cannot be reached (offline): {text}" if offline else text
 
 
+def find_on_hub(argument: str, name: str, revision: str | None, kind: str, expected: str) -> None:
+    """Refuse what is not on the hub, after ONE request: the libraries' own retries take most of a minute.
+
+    Args:
+        kind: "model" or "dataset".
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    if constants.HF_HUB_OFFLINE:
+        return  # the libraries then look into their cache only, and say at once what is not there
+    try:
+        getattr(HfApi(), f"{kind}_info")(name, revision=revision, timeout=5)
+    except (HfHubHTTPError, HFValidationError) as error:
+        refuse(argument, f"'{name}', neither a folder here nor on the hub: {_reason(error)}", expected)
+    except Exception:
+        found = f"'{name}', which is not a folder here, and no network to look for it on the hub (offline)"
+        refuse(argument, found, f"{expected} (HF_HUB_OFFLINE=1 takes it from the local cache)")
+
+
 def check_sizes(args: Any, positive: tuple[str, ...] = (), at_least_zero: tuple[str, ...] = ()) -> None:
     """Refuse arguments that are not positive (or not at least zero); None passes. `ppo.lam` style names work."""
     for names, ok, expected in (
@@ -62,7 +82,8 @@ def load_rows(argument: str, path: str, revision: str | None, kind: str, columns
         path: folder that `datasets.load_dataset` reads, or hub id.
         revision: hub revision, or None.
         kind: "sft" or "comparisons", for a message when the other one is given.
-        columns: needed columns; those ending in `_token` or `_label` must hold whole numbers of one length a column.
+        columns: needed columns; those of token ids are checked by `check_tokens`; those that end in `_len` must hold
+            whole numbers, the others text.
         splits: splits that must exist and hold rows.
 
     Returns:
@@ -76,10 +97,14 @@ def load_rows(argument: str, path: str, revision: str | None, kind: str, columns
         refuse(argument, f"'{path}', an empty folder", "a folder of parquet or jsonl files, or a hub id")
     if not os.path.isdir(path) and (path.count("/") != 1 or path.startswith((".", "/", "~"))):
         refuse(argument, f"'{path}', which does not exist", "a folder of parquet or jsonl files, or a hub id")
+    if not os.path.isdir(path):
+        find_on_hub(argument, path, revision, "dataset", "a folder of parquet or jsonl files, or a hub id")
     shown = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
-        found = datasets.load_dataset(path, revision=None if os.path.isdir(path) else revision)
+        # a relative name alone could also be that of a builder of the library, such as `json`
+        here = os.path.isdir(path)
+        found = datasets.load_dataset(os.path.abspath(path) if here else path, revision=None if here else revision)
     except Exception as error:
         where = "that cannot be read" if os.path.isdir(path) else "neither a folder here nor readable on the hub"
         refuse(argument, f"'{path}', {where}: {_reason(error)}", "a folder of parquet or jsonl files, or a hub id")
@@ -103,10 +128,26 @@ def load_rows(argument: str, path: str, revision: str | None, kind: str, columns
             )
         if split in splits and len(rows) == 0:
             refuse(argument, f"'{path}' whose split '{split}' is empty", "at least one row")
+        for column in columns:
+            if not column.endswith(("_token", "_label")):
+                expected = "whole numbers" if column.endswith("_len") else "text"
+                _check_type(argument, f"column '{column}' of split '{split}'", rows.data.column(column), expected)
     return found
 
 
-def check_tokens(argument: str, rows_by_split, columns: list[str], vocab_size: int, pad_id: int) -> None:
+def _check_type(argument: str, where: str, data, expected: str) -> None:
+    """Refuse a column with a hole, or of something else than "whole numbers" or "text"."""
+    from pyarrow import types
+
+    is_right = (
+        types.is_integer if expected == "whole numbers" else lambda t: types.is_string(t) or types.is_large_string(t)
+    )
+    if len(data) and (data.null_count or not is_right(data.type)):
+        found = f"{data.null_count} rows without a value" if is_right(data.type) else f"type {data.type}"
+        refuse(argument, f"{where} with {found}", f"{expected} in each row")
+
+
+def check_tokens(argument: str, rows_by_split, columns: list[str], vocab_size: int, pad_id: int) -> dict[str, int]:
     """Refuse token columns that are not whole numbers, differ in length, or do not fit the model's vocabulary.
 
     Args:
@@ -115,10 +156,14 @@ def check_tokens(argument: str, rows_by_split, columns: list[str], vocab_size: i
         columns: columns of token ids.
         vocab_size: rows of the model's embedding; ids must be below (the pad id may be any).
         pad_id: id of the pad token in the dataset.
+
+    Returns:
+        column -> tokens in its longest row, pads not counted.
     """
     import pyarrow
     import pyarrow.compute as pc
 
+    longest = dict.fromkeys(columns, 0)
     for split, rows in rows_by_split.items():
         for column in columns:
             where = f"column '{column}' of split '{split}'"
@@ -138,6 +183,13 @@ def check_tokens(argument: str, rows_by_split, columns: list[str], vocab_size: i
             if bad:
                 found = f"{where} with token id {bad[0]}"
                 refuse(argument, found, f"ids below the model's vocabulary size {vocab_size}, or the pad id {pad_id}")
+            for chunk in data.chunks:
+                tokens = pc.list_flatten(chunk).to_numpy(zero_copy_only=False).reshape(len(chunk), -1)
+                real = (tokens != pad_id).sum(1)
+                if not real.all():
+                    refuse(argument, f"{where} with {int((real == 0).sum())} rows of pads only", "at least one token")
+                longest[column] = max(longest[column], int(real.max(initial=0)))
+    return longest
 
 
 def check_same_tokenizer(argument: str, row: dict, text_column: str, token_column: str, tokenizer) -> None:
@@ -157,6 +209,8 @@ def find_tokenizer(argument: str, path: str, revision: str | None = None):
     """
     from transformers import AutoTokenizer
 
+    if not os.path.isdir(path):
+        find_on_hub(argument, path, revision, "model", "a folder or hub id of a model")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=None if os.path.isdir(path) else revision)
     except Exception as error:
@@ -219,6 +273,8 @@ def find_model(argument: str, path: str | None, revision: str | None, kind: str)
             refuse(argument, f"'{path}' without config.json", f"a checkpoint of {KINDS[kind]}")
     elif path.count("/") > 1 or path.startswith((".", "/", "~")):
         refuse(argument, f"'{path}', which does not exist", f"a folder or hub id of {KINDS[kind]}")
+    if not os.path.isdir(path):
+        find_on_hub(argument, path, revision, "model", f"a folder or hub id of {KINDS[kind]}")
     try:
         config, _ = PretrainedConfig.get_config_dict(path, revision=None if os.path.isdir(path) else revision)
     except Exception as error:
@@ -229,11 +285,25 @@ def find_model(argument: str, path: str | None, revision: str | None, kind: str)
     is_policy = architecture.endswith(("ForCausalLM", "LMHeadModel"))
     if (kind == "reward" and not is_reward) or (kind == "policy" and not is_policy):
         refuse(argument, f"'{path}', a {architecture}", KINDS[kind])
+    if kind == "policy" and not _samples_from_keys_and_values(architecture):
+        refuse(
+            argument, f"'{path}', a {architecture}, which keeps no keys and values", "an attention model to sample from"
+        )
     if os.path.isdir(path):
         _check_weights(argument, Path(path))
     if kind == "reward" and is_reward and "base_config" not in config and len(config.get("id2label", {0: 0})) != 1:
         refuse(argument, f"'{path}', a classifier of {len(config['id2label'])} labels", KINDS[kind])
     return config
+
+
+def _samples_from_keys_and_values(architecture: str) -> bool:
+    """Whether this class of transformers reads a cache of keys and values; a state (Mamba) would read the pads, too."""
+    import inspect
+
+    import transformers
+
+    model = getattr(transformers, architecture, None)
+    return model is None or "past_key_values" in inspect.signature(model.forward).parameters
 
 
 def check_same_vocabulary(
@@ -260,13 +330,26 @@ def tokenizer_vocabulary(path: str) -> dict[str, int] | None:
     return vocabulary
 
 
+def check_context(argument: str, path: str, config: dict, longest: int, what: str) -> None:
+    """Refuse rows that are longer than a model's context."""
+    config = config.get("base_config") or config
+    context = config.get("max_position_embeddings") or config.get("n_positions")
+    if context is not None and longest > context:
+        refuse(argument, f"'{path}' with a context of {context} tokens", f"at least {longest}: {what}")
+
+
 def check_push(args: Any) -> None:
     """Refuse --push_to_hub without a login."""
     if args.push_to_hub:
-        from huggingface_hub import get_token
+        from huggingface_hub import get_token, whoami
 
+        expected = "`hf auth login`, or HF_TOKEN in the environment"
         if get_token() is None:
-            refuse("push_to_hub", "no hub login on this machine", "`hf auth login`, or HF_TOKEN in the environment")
+            refuse("push_to_hub", "no hub login on this machine", expected)
+        try:
+            whoami()
+        except Exception as error:
+            refuse("push_to_hub", f"a login that the hub does not confirm: {_reason(error)}", expected)
 
 
 def check_batch_sizes(args, world_size: int, default_batch_size: int) -> None:
@@ -326,4 +409,6 @@ def find_stop_id(truncate_token: str, tokenizer) -> int:
     ids = tokenizer.encode(truncate_token, add_special_tokens=False)
     if len(ids) != 1:
         refuse("truncate_token", f"{truncate_token!r}, which is {len(ids)} tokens", "`eos` or the text of one token")
+    if ids[0] == tokenizer.pad_token_id:
+        refuse("truncate_token", f"{truncate_token!r}, which is never drawn", "`eos` or the text of another token")
     return ids[0]

@@ -189,8 +189,9 @@ class Checkpoints:
         """Go on from the newest whole checkpoint, or begin.
 
         Returns:
-            `update` (finished ones; 0 at the beginning), `step` (optimiser steps made inside the next one; None between
-            updates), and the tensors of `shared` and `local` as they were given to `save` (on the CPU).
+            `found` (whether there was a checkpoint), `update` (finished ones; 0 at the beginning), `step` (optimiser
+            steps made inside the next one; None between updates), and the tensors of `shared` and `local` as they were
+            given to `save` (on the CPU).
         """
         while name := self._newest():
             folder = self.folder / name
@@ -204,7 +205,7 @@ class Checkpoints:
             self.accelerator.wait_for_everyone()
         if name is None:
             self.run.reset_logs(None)
-            return {"update": 0, "step": None, "shared": {}, "local": {}}
+            return {"found": False, "update": 0, "step": None, "shared": {}, "local": {}}
         state = json.loads((folder / "state.json").read_text())
         for argument, value in self.fixed.items():
             then = state["fixed"].get(argument)
@@ -219,7 +220,7 @@ class Checkpoints:
         _set_whole_tensors(self.model, self.optimizer, lambda key: owner[key].get_tensor(key), state["optimizer_steps"])
         own = files[self.rank if self.world == state["world_size"] else 0]
         _set_random_state({key: own.get_tensor(f"local.{key}") for key in _random_state() if f"local.{key}" in own.keys()})  # noqa: E501, SIM118  # fmt: skip
-        found = {"update": state["update"], "step": state["step"], "shared": {}, "local": {}}
+        found = {"found": True, "update": state["update"], "step": state["step"], "shared": {}, "local": {}}
         for key in files[0].keys():  # noqa: SIM118
             if key.startswith("shared."):
                 found["shared"][key.removeprefix("shared.")] = files[0].get_tensor(key)
@@ -320,12 +321,13 @@ def _set_whole_tensors(model, optimizer, value_of: Callable[[str], torch.Tensor]
             parameter.copy_(value_of(f"weight.{name}"))
             if steps:
                 state = {moment: value_of(f"{moment}.{name}").to(parameter.device) for moment in MOMENTS}
-                optimizer.state[parameter] = {"step": torch.tensor(float(steps)), **state}
+                step = torch.tensor(float(steps), device=parameter.device)  # fused AdamW reads it there
+                optimizer.state[parameter] = {"step": step, **state}
         return
     if steps:  # ZeRO's inner optimiser makes its state at the first step
         for flat in _flat_partitions(zero):
             moments = {moment: torch.zeros_like(flat) for moment in MOMENTS}
-            zero.optimizer.state[flat] = {"step": torch.tensor(float(steps)), **moments}
+            zero.optimizer.state[flat] = {"step": torch.tensor(float(steps), device=flat.device), **moments}
     if hasattr(zero, "fp32_partitioned_groups_flat"):
         _set_zero3(zero, model, value_of, steps)
         return

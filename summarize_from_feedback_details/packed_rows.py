@@ -35,21 +35,19 @@ def packed_attention(module, query, key, value, attention_mask, pieces=None, **k
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
     if pieces is None:
         return sdpa(module, query, key, value, attention_mask, **kwargs)
-    sizes = [size for size, _ in pieces]
-    window = kwargs.get("sliding_window")
-    if window is not None and window < max(
-        size + (sizes[before] if before is not None else 0) for size, before in pieces
-    ):
-        raise ValueError(f"rows longer than the sliding window of {window} tokens cannot be packed")
+    sizes, window = [size for size, _ in pieces], kwargs.get("sliding_window")
     # a copy of its own lets go of a joint query-key-value projection, three times its size, before the backward pass
     queries, keys, values = (states.split(sizes, 2) for states in (query, key, value.contiguous()))
     out = []
     for i, (size, before) in enumerate(pieces):
         k, v, mask = keys[i], values[i], None  # no mask: causal, by the kernel that computes half of the scores
-        if before is not None:
+        earlier = sizes[before] if before is not None else 0
+        if earlier:
             k, v = torch.cat([keys[before], k], 2), torch.cat([values[before], v], 2)
-            mask = torch.ones(size, sizes[before] + size, dtype=torch.bool, device=k.device).tril(sizes[before])
-            mask = mask[None, None]
+        if earlier or (window is not None and window < size):
+            mask = torch.ones(1, 1, size, earlier + size, dtype=torch.bool, device=k.device).tril(earlier)
+            if window is not None:
+                mask = mask.triu(earlier - window + 1)
         out.append(sdpa(module, queries[i], k, v, mask, **kwargs)[0])
     return torch.cat(out, 1), None
 
@@ -137,6 +135,21 @@ def hidden_at(model, inputs: dict, at: torch.Tensor) -> torch.Tensor:
     """Last hidden states [N, D] at these positions [N] of the flattened output, after the final norm."""
     trunk = getattr(model, model.base_model_prefix)
     return trunk(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[at]
+
+
+class Float32Head(torch.nn.Linear):
+    """A linear head in float32, also where the trunk computes in bf16, whose steps are 1/32 between 4 and 8."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.float(), self.weight.float())
+
+
+def use_float32_head(model) -> None:
+    """Let the head of a sequence-classification model compute in float32; weight and checkpoint stay as they are."""
+    head = Float32Head(model.score.in_features, model.score.out_features, bias=False, device="meta")
+    head.weight = model.score.weight
+    model.score = head
 
 
 class RoomyLayer(DynamicLayer):

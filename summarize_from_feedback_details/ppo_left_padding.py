@@ -43,6 +43,7 @@ from transformers import (
 from transformers.integrations import unset_hf_deepspeed_config
 
 from summarize_from_feedback_details.check_inputs import (
+    check_context,
     check_push,
     check_same_tokenizer,
     check_same_vocabulary,
@@ -62,6 +63,7 @@ from summarize_from_feedback_details.packed_rows import (
     pack,
     packs,
     read_queries,
+    use_float32_head,
     use_packed_attention,
 )
 from summarize_from_feedback_details.run_folder import (
@@ -316,6 +318,8 @@ def make_accelerator(args) -> Accelerator:
     if args.deepspeed and plugin is None:
         refuse("deepspeed", "a launch without DeepSpeed", "`accelerate launch --config_file deepspeed.yaml`")
     if plugin is not None:
+        if plugin.zero_stage == 0:
+            refuse("deepspeed", "zero_stage 0", "1, 2 or 3, or a launch without DeepSpeed")
         if plugin.zero_stage == 3:
             unset_hf_deepspeed_config()  # models are loaded whole; the trained ones are sharded when they are prepared
             plugin.deepspeed_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
@@ -554,7 +558,7 @@ class PolicyAndValue(torch.nn.Module):
         """values[t] is read at the token BEFORE response token t: it has seen the query and the tokens < t."""
         inputs, before = response_positions(self.value_model, queries, responses, value_counts)
         values = self.value_model.score(hidden_at(self.value_model, inputs, before))[:, 0]
-        return values.float() + self.value_bias.float()
+        return values + self.value_bias.float()
 
 
 def response_positions(model, queries, responses, counts) -> tuple[dict, torch.Tensor]:
@@ -634,7 +638,7 @@ def read_rewards(model, bias: float, rows: list[list[int]]) -> torch.Tensor:
     inputs, starts = pack(rows, packs(model), device)
     # Detail: reward at the EOS token [12]
     last = torch.tensor([start + len(row) - 1 for start, row in zip(starts, rows)], device=device)
-    return model.score(hidden_at(model, inputs, last))[:, 0].float() + bias
+    return model.score(hidden_at(model, inputs, last))[:, 0] + bias
 
 
 def load_reward_model(path: str, revision: str | None = None):
@@ -657,18 +661,27 @@ def load_reward_model(path: str, revision: str | None = None):
         model = AutoModelForSequenceClassification.from_pretrained(
             path, revision=revision, num_labels=1, dtype=torch.float32
         )
+        use_float32_head(model)
         use_packed_attention(model)
         return model, float(getattr(model.config, "reward_bias", 0.0))
     base_config = AutoConfig.for_model(**config["base_config"])
     base_config.num_labels = 1
     model = AutoModelForSequenceClassification.from_config(base_config, dtype=torch.float32)
-    file = find_file(path, revision, ["model.safetensors", "pytorch_model.bin"])
-    if file.endswith(".safetensors"):
-        from safetensors.torch import load_file
-
-        saved = load_file(file)
+    names = ["model.safetensors", "pytorch_model.bin"]
+    file = find_file(path, revision, [*names, *(f"{name}.index.json" for name in names)])
+    if file.endswith(".index.json"):  # of several files
+        files = sorted(set(json.loads(Path(file).read_text())["weight_map"].values()))
+        files = [find_file(path, revision, [name]) for name in files]
     else:
-        saved = torch.load(file, map_location="cpu", weights_only=True)
+        files = [file]
+    saved = {}
+    for file in files:
+        if file.endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            saved |= load_file(file)
+        else:
+            saved |= torch.load(file, map_location="cpu", weights_only=True)
     saved = {name: weight.float() for name, weight in saved.items()}
     state = {"score.weight": saved.pop("scalar_head.weight")}
     bias = float(saved.pop("scalar_head.bias")) - float(config.get("bias", 0.0))
@@ -678,6 +691,7 @@ def load_reward_model(path: str, revision: str | None = None):
         if name in trunk:  # old checkpoints hold buffers (rotary frequencies, causal masks) that are computed today
             state[f"{model.base_model_prefix}.{name}"] = weight
     model.load_state_dict(state, strict=True)
+    use_float32_head(model)
     use_packed_attention(model)
     return model, bias
 
@@ -984,7 +998,7 @@ def check_args(args: Args):
         args,
         positive=("eps", "response_length", "temperature", "max_grad_norm", "local_eval_batch_size", "num_eval_rows",
                   "ppo.noptepochs", "ppo.cliprange", "ppo.cliprange_value"),
-        at_least_zero=("lr", "weight_decay", "eval_temperature", "warm_up_steps", "eval_freq",
+        at_least_zero=("seed", "lr", "weight_decay", "eval_temperature", "warm_up_steps", "eval_freq",
                        "print_sample_output_freq", "ppo.vf_coef", "ppo.kl_coef"),
     )  # fmt: skip
     for name in ("gamma", "lam"):
@@ -996,8 +1010,10 @@ def check_args(args: Args):
     refuse_unwritable("output_dir", args.output_dir, args.run_name)
     if args.value_output_dir is not None:
         refuse_unwritable("value_output_dir", args.value_output_dir, args.run_name)
-        if Path(args.value_output_dir).resolve() == Path(args.output_dir).resolve():
-            refuse("value_output_dir", f"'{args.value_output_dir}', which is --output_dir", "another folder")
+        value, policy = Path(args.value_output_dir).resolve(), Path(args.output_dir).resolve()
+        if value in (policy, *policy.parents) or policy in value.parents:
+            found = f"'{args.value_output_dir}', which is, holds or is inside --output_dir"
+            refuse("value_output_dir", found, "a folder beside it")
     check_push(args)
     base = find_model("base_model", args.base_model, args.base_model_revision, "policy")
     sft = find_model("sft_model_path", args.sft_model_path, args.sft_model_revision, "policy")
@@ -1011,7 +1027,10 @@ def check_args(args: Args):
     columns = [*tokens, "query", "reference_response"]
     splits = ["train", "validation"]
     dataset = load_rows("query_dataset", args.query_dataset, args.dataset_revision, "sft", columns, splits)
-    check_tokens("query_dataset", dataset, tokens, base["vocab_size"], tokenizer.pad_token_id)
+    longest = check_tokens("query_dataset", dataset, tokens, base["vocab_size"], tokenizer.pad_token_id)
+    longest = longest["query_token"] + max(args.response_length, longest["reference_response_token"])
+    for name, model in (("sft_model_path", sft), ("reward_model_path", reward)):
+        check_context(name, getattr(args, name), model, longest, "the longest query and its response")
     check_same_tokenizer("query_dataset", dataset["train"][0], "query", "query_token", tokenizer)
     stop_id = find_stop_id(args.truncate_token, tokenizer)
     RunFolder.refuse_taken(args)

@@ -35,6 +35,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from summarize_from_feedback_details.check_inputs import (
     check_batch_sizes,
+    check_context,
     check_push,
     check_same_tokenizer,
     check_same_vocabulary,
@@ -48,7 +49,14 @@ from summarize_from_feedback_details.check_inputs import (
     load_rows,
 )
 from summarize_from_feedback_details.checkpoints import Checkpoints, fingerprint, gathered
-from summarize_from_feedback_details.packed_rows import hidden_at, join, pack, packs, use_packed_attention
+from summarize_from_feedback_details.packed_rows import (
+    hidden_at,
+    join,
+    pack,
+    packs,
+    use_float32_head,
+    use_packed_attention,
+)
 from summarize_from_feedback_details.run_folder import (
     Progress,
     RunFolder,
@@ -222,6 +230,8 @@ def make_accelerator(args) -> Accelerator:
     if args.deepspeed and plugin is None:
         refuse("deepspeed", "a launch without DeepSpeed", "`accelerate launch --config_file deepspeed.yaml`")
     if plugin is not None:
+        if plugin.zero_stage == 0:
+            refuse("deepspeed", "zero_stage 0", "1, 2 or 3, or a launch without DeepSpeed")
         if plugin.zero_stage == 3:
             unset_hf_deepspeed_config()  # models are loaded whole; the trained ones are sharded when they are prepared
             plugin.deepspeed_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
@@ -328,13 +338,13 @@ class RewardModel(torch.nn.Module):
     def forward(self, inputs: dict, ends: torch.Tensor) -> torch.Tensor:
         """Inputs of `pack` or `join`, positions [N] -> [N] rewards, the normalising constant not added."""
         # Detail: reward at the EOS token [12] - the last real token; scores elsewhere are meaningless
-        return self.model.score(hidden_at(self.model, inputs, ends))[:, 0].float()
+        return self.model.score(hidden_at(self.model, inputs, ends))[:, 0]
 
 
 def init_head(model) -> None:
     """Initialise the scalar head in place."""
     # Detail: head initialisation [11] - weights N(0, 1/sqrt(d+1)); a bias would have zero gradient: there is none
-    torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.config.hidden_size + 1))
+    torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))
 
 
 def preference_losses(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
@@ -486,7 +496,7 @@ def check_args(args: Args):
         args,
         positive=("eps", "num_train_epochs", "total_episodes", "num_updates", "max_grad_norm",
                   "local_eval_batch_size", "num_eval_rows", "num_normalization_rows"),
-        at_least_zero=("lr", "weight_decay", "warm_up_steps", "eval_freq", "print_sample_output_freq"),
+        at_least_zero=("seed", "lr", "weight_decay", "warm_up_steps", "eval_freq", "print_sample_output_freq"),
     )  # fmt: skip
     check_sizes(args, positive=("keep",), at_least_zero=("save_freq", "save_minutes"))
     check_scheduler(args)
@@ -501,7 +511,8 @@ def check_args(args: Args):
     columns = [*tokens, "query", "query_token", "query_chosen_token_len", "query_rejected_token_len"]
     splits = ["train", "validation"] if args.run_eval else ["train"]
     pairs = load_rows("label_dataset", args.label_dataset, args.dataset_revision, "comparisons", columns, splits)
-    check_tokens("label_dataset", pairs, tokens, base["vocab_size"], tokenizer.pad_token_id)
+    longest = check_tokens("label_dataset", pairs, tokens, base["vocab_size"], tokenizer.pad_token_id)
+    check_context("sft_model_path", args.sft_model_path, sft, max(longest.values()), "the longest query and response")
     check_same_tokenizer("label_dataset", pairs["train"][0], "query", "query_token", tokenizer)
     tokens = ["query_reference_response_token"]
     columns = [*tokens, "query", "query_token", "query_reference_response_token_len"]
@@ -549,6 +560,7 @@ def main(args: Args) -> dict[str, float]:
         scorer = AutoModelForSequenceClassification.from_pretrained(
             args.sft_model_path, revision=revision, num_labels=1, dtype=torch.float32
         )
+        use_float32_head(scorer)
         init_head(scorer)
         disable_dropout(scorer)
         packed = use_packed_attention(scorer)
@@ -585,8 +597,9 @@ def main(args: Args) -> dict[str, float]:
 
         fixed = {"label_dataset": fingerprint(lengths), "precision": accelerator.mixed_precision, **typed["models"]}
         checkpoints = Checkpoints(run, args, accelerator, model, optimizer, scheduler, fixed)
-        first = checkpoints.resume()["update"] + 1
-        if args.run_eval and first == 1:
+        position = checkpoints.resume()
+        first = position["update"] + 1
+        if args.run_eval and not position["found"]:
             run.log(0, evaluate_splits("before training")[0])
 
         # --------------------------------------------------------------------------------------------------------------
@@ -659,7 +672,8 @@ def main(args: Args) -> dict[str, float]:
             for statistic in ("mean", "std", "min", "max"):
                 final[f"eval/rm/demonstrations/{name}/{statistic}"] = float(getattr(values, statistic)())
         run.log(args.num_updates + 1, final)
-        scorer.config.pad_token_id = pad_id  # where the plain class looks for the last real token
+        if pad_id < scorer.config.vocab_size:  # where the plain class looks for the last real token
+            scorer.config.pad_token_id = pad_id
         scorer.config.id2label, scorer.config.label2id = {0: "reward"}, {"reward": 0}
         save_model(accelerator, run, model, scorer, tokenizer, args.output_dir)
         if is_main:

@@ -108,6 +108,13 @@ def refuse_unwritable(argument: str, path: str, run_name: str | None = None, roo
     What the run `run_name` itself has written there may be written again.
     """
     folder = Path(path)
+    if run_name:
+        run = (Path(root) / run_name).resolve()
+        if folder.resolve() in (run, *run.parents) or run / "checkpoints" in (
+            folder.resolve(),
+            *folder.resolve().parents,
+        ):
+            refuse(argument, f"'{path}', where the run itself is kept ({Path(root) / run_name})", "another folder")
     if folder.is_dir() and any(folder.iterdir()) and not (run_name and _wrote(Path(root) / run_name, folder)):
         refuse(argument, f"'{path}', which holds another run's results", "a new or empty folder")
     if folder.exists() and not folder.is_dir():
@@ -144,7 +151,10 @@ def atomic_folder(path: str, run: "RunFolder | None" = None) -> Iterator[Path]:
     """Yield a temporary sibling of `path`, which takes the name `path` when the block ends without an error.
 
     With `run`, the folder is first noted as this run's: when the run is killed after that and goes on, it may write the
-    folder again.
+    folder again; what another run has put there in the meantime stays.
+
+    Raises:
+        SystemExit: that other run's results are there.
     """
     final = Path(path)
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -158,9 +168,14 @@ def atomic_folder(path: str, run: "RunFolder | None" = None) -> Iterator[Path]:
                 if handle is not None:
                     os.fsync(handle.fileno())
         if run is not None:
+            if final.is_dir() and any(final.iterdir()) and not _wrote(run.path, final):
+                raise SystemExit(
+                    f"error: '{final}' now holds another run's results, and they stay; "
+                    "start the same command with a new output folder: it goes on from the last checkpoint"
+                )
             run.note_written(final, _sizes(partial))
         shutil.rmtree(old, ignore_errors=True)
-        if final.is_dir():  # empty, or this run's own: refuse_unwritable saw to it
+        if final.is_dir():  # empty, or its writer's own
             final.rename(old)
         partial.rename(final)
         sync_folder(final.parent)
@@ -169,10 +184,24 @@ def atomic_folder(path: str, run: "RunFolder | None" = None) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def _without_nan(content: Any) -> Any:
+    """JSON has no NaN and no infinity: null takes their place."""
+    if isinstance(content, dict):
+        return {key: _without_nan(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def read_metrics(saved: dict[str, float | None]) -> dict[str, float]:
+    """Metrics of a JSON file; null there is NaN."""
+    return {name: math.nan if value is None else value for name, value in saved.items()}
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of one."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2, default=str) + "\n")
+    partial.write_text(json.dumps(_without_nan(content), indent=2, default=str, allow_nan=False) + "\n")
     partial.replace(path)
 
 
@@ -263,7 +292,7 @@ def finished_before(args: Any, root: str = "runs") -> dict[str, float] | None:
     if os.environ.get("RANK", "0") == "0":
         shutil.rmtree(path / "checkpoints", ignore_errors=True)  # of a run that was killed at its very end
         print(f"{path} is finished already, with these arguments: nothing to do\nmodel: {args.output_dir}", flush=True)
-    return found[0]["metrics"]
+    return read_metrics(found[0]["metrics"])
 
 
 def _read_typed(path: Path) -> dict:
@@ -366,15 +395,20 @@ class RunFolder:
             id_file = self.path / "wandb.json"  # the run goes on under the same id
             if not id_file.exists():
                 write_json(id_file, {"id": uuid.uuid4().hex[:8]})
-            self.wandb = wandb.init(
-                project=self.args.wandb_project_name,
-                entity=self.args.wandb_entity,
-                name=self.args.run_name,
-                id=json.loads(id_file.read_text())["id"],
-                resume="allow",
-                config=asdict(self.args),
-                dir=str(self.path.resolve()),
-            )
+            try:
+                self.wandb = wandb.init(
+                    project=self.args.wandb_project_name,
+                    entity=self.args.wandb_entity,
+                    name=self.args.run_name,
+                    id=json.loads(id_file.read_text())["id"],
+                    resume="allow",
+                    config=asdict(self.args),
+                    dir=str(self.path.resolve()),
+                )
+            except wandb.errors.Error as error:
+                self._write_summary("interrupted")
+                why = str(error).strip().splitlines()[0]
+                refuse("track", f"no Weights & Biases: {why}", "`wandb login`, WANDB_MODE=offline, or --no_track")
 
     def _close(self) -> None:
         for number, handler in self.old_handlers.items():
@@ -443,7 +477,7 @@ class RunFolder:
 
         Call before the first `log`.
         """
-        self.metrics = dict(state["metrics"]) if state else {}
+        self.metrics = read_metrics(state["metrics"]) if state else {}
         self.seconds_before = state["seconds"] if state else 0.0
         if not self.is_main:
             return
@@ -491,8 +525,12 @@ class RunFolder:
 
     def interrupted(self) -> None:
         """Write that the run was stopped by a signal and wants to be started again; call when its state is saved."""
-        if self.is_main and (_read_run(self.path) or ({},))[0].get("state") != "failed":  # of another rank: that stays
+        if self.is_main and not self._has_failed():
             self._write_summary("interrupted", requeue=True)
+
+    def _has_failed(self) -> bool:
+        """Whether a rank has written why it failed: that stays, since the others then fail in their own ways."""
+        return (_read_run(self.path) or ({},))[0].get("state") == "failed"
 
     def _write_summary(self, state: str, reason: str | None = None, requeue: bool = False) -> None:
         content = {
@@ -520,7 +558,7 @@ class RunFolder:
         stopped = code == REQUEUE_ME or (kind is not None and stop_wanted())
         if not self.is_main:
             # the launcher will end rank 0, which then writes nothing
-            if kind is not None and not stopped and self.path.is_dir():
+            if kind is not None and not stopped and self.path.is_dir() and not self._has_failed():
                 self._write_summary("failed", f"rank {os.environ.get('RANK')}: {kind.__name__}: {error}")
             return
         reason = str(error) if kind is SystemExit else f"{kind.__name__}: {error}" if kind else None
@@ -530,7 +568,7 @@ class RunFolder:
                 print(f"interrupted; start the same command again and {self.path} goes on", flush=True)
             elif kind is KeyboardInterrupt or code == 2:  # 2: refused, so nothing happened to the run
                 self._write_summary("interrupted")
-            else:
+            elif not kind or not self._has_failed():
                 self._write_summary("failed" if kind else "finished", reason)
         except OSError as full:
             print(f"warning: {self.path}/summary.json cannot be written: {full.strerror}", file=sys.stderr, flush=True)
@@ -603,6 +641,15 @@ def push(args, stage: str, stamp: int) -> None:
     from huggingface_hub import HfApi
 
     api = HfApi()
+    try:
+        revision, repo = _push_to(api, args, stage, stamp)
+    except Exception as error:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SystemExit(f"error: the model is in {args.output_dir}, but was not pushed to the hub: {why}") from None
+    print(f"hub:    {repo} @ {revision}", flush=True)
+
+
+def _push_to(api, args, stage: str, stamp: int) -> tuple[str, str]:
     repo = args.hf_repo_id or f"{args.base_model.strip('/').replace('/', '_')}__{stage}__tldr"
     if "/" not in repo:
         repo = f"{args.hf_entity or api.whoami()['name']}/{repo}"
@@ -610,7 +657,7 @@ def push(args, stage: str, stamp: int) -> None:
     api.create_repo(repo, exist_ok=True)
     api.create_branch(repo, branch=revision, exist_ok=True)
     api.upload_folder(repo_id=repo, folder_path=args.output_dir, revision=revision)
-    print(f"hub:    {repo} @ {revision}", flush=True)
+    return revision, repo
 
 
 def print_table(table) -> None:
@@ -623,10 +670,13 @@ def print_table(table) -> None:
 def keep_freed_memory() -> None:
     """Let the C library keep what is freed: else each large tensor is mapped, zeroed and faulted in again.
 
-    glibc's M_MMAP_MAX = 0 and M_TRIM_THRESHOLD = 2 GiB (mallopt(3)), unless the environment sets one of them; elsewhere
-    nothing happens.
+    glibc's M_MMAP_MAX = 0 and M_TRIM_THRESHOLD = 2 GiB (mallopt(3)), unless the environment sets one of them;
+    elsewhere, and where there are GPUs, nothing happens.
     """
-    if os.environ.keys() & {"MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"}:
+    import torch
+
+    own = os.environ.keys() & {"MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"}
+    if own or torch.cuda.is_available():  # beside GPUs, the memory in which models are loaded is wanted back
         return
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)

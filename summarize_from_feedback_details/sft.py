@@ -33,6 +33,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from summarize_from_feedback_details.check_inputs import (
     check_batch_sizes,
+    check_context,
     check_push,
     check_same_tokenizer,
     check_scheduler,
@@ -214,6 +215,8 @@ def make_accelerator(args) -> Accelerator:
     if args.deepspeed and plugin is None:
         refuse("deepspeed", "a launch without DeepSpeed", "`accelerate launch --config_file deepspeed.yaml`")
     if plugin is not None:
+        if plugin.zero_stage == 0:
+            refuse("deepspeed", "zero_stage 0", "1, 2 or 3, or a launch without DeepSpeed")
         if plugin.zero_stage == 3:
             unset_hf_deepspeed_config()  # models are loaded whole; the trained ones are sharded when they are prepared
             plugin.deepspeed_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
@@ -527,12 +530,13 @@ def evaluate_policy(accelerator, model, rows, tokenizer, args, stop_id: int, wha
         for start in range(0, len(mine), args.local_eval_batch_size):
             chosen = mine[start : start + args.local_eval_batch_size]
             batch = rows[chosen]
-            losses = batch_losses(model, read_rows(batch, pad_id), args.query_loss_weight, packed, device)
             queries = pad_rows([strip_pads(q, pad_id) for q in batch["query_token"]], pad_id, "left").to(device)
             noise = episode_noise(args.seed, chosen, device)
-            responses, _ = sample_responses(
-                model.model, queries, noise, pad_id, stop_id, args.response_length, args.temperature, len(tokenizer)
-            )
+            with accelerator.autocast():
+                losses = batch_losses(model, read_rows(batch, pad_id), args.query_loss_weight, packed, device)
+                responses, _ = sample_responses(
+                    model.model, queries, noise, pad_id, stop_id, args.response_length, args.temperature, len(tokenizer)
+                )
             texts = [text.strip() for text in decode(tokenizer, responses)]
             for i, row in enumerate(chosen):
                 real = responses[i][responses[i] != pad_id]
@@ -572,7 +576,7 @@ def check_args(args: Args):
         args,
         positive=("eps", "response_length", "num_train_epochs", "total_episodes", "num_updates", "max_grad_norm",
                   "local_eval_batch_size", "num_eval_rows"),
-        at_least_zero=("lr", "weight_decay", "temperature", "warm_up_steps", "query_loss_weight", "eval_freq",
+        at_least_zero=("seed", "lr", "weight_decay", "temperature", "warm_up_steps", "query_loss_weight", "eval_freq",
                        "print_sample_output_freq"),
     )  # fmt: skip
     check_sizes(args, positive=("keep",), at_least_zero=("save_freq", "save_minutes"))
@@ -586,8 +590,10 @@ def check_args(args: Args):
     columns = [*tokens, "query", "reference_response", "query_reference_response_token_len"]
     splits = ["train", "validation", "test"] if args.run_eval else ["train"]
     dataset = load_rows("query_dataset", args.query_dataset, args.dataset_revision, "sft", columns, splits)
-    check_tokens("query_dataset", dataset, tokens, config["vocab_size"], tokenizer.pad_token_id)
+    longest = check_tokens("query_dataset", dataset, tokens, config["vocab_size"], tokenizer.pad_token_id)
     check_same_tokenizer("query_dataset", dataset["train"][0], "query", "query_token", tokenizer)
+    longest = max(longest["query_token"] + args.response_length, longest["query_reference_response_token"])
+    check_context("base_model", args.base_model, config, longest, "the longest query and its response")
     fill_episodes(args, len(dataset["train"]))
     stop_id = find_stop_id(args.truncate_token, tokenizer)
     RunFolder.refuse_taken(args)
@@ -647,8 +653,9 @@ def main(args: Args) -> dict[str, float]:
         splits = {s: rows.select(range(min(len(rows), args.num_eval_rows or len(rows)))) for s, rows in splits.items()}
         fixed = {"query_dataset": fingerprint(lengths), "precision": accelerator.mixed_precision, **typed["models"]}
         checkpoints = Checkpoints(run, args, accelerator, model, optimizer, scheduler, fixed)
-        first = checkpoints.resume()["update"] + 1
-        if args.run_eval and first == 1:
+        position = checkpoints.resume()
+        first = position["update"] + 1
+        if args.run_eval and not position["found"]:
             for split, rows in splits.items():
                 base = evaluate_policy(accelerator, model, rows, tokenizer, args, stop_id, f"base model, {split}")
                 shuffled = rouge_means(base["reference"][1:] + base["reference"][:1], base["reference"])

@@ -18,6 +18,7 @@ Paper: Huang et al. 2024, section on dataset preprocessing; Stiennon et al. 2020
 """
 
 import copy
+import gzip
 import json
 import os
 import shutil
@@ -48,6 +49,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
+from summarize_from_feedback_details.check_inputs import find_on_hub
 from summarize_from_feedback_details.run_folder import atomic_folder, refuse, refuse_unwritable, write_json
 
 CNNDM_BATCHES = ("batch0_cnndm", "cnndm0", "cnndm2")
@@ -367,24 +369,11 @@ def reason(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def find_on_hub(argument: str, name: str, ask: Callable[..., Any], expected: str) -> None:
-    """Refuse what is not on the hub, after ONE request: the libraries' own retries take most of a minute."""
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return  # the libraries then look into their cache only, and say at once what is not there
-    try:
-        ask(name, timeout=5)
-    except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.HFValidationError) as error:
-        refuse(argument, f"'{name}', which is neither here nor on the hub ({reason(error)})", expected)
-    except Exception:
-        found = f"'{name}', which is not a local folder, and no network to look for it on the hub (offline)"
-        refuse(argument, found, f"{expected} (HF_HUB_OFFLINE=1 takes it from the local cache)")
-
-
 def load_tokenizer(argument: str, name: str) -> tuple[Any, int]:
     """The tokenizer of a model, and the id of the pad token that the stages give it."""
     expected = "a hub id or folder of a model with its tokenizer"
     if not os.path.isdir(name):
-        find_on_hub(argument, name, huggingface_hub.HfApi().model_info, expected)
+        find_on_hub(argument, name, None, "model", expected)
     try:
         encoder = AutoTokenizer.from_pretrained(name)
     except Exception as error:
@@ -401,8 +390,8 @@ def load_tokenizer(argument: str, name: str) -> tuple[Any, int]:
 def read_jsonl_features(argument: str, folder: str) -> Features | None:
     """Check the jsonl files of a folder line by line; the columns of all of them together, None without any."""
     rows = []
-    for path in sorted(Path(folder).rglob("*.jsonl")):
-        with path.open("rb") as lines:
+    for path in sorted([*Path(folder).rglob("*.jsonl"), *Path(folder).rglob("*.jsonl.gz")]):
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue
@@ -417,7 +406,7 @@ def read_jsonl_features(argument: str, folder: str) -> Features | None:
     try:
         # `from_pylist` takes the columns of its first row only: give that one all of them
         return Features.from_arrow_schema(pa.Table.from_pylist([names, *rows]).schema) if rows else None
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeError, OverflowError) as error:
         refuse(argument, f"rows in '{folder}' that differ in type ({reason(error)})", "the same types in each row")
 
 
@@ -430,9 +419,10 @@ def load_raw(argument: str, name: str, data_dir: str = "", revision: str | None 
         if os.path.exists(name):
             refuse(argument, f"'{name}', which is a file", expected)
         options = {"data_dir": data_dir or None, "revision": revision}
-        find_on_hub(argument, name, huggingface_hub.HfApi().dataset_info, expected)
+        find_on_hub(argument, name, revision, "dataset", expected)
     try:
-        raw = load_dataset(name, **options)
+        # a relative name alone could also be that of a builder of the library, such as `json`
+        raw = load_dataset(os.path.abspath(name) if os.path.isdir(name) else name, **options)
     except Exception as error:
         offline = " offline" if huggingface_hub.constants.HF_HUB_OFFLINE and not os.path.isdir(name) else ""
         refuse(argument, f"'{name}', which cannot be read{offline} ({reason(error)})", expected)
@@ -455,7 +445,7 @@ def check_columns(argument: str, raw: DatasetDict, needed: tuple[str, ...], othe
 
 def check_text(argument: str, where: str, row: dict | None, names: list[str]) -> None:
     for name in names:
-        if not isinstance((row or {}).get(name), str):
+        if not isinstance(row, dict) or not isinstance(row.get(name), str):
             refuse(argument, f"no text in `{name}` of {where}", "a string")
 
 
@@ -488,13 +478,16 @@ def check_comparison_rows(args: Args, raw: DatasetDict) -> None:
             check_text(name, where, row, ["batch"])
             hparams = args.cnndm_params if row["batch"] in CNNDM_BATCHES else args.tldr_params
             check_text(name, f"`info` of {where}", row["info"], fields_of(hparams))
-            if len(row["summaries"] or ()) != 2:
-                refuse(name, f"{len(row['summaries'] or ())} summaries in {where}", "two")
+            if not isinstance(row["summaries"], list) or len(row["summaries"]) != 2:
+                found = f"{len(row['summaries'])} summaries" if isinstance(row["summaries"], list) else "no list"
+                refuse(name, f"{found} in `summaries` of {where}", "two")
             for summary in row["summaries"]:
                 check_text(name, f"`summaries` of {where}", summary, ["text", "policy"])
             if type(row["choice"]) is not int or row["choice"] not in (0, 1):
                 refuse(name, f"choice {row['choice']!r} in {where}", "0 or 1")
             # Detail: confidence - 1..9 on a line from the first summary to the second; absent in some batches
+            if not isinstance(row["extra"], dict | None):
+                refuse(name, f"{type(row['extra']).__name__} in `extra` of {where}", "an object, or none")
             confidence = (row["extra"] or {}).get("confidence")
             if confidence is not None and confidence not in range(1, 10):
                 refuse(name, f"confidence {confidence!r} in {where}", "1 to 9, or none")
@@ -597,6 +590,16 @@ def hub_entity(args: Args) -> str:
         refuse("push_to_hub", f"a login that the hub does not confirm ({reason(error)})", f"{expected}, or --hf_entity")
 
 
+def is_ours(folder: Path) -> bool:
+    """Whether this script has written the folder."""
+    try:
+        return {"vocab_size", "pad_token_id", "rows_per_second"} <= set(
+            json.loads((folder / "summary.json").read_text())
+        )
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 def check_args(args: Args) -> None:
     for prefix in ("tldr_params", "cnndm_params"):
         hparams = getattr(args, prefix)
@@ -610,7 +613,7 @@ def check_args(args: Args) -> None:
             refuse(f"{prefix}.format_str", f"{hparams.format_str!r} ({reason(error)})", "text with {fields} of the row")
         if hparams.truncate_field not in names:
             refuse(f"{prefix}.truncate_field", f"'{hparams.truncate_field}'", f"a field of the query: {names}")
-    ours = os.path.isfile(os.path.join(args.output_dir, "summary.json"))
+    ours = is_ours(Path(args.output_dir))
     if os.path.isdir(args.output_dir) and os.listdir(args.output_dir) and not (ours and args.overwrite):
         hint = ", or --overwrite" if ours else ""
         refuse("output_dir", f"'{args.output_dir}', which is not empty", f"a new folder{hint}")
@@ -646,6 +649,10 @@ def tokenise(args: Args, kind: str, raw: DatasetDict, encoder, pad_id: int) -> t
                 features=kept,
                 load_from_cache_file=False,
                 desc=f"{name} {split}",
+            )
+        except (TypeError, pa.ArrowException) as error:
+            refuse(
+                name, f"rows of the split '{split}' of other types ({reason(error)})", "rows as the README shows them"
             )
         except ValueError as error:
             where = f"the split '{split}' of --{name} {' '.join(getattr(error, '__notes__', ()))}"

@@ -1,5 +1,6 @@
 """Bad input is refused before any model is loaded: one line that names the argument, exit code 2, nothing written."""
 
+import itertools
 import json
 import math
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from conftest import OFFLINE, STAGES
+from conftest import OFFLINE, STAGES, launch
 from transformers import AutoTokenizer
 
 from summarize_from_feedback_details import ppo_left_padding, reward, sft
@@ -40,6 +41,11 @@ def rewrite(source: str, folder: Path, change, drop: str | None = None) -> str:
 def bad(world, tmp_path_factory):
     """Everything that can be wrong with a folder, made once."""
     root, found = tmp_path_factory.mktemp("bad"), {}
+    pad_id = AutoTokenizer.from_pretrained(world.sft).pad_token_id
+
+    def second(name, value):  # of the second row that is asked for
+        calls = itertools.count()
+        return lambda split, row: row | {name: value(row[name])} if next(calls) == 1 else row
 
     def column(name, value):
         return lambda split, row: row | {name: value(row[name])}
@@ -56,6 +62,10 @@ def bad(world, tmp_path_factory):
         make("ragged", column(token, lambda v: v + [1] * (next(counter) % 2)))
         make("large_ids", column(token, lambda v: v[:-1] + [10**6]))
         make("negative_ids", column(token, lambda v: v[:-1] + [-7]))
+        make("pads_only", second(token, lambda v: [pad_id] * len(v)))
+        make("no_text", second("query", lambda v: None))
+        length = {"sft": ROWS, "pairs": "query_chosen_token"}[kind] + "_len"
+        make("text_length", column(length, str))
         make("other_vocabulary", column("query_token", lambda v: [(i + 5) % 300 for i in v]))
     (root / "empty").mkdir()
     found["empty"] = str(root / "empty")
@@ -65,11 +75,13 @@ def bad(world, tmp_path_factory):
     (root / "full/notes.txt").write_text("x")
     found["full"] = str(root / "full")
     for name, source in (("sft", world.sft), ("reward", world.reward)):
-        for fault in ("no_config", "garbage", "torn", "zeros", "shard", "vocabulary", "tokenizer"):
+        for fault in ("context", "no_config", "garbage", "torn", "zeros", "shard", "vocabulary", "tokenizer"):
             folder = root / f"{name}_{fault}"
             shutil.copytree(source, folder)
             weights, config = folder / "model.safetensors", folder / "config.json"
-            if fault == "no_config":
+            if fault == "context":
+                config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 40}))
+            elif fault == "no_config":
                 config.unlink()
             elif fault == "garbage":
                 config.write_text("{not json")
@@ -88,6 +100,10 @@ def bad(world, tmp_path_factory):
                 tokenizer.add_tokens(["zebra"])
                 tokenizer.save_pretrained(folder)
             found[f"{name}_{fault}"] = str(folder)
+    shutil.copytree(world.sft, root / "mamba")
+    config = root / "mamba/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"architectures": ["MambaForCausalLM"]}))
+    found["mamba"] = str(root / "mamba")
     return found
 
 
@@ -96,15 +112,22 @@ def dataset_cases(stage: str, argument: str, kind: str):
     expected = {
         "no_column": "column", "empty_split": "empty", "strings": "whole numbers", "ragged": "one length",
         "large_ids": "1000000", "negative_ids": "-7", "other_vocabulary": "does not decode",
+        "pads_only": "pads only", "no_text": "without a value", "text_length": "whole numbers in each row",
     }  # fmt: skip
     yield stage, argument, lambda w, b: "no/such/folder", "does not exist"
     yield stage, argument, lambda w, b: "nobody/nothing", "offline"
     yield stage, argument, lambda w, b: b["empty"], "empty folder"
     yield stage, argument, lambda w, b: b["file"], "which is a file"
     yield stage, argument, lambda w, b: getattr(w, other), "holds"
+    if stage == "ppo":  # which does not read that column
+        del expected["text_length"]
     for name, words in expected.items():
         # the reward model reads the joined tokens of SFT rows, not query_token
-        if not (stage == "reward" and kind == "sft" and name in ("strings", "ragged", "large_ids", "negative_ids")):
+        if not (
+            stage == "reward"
+            and kind == "sft"
+            and name in ("strings", "ragged", "large_ids", "negative_ids", "pads_only")
+        ):
             yield stage, argument, lambda w, b, n=name: b[f"{kind}_{n}"], words
     if not (stage == "reward" and kind == "sft"):
         yield stage, argument, lambda w, b: b[f"{kind}_no_split"], "validation"
@@ -116,6 +139,9 @@ def checkpoint_cases(stage: str, argument: str, kind: str):
     yield stage, argument, lambda w, b: b["empty"], "empty folder"
     yield stage, argument, lambda w, b: b["file"], "which is a file"
     yield stage, argument, lambda w, b: w.sft if kind == "reward" else w.reward, "found"
+    if kind == "sft":
+        yield stage, argument, lambda w, b: b["mamba"], "keeps no keys and values"
+    yield stage, argument, lambda w, b: b[f"{kind}_context"], "a context of 40 tokens; expected at least"
     expected = {
         "no_config": "config.json",
         "garbage": "config.json",
@@ -148,6 +174,9 @@ def value_cases():
         yield stage, "local_batch_size", 12, "expected 8"
         yield stage, "world_size", 2, "expected 1"
         yield stage, "run_name", "a/b", "plain folder name"
+        yield stage, "seed", -1, "at least 0"
+        for folder in ("runs", "runs/model", "runs/../runs/model", "runs/model/checkpoints/policy", "."):
+            yield stage, "output_dir", folder, "where the run itself is kept"
         yield stage, "output_dir", lambda w, b: b["full"], "another run's results"
         yield stage, "output_dir", lambda w, b: b["file"], "which is a file"
         yield stage, "output_dir", lambda w, b: b["file"] + "/below", "cannot be"
@@ -161,10 +190,13 @@ def value_cases():
     for stage in ("sft", "ppo"):
         yield stage, "response_length", 0, "more than 0"
         yield stage, "truncate_token", "two words", "tokens"
+        yield stage, "truncate_token", "[PAD]", "never drawn"
     yield "sft", "temperature", -0.1, "at least 0"
     yield "sft", "query_loss_weight", -1.0, "at least 0"
     yield "ppo", "temperature", 0.0, "more than 0"
     yield "ppo", "eval_temperature", -1.0, "at least 0"
+    for folder in (".", "model", "model/value"):  # the policy's folder is `model`
+        yield "ppo", "value_output_dir", folder, "--output_dir" if folder != "." else "where the run itself is kept"
     yield "ppo", "nminibatches", 0, "more than 0"
     yield "ppo", "local_rollout_forward_batch_size", 0, "more than 0"
     yield "ppo", "total_episodes", 7, "at least one batch"
@@ -244,6 +276,27 @@ def test_a_finished_or_different_run_is_not_overwritten(world, workdir, capsys):
     assert (workdir / "runs/model/metrics.jsonl").read_bytes() == metrics and not (workdir / "b").exists()
 
 
+def test_results_that_came_in_the_meantime_stay(world, workdir, monkeypatch, capsys):
+    """Another run writes the same output folder first: it stays, and this one goes on with another folder."""
+    args, save = world.sft_args(workdir / "model", total_episodes=8, run_eval=False), sft.save_model
+
+    def late(*given):
+        (workdir / "model").mkdir(exist_ok=True)
+        (workdir / "model/other.txt").write_text("of another run")
+        save(*given)
+
+    monkeypatch.setattr(sft, "save_model", late)
+    with pytest.raises(SystemExit, match="now holds another run's results, and they stay"):
+        sft.main(replace(args))
+    assert [p.name for p in (workdir / "model").iterdir()] == ["other.txt"]
+    assert not [p for p in workdir.iterdir() if p.name.startswith(".")]
+    monkeypatch.setattr(sft, "save_model", save)
+    capsys.readouterr()
+    sft.main(replace(args, output_dir=str(workdir / "elsewhere")))
+    assert "going on from" in capsys.readouterr().out and (workdir / "elsewhere/model.safetensors").exists()
+    assert (workdir / "model/other.txt").exists()
+
+
 def test_two_processes_do_not_share_a_run(world, workdir, capsys):
     """The second is refused while the first goes on; its files are not touched."""
     import fcntl
@@ -288,6 +341,27 @@ def test_a_command_line_ends_in_one_line(command, tmp_path):
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: --") and done.stderr.count("\n") == 1, done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "command", [["--base_model", "nobody/nothing"], ["--query_dataset", "nobody/nothing", "--base_model", "HERE"]]
+)
+def test_without_a_network_it_is_said_at_once(command, world, tmp_path):
+    """One request and one line; the libraries' own retries would take half a minute."""
+    command = [world.base if word == "HERE" else word for word in command]
+    env = (
+        os.environ | OFFLINE | {"HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    )
+    command = [sys.executable, str(STAGES / "sft.py"), *command]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "no network to look for it on the hub (offline)" in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_deepspeed_without_zero_is_refused(world, workdir):
+    done = launch("sft", world.sft_args(workdir / "model", deepspeed=True), workdir, zero=0)
+    assert done.returncode != 0 and "error: --deepspeed: found zero_stage 0; expected 1, 2 or 3" in done.stderr
+    assert not (workdir / "runs").exists()
 
 
 def test_unknown_argument(tmp_path):

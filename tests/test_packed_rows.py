@@ -2,16 +2,16 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, FalconConfig, GPTJConfig, MistralConfig
+from transformers import AutoModelForCausalLM, FalconConfig, Gemma3TextConfig, GPTJConfig, MistralConfig
 
 from summarize_from_feedback_details import sft
 from summarize_from_feedback_details.packed_rows import (
     RoomyLayer,
-    hidden_at,
     join,
     logits_at,
     pack,
     packs,
+    use_float32_head,
     use_packed_attention,
 )
 
@@ -76,14 +76,30 @@ def test_an_architecture_that_ignores_positions_is_noticed():
     assert not use_packed_attention(model) and model.config._attn_implementation == "sdpa"
 
 
-def test_a_sliding_window_is_not_passed_over():
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(MistralConfig(**SIZES, sliding_window=20, num_key_value_heads=2)).eval()
-    assert use_packed_attention(model)
-    with torch.no_grad():
-        hidden_at(model, pack(ROWS, True, "cpu")[0], torch.tensor([0]))
-        with pytest.raises(ValueError, match="sliding window of 20"):
-            hidden_at(model, pack([list(range(21))], True, "cpu")[0], torch.tensor([0]))
+@pytest.mark.parametrize("kind", ["mistral", "gemma3"])
+def test_a_sliding_window_is_kept_in_packed_rows(kind):
+    """Rows, and a piece that continues another, beyond the window: what each row gives by itself, gradients too."""
+    small = {**SIZES, "num_key_value_heads": 2, "intermediate_size": 64, "sliding_window": 6}
+    config = MistralConfig(**small) if kind == "mistral" else Gemma3TextConfig(**small, head_dim=8)
+    rows = [*ROWS, list(range(1, 21))]
+    found = []
+    for packed in (True, False):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+        if packed:
+            assert use_packed_attention(model)
+            inputs, starts = pack(rows, True, "cpu")
+            at = torch.tensor([s + len(r) - 1 for s, r in zip(starts, rows)])
+            logits = logits_at(model, inputs, at)
+            shared = join([(rows[3][:12], None), (rows[3][12:], 0), ([7, 7, 7], 0)], "cpu")
+            logits = torch.cat([logits, logits_at(model, shared, torch.tensor([19, 22]))])
+        else:
+            alone = [*rows, rows[3], [*rows[3][:12], 7, 7, 7]]
+            logits = torch.stack([model(torch.tensor([row]), use_cache=False).logits[0, -1] for row in alone])
+        (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
+        found.append((logits.detach(), model))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=0, atol=1e-5)
+    compare_gradients(found[0][1], found[1][1])
 
 
 def test_sampling_with_a_sliding_window():
@@ -143,3 +159,22 @@ def test_token_logprobs_are_cross_entropy(temperature, dtype):
     (found * weights).sum().backward()
     (expected * weights).sum().backward()
     torch.testing.assert_close(ours.grad, plain.grad, rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-2)
+
+
+def test_a_head_in_float32():
+    """In bf16, scores around 5 would be multiples of 1/32; the head is in float32, and its checkpoint as before."""
+    from test_ppo_left_padding import tiny_reward
+
+    model = tiny_reward()
+    model.score.weight.data.mul_(50)
+    names, weight = list(model.state_dict()), model.score.weight
+    use_float32_head(model)
+    assert list(model.state_dict()) == names and model.score.weight is weight
+    hidden = torch.randn(200, 32)
+    expected = hidden.bfloat16().float() @ weight.float().T
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model.score(hidden.bfloat16()), expected, rtol=0, atol=1e-4)
+    model.bfloat16()  # as under DeepSpeed
+    found = model.score(hidden.bfloat16())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, hidden.bfloat16().float() @ weight.bfloat16().float().T, rtol=0, atol=1e-4)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,7 @@ import pandas
 import pytest
 import torch
 from conftest import SHARED
+from datasets import load_dataset
 from test_packed_rows import compare_gradients
 from transformers import (
     AutoModelForCausalLM,
@@ -470,6 +472,76 @@ def test_tokens_after_eos_influence_nothing_that_is_kept():
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
+def test_a_rollout_along_plain_forward_passes():
+    """What `make_rollout` returns, each row by itself: log-probs of policy and reference at T = 0.7, values, score."""
+    policy, ref, reward, value = tiny_policy(), tiny_policy(seed=5), tiny_reward(), tiny_reward(seed=6)
+    model, R, T = PolicyAndValue(policy, value, 0.3), 8, 0.7
+    queries = some_queries((3, 9, 5, 1, 7, 2))
+    numbers = np.arange(6)
+    args = SimpleNamespace(seed=3, response_length=R, temperature=T)
+    stop = int(draw(policy, queries, T, R=R, seed=3, stop=-1)[0][0, 3])  # so that at least one response ends early
+    found = ppo.make_rollout(model, ref, reward, -0.2, queries, numbers, numbers, False, (PAD, stop, PAD), args)
+    assert torch.equal(found.query_rows, torch.arange(6))
+    lengths = (found.responses != PAD).sum(1).tolist()
+    assert min(lengths) < R == max(lengths)
+    for i, (query, n) in enumerate(zip(queries, lengths)):
+        response = found.responses[i, :n]
+        row, q = torch.tensor([[*query, *response.tolist()]]), len(query)
+        with torch.no_grad():
+            for column, network in ((found.logprobs, policy), (found.ref_logprobs, ref)):
+                logits = network(row).logits[0, q - 1 : -1] / T
+                expected = logits.log_softmax(-1).gather(1, response[:, None])[:, 0]
+                torch.testing.assert_close(column[i, :n], expected, rtol=0, atol=1e-5)
+            heads = {m: m.score(m.gpt_neox(row).last_hidden_state)[0, :, 0] for m in (value, reward)}
+        kept = min(n + 1, R)  # the value right after EOS too, where there is room: it has seen EOS
+        torch.testing.assert_close(found.values[i, :kept], heads[value][q - 1 : q - 1 + kept] + 0.3, rtol=0, atol=1e-5)
+        assert (found.values[i, kept:] == 0).all() and (found.logprobs[i, n:] == INVALID_LOGPROB).all()
+        torch.testing.assert_close(found.scores[i], heads[reward][-1] - 0.2, rtol=0, atol=1e-5)
+
+
+def test_the_loss_is_policy_and_value_loss_and_nothing_else():
+    """By hand from per-token losses, at the temperature of sampling; entropies change nothing."""
+    torch.manual_seed(0)
+    responses = torch.tensor([[5, 6, EOS, PAD], [7, 8, 9, 3]])
+    args = SimpleNamespace(
+        ppo=PpoHParams(vf_coef=0.3), non_eos_penalty=True, penalty_reward_value=-1.0, temperature=0.7
+    )
+    adv = compute_advantages(responses, *torch.randn(3, 2, 4), torch.randn(2), PAD, EOS, args)
+    mask, mask_p1 = ~adv.padding_mask, ~adv.padding_mask_p1
+    new, vpreds = torch.randn(int(mask.sum())), torch.randn(int(mask_p1.sum()))
+    asked, losses = [], []
+    for entropies in (torch.zeros(len(new)), 100 * torch.rand(len(new))):
+
+        def model(queries, real, counts, temperature, entropies=entropies):
+            asked.append((real, counts, temperature))
+            return new, entropies, vpreds
+
+        counts = [len(new), len(vpreds)]
+        losses.append(micro_batch_loss(model, [[1], [2]], responses, adv, torch.arange(2), counts, PAD, args)[0])
+    assert asked[0] == ([[5, 6, EOS], [7, 8, 9, 3]], [4, 4], 0.7)
+    ratio = torch.exp(new - adv.logprobs[mask])
+    advantages, values, returns = adv.advantages[mask], adv.values[mask_p1], adv.returns[mask_p1]
+    policy = torch.max(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2)).mean()
+    near = values + (vpreds - values).clamp(-0.2, 0.2)
+    value = 0.5 * torch.max((vpreds - returns) ** 2, (near - returns) ** 2).mean()
+    for loss in losses:
+        torch.testing.assert_close(loss, policy + 0.3 * value, rtol=0, atol=1e-5)
+
+
+def test_whitened_rewards_keep_their_mean():
+    torch.manual_seed(0)
+    responses = torch.randint(1, 50, (16, 6))
+    responses[:8, 3], responses[:8, 4:] = EOS, PAD
+    columns, scores, found = torch.randn(3, 16, 6), torch.randn(16) + 2, {}
+    for whiten in (False, True):
+        args = SimpleNamespace(ppo=PpoHParams(whiten_rewards=whiten), non_eos_penalty=True, penalty_reward_value=-1.0)
+        adv = compute_advantages(responses, *columns, scores, PAD, EOS, args)
+        found[whiten] = adv.rewards[~adv.padding_mask_p1]
+    plain = found[False]
+    expected = (plain - plain.mean()) / plain.std(unbiased=False) + plain.mean()
+    torch.testing.assert_close(found[True], expected, rtol=0, atol=1e-4)
+
+
 # -------------------------------------------------------------------------------------------------------- padding
 
 
@@ -535,6 +607,19 @@ def test_reads_the_original_scalar_model(tmp_path, layout):
     (tmp_path / "config.json").write_text(json.dumps(config))
     loaded, bias = load_reward_model(str(tmp_path))
     rows = [[5, 6, 7, EOS]]
+    if layout != "bin":  # the same in several files, as large models are
+        first = {k: v.clone() for k, v in state.items() if "layers.0" in k}
+        second = {k: v.clone() for k, v in state.items() if k not in first}
+        files = {"model-00001-of-00002.safetensors": first, "model-00002-of-00002.safetensors": second}
+        for file, part in files.items():
+            save_file(part, tmp_path / file)
+        weight_map = {name: file for file, part in files.items() for name in part}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        (tmp_path / "model.safetensors").unlink()
+        again, again_bias = load_reward_model(str(tmp_path))
+        assert again_bias == bias
+        for name, weight in loaded.state_dict().items():
+            assert torch.equal(weight, again.state_dict()[name])
     with torch.no_grad():
         expected = model.score(model.gpt_neox(torch.tensor(rows)).last_hidden_state[:, -1])[:, 0] + 0.25 - 1.5
         torch.testing.assert_close(read_rewards(loaded.eval(), bias, rows), expected, rtol=0, atol=1e-5)
@@ -569,10 +654,34 @@ def test_main_writes_a_run_and_a_standard_checkpoint(world, workdir, capsys):
     assert "WARNING" not in capsys.readouterr().out
 
 
+def test_prompts_come_in_a_new_order_and_dropout_is_off_in_training(world, workdir, monkeypatch):
+    """Checkpoints whose configuration asks for dropout: the first-pass ratio is 1. Prompts: `epoch_order`."""
+    for name in ("sft", "reward"):
+        folder = workdir / f"{name}_with_dropout"
+        shutil.copytree(getattr(world, name), folder)
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"hidden_dropout": 0.5, "attention_dropout": 0.5}
+        (folder / "config.json").write_text(json.dumps(config))
+    prompts, rollout = [], ppo.make_rollout
+
+    def remember(*given):
+        prompts.extend(given[5].tolist())
+        return rollout(*given)
+
+    monkeypatch.setattr(ppo, "make_rollout", remember)
+    models = {"sft_model_path": "sft_with_dropout", "reward_model_path": "reward_with_dropout"}
+    ppo.main(world.ppo_args(workdir / "policy", run_eval=False, seed=4, **models))
+    lines = [json.loads(line) for line in (workdir / "runs/policy/metrics.jsonl").read_text().splitlines()]
+    assert all(line["policy/first_pass_ratio_error"] < 1e-4 for line in lines[:2])
+    rows = len(load_dataset(world.sft_rows)["train"])
+    for update in (0, 1):
+        assert sorted(prompts[8 * update : 8 * update + 8]) == sorted(
+            epoch_order(rows, 16, 4)[8 * update : 8 * update + 8]
+        )
+
+
 def test_learns_what_is_rewarded(world, workdir):
     """All scores are 0, but -1 without EOS: an untrained policy learns to end its responses."""
-    import shutil
-
     shutil.copytree(world.reward, workdir / "flat")
     model, _ = load_reward_model(world.reward)
     model.score.weight.data.zero_()

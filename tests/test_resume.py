@@ -1,6 +1,7 @@
 """Interruptions change nothing: a stage stopped at any moment, and started again, ends with the same bits."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -113,6 +114,46 @@ def test_a_signal_between_any_two_micro_steps(world, workdir, undisturbed, stage
     assert sessions >= 3
     assert stage != "ppo_left_padding" or any("-" in name for name in inside)  # also inside an update
     assert_same_bits(workdir, undisturbed, stage)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_a_signal_in_the_first_update(world, workdir, stage, monkeypatch):
+    """What was evaluated before training is not evaluated, nor logged, again."""
+    args, asked, real = stage_args(world, stage, stage), [0], Checkpoints.stop_asked
+
+    def at_once(self):
+        asked[0] += 1
+        if asked[0] == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self)
+
+    monkeypatch.setattr(Checkpoints, "stop_asked", at_once)
+    with pytest.raises(SystemExit) as stopped:
+        MAIN[stage](replace(args))
+    assert stopped.value.code == REQUEUE_ME
+    metrics = Path(f"runs/{stage}/metrics.jsonl")
+    before = metrics.read_text()
+    assert before and {json.loads(line)["update"] for line in before.splitlines()} == {0}
+    MAIN[stage](replace(args))
+    assert metrics.read_text().startswith(before)
+    assert [json.loads(line)["update"] for line in metrics.read_text().splitlines()].count(0) == len(
+        before.splitlines()
+    )
+
+
+def test_the_step_of_the_optimiser_is_where_its_parameters_are():
+    """Fused AdamW reads it there: on GPUs, one on the CPU would be an illegal address."""
+    model = torch.nn.Linear(3, 2, device="meta")
+    optimizer = torch.optim.AdamW(model.parameters())
+    checkpoints._set_whole_tensors(model, optimizer, lambda key: torch.zeros(1), 5)
+    assert all(value.device.type == "meta" for state in optimizer.state.values() for value in state.values())
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path):
+    run_folder.write_json(tmp_path / "a.json", {"metrics": {"a": math.nan, "b": [math.inf, 1.0]}})
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert found == {"metrics": {"a": None, "b": [None, 1.0]}}
+    assert math.isnan(run_folder.read_metrics({"a": None, "b": 2.0})["a"])
 
 
 MOMENTS = {  # where a process is killed: (stage, owner of the function, its name, at which call)

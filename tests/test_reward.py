@@ -9,9 +9,15 @@ import pytest
 import torch
 from conftest import SHARED
 from test_ppo_left_padding import ARCHITECTURES, EOS, PAD, golden, needs_golden, tiny_reward
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    pipeline,
+)
 
-from summarize_from_feedback_details import reward
+from summarize_from_feedback_details import ppo_left_padding, reward
 from summarize_from_feedback_details.packed_rows import use_packed_attention
 from summarize_from_feedback_details.ppo_left_padding import load_reward_model, read_rewards
 from summarize_from_feedback_details.reward import (
@@ -75,6 +81,32 @@ def test_head_initialisation():
     init_head(model)
     assert model.score.weight.std().item() == pytest.approx(1 / math.sqrt(4097), rel=0.05)
     assert tiny_reward().score.bias is None
+
+
+def test_training_begins_with_that_head(world, workdir):
+    """At a learning rate of 0 the checkpoint has the head that training began with."""
+    reward.main(world.reward_args(workdir / "rm", lr=0.0, total_episodes=8, run_eval=False))
+    weight = AutoModelForSequenceClassification.from_pretrained("rm").score.weight
+    assert weight.std().item() == pytest.approx(1 / math.sqrt(weight.shape[1] + 1), rel=0.3)
+
+
+def test_a_tokenizer_as_large_as_the_embedding(world, workdir):
+    """Its pad id lies behind the embedding: the reward model loads, and PPO goes on with it."""
+    tokenizer = AutoTokenizer.from_pretrained(world.base)
+    assert "[PAD]" not in tokenizer.get_vocab()  # so the stages add it with the id len(tokenizer)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=None,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained("llama")
+    tokenizer.save_pretrained("llama")
+    reward.main(world.reward_args(workdir / "rm", base_model="llama", sft_model_path="llama", run_eval=False))
+    model, _ = load_reward_model("rm")
+    assert model.config.pad_token_id is None
+    models = {"base_model": "llama", "sft_model_path": "llama", "reward_model_path": "rm"}
+    found = ppo_left_padding.main(world.ppo_args(workdir / "policy", num_updates=1, run_eval=False, **models))
+    assert math.isfinite(found["objective/kl"])
 
 
 def test_shared_prefix_layout_by_hand():

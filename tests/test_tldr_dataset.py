@@ -1,5 +1,6 @@
 """tldr_dataset.py: OpenAI's query preprocessing, the columns, the files, and what is refused."""
 
+import gzip
 import json
 import os
 import random
@@ -371,6 +372,30 @@ def test_overwrite_leaves_foreign_folders_alone(args, tmp_path):
     assert (tmp_path / "raw/posts/train.jsonl").exists()
 
 
+def test_overwrite_leaves_a_run_alone(args, tmp_path):
+    """Folders of other scripts hold a `summary.json`, too."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/summary.json").write_text('{"state": "finished", "metrics": {}}')
+    with pytest.raises(SystemExit):
+        main(replace(args, output_dir=str(tmp_path / "run"), overwrite=True))
+    assert os.listdir(tmp_path / "run") == ["summary.json"]
+
+
+def test_compressed_lines_and_a_folder_named_as_a_format(args, tmp_path, monkeypatch, capfd):
+    """`json` is a folder here, not the builder of that name in `datasets`; a bad line is named in .jsonl.gz, too."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "json").mkdir()
+    with gzip.open(tmp_path / "json/train.jsonl.gz", "wt") as file:
+        file.write(json.dumps(sft_row()) + "\n")
+    found = main(replace(args, sft_dataset="json"))
+    assert found["sft"]["train"]["rows"] == 1
+    with gzip.open(tmp_path / "json/train.jsonl.gz", "wt") as file:
+        file.write(json.dumps(sft_row()) + "\n{")
+    with pytest.raises(SystemExit):
+        main(replace(args, sft_dataset="json", output_dir="again"))
+    assert "train.jsonl.gz line 2" in capfd.readouterr().err
+
+
 def test_text_of_the_pad_token_is_only_text(args, tmp_path):
     posts = write(tmp_path / "raw/pad", train=[sft_row(post="it says [PAD] here")])
     pad = main(replace(args, sft_dataset=posts))["pad_token_id"]
@@ -477,6 +502,20 @@ BAD = {  # name: (changed arguments, raw posts, raw pairs, what the line must sa
     "null choice": ({}, None, [comparison(), comparison(choice=None)], [PAIRS, "choice None"]),
     "confidence": ({}, None, [comparison(extra={"confidence": 10})], [PAIRS, "confidence 10"]),
     "confidence 0": ({}, None, [comparison(extra={"confidence": 0})], [PAIRS, "confidence 0"]),
+    "info is text": ({}, None, [comparison(info="a post")], [PAIRS, "`info`", "row 0"]),
+    "info is a list": ({}, None, [comparison(info=["a post"])], [PAIRS, "`info`", "row 0"]),
+    "extra is text": ({}, None, [comparison(extra="sure")], [PAIRS, "`extra`", "row 0"]),
+    "summaries are texts": ({}, None, [comparison(summaries=["a", "b"])], [PAIRS, "`summaries`", "row 0"]),
+    "summaries are one": ({}, None, [comparison(summaries={"text": "a", "policy": "b"})], [PAIRS, "`summaries`"]),
+    "worker is an object": ({}, None, [comparison(worker={"name": "w"})], [PAIRS, "other types"]),
+    "split is a list": ({}, None, [comparison(split=["train"])], [PAIRS, "other types"]),
+    "half a character": (
+        {},
+        ['{"id": "1", "subreddit": "a", "title": "b", "post": "\\ud800", "summary": "c"}'],
+        None,
+        [POSTS],
+    ),
+    "a huge number": ({}, None, [comparison(choice=10**30)], [PAIRS]),
     "one summary": ({}, None, [comparison(summaries=comparison()["summaries"][:1])], [PAIRS, "1 summaries"]),
     "zero length": (tldr(length=0), None, None, ["--tldr_params.length", "0"]),
     "negative length": (tldr(max_sft_response_length=-1), None, None, ["--tldr_params.max_sft_response_length", "-1"]),
