@@ -7,7 +7,8 @@
 #   FRESH=1 ./hello_world.sh                                 do not reuse finished stages
 #   SIZE=medium ./hello_world.sh                             another size of the toy model: tiny, small, medium, large
 #   KL_COEF=0.2 PPO_EPISODES=4800 ./hello_world.sh           another PPO run beside the first one
-#   PRECISION=bf16 ./hello_world.sh                         the toy stages in bf16 (default: fp32), beside those in fp32
+#   PRECISION=bf16 ./hello_world.sh                         the toy stages in bf16 (default: fp32), beside those in fp32;
+#                                                            with MODEL the default is auto: bf16 where it is native
 #   REPORT=0 ./hello_world.sh                                train only: no judge, figures, page
 #   MODEL=EleutherAI/pythia-1b-deduped ./hello_world.sh      the real thing: real data, the paper's batch sizes
 #   MICRO=4 PPO_MICRO=8 ROLLOUT=32 MODEL=... ./hello_world.sh    rows of one forward pass on one GPU: SFT and reward
@@ -19,7 +20,8 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
-MODEL=${MODEL:-toy} SMOKE=${SMOKE:-0} FRESH=${FRESH:-0} REPORT=${REPORT:-1} PRECISION=${PRECISION:-fp32}
+MODEL=${MODEL:-toy} SMOKE=${SMOKE:-0} FRESH=${FRESH:-0} REPORT=${REPORT:-1}
+PRECISION=${PRECISION:-$([ "$MODEL" = toy ] && echo fp32 || echo auto)}
 STAGES=summarize_from_feedback_details
 export TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}
 
@@ -112,7 +114,7 @@ if [ "$MODEL" = toy ]; then
     TOY=(--lr 3e-3 --warm_up_steps 20 --eps 1e-8 --weight_decay 0 --max_grad_norm 1 --precision "$PRECISION"
         --local_eval_batch_size 128 --print_sample_output_freq 0)
 
-    "$PYTHON" eval/speed_probe.py --smoke "$SMOKE"
+    if [ "$SIZE" = small ] && [ "$PPO_EPISODES" = "${EPISODES[2]}" ]; then "$PYTHON" eval/speed_probe.py --smoke "$SMOKE"; fi
     stage world "$RAW models/$CHAIN/base" "" "$PYTHON" $STAGES/toy_tldr.py --seed "$SEED" --sizes "$SIZE" \
         --data_dir "$RAW" --models_dir "models/$CHAIN/base" "${ROWS[@]}"
     stage dataset "$DATA" "world" "$PYTHON" $STAGES/tldr_dataset.py --base_model "$BASE" --sft_dataset "$RAW/sft" \
@@ -153,6 +155,9 @@ if [ "$MODEL" = toy ]; then
     "$PYTHON" eval/hello_report.py --chains "$CHAIN" --raw_dirs "$RAW"
 else
     # ------------------------------------------------------------------------------------------------- the real thing
+    for name in SIZE KL_COEF PPO_EPISODES; do # of the toy world
+        [ -z "${!name:-}" ] || refuse "$name" "'${!name}' with MODEL=$MODEL" "nothing: give the stage's own argument"
+    done
     [ "$SMOKE" = 0 ] || refuse SMOKE "1 with MODEL=$MODEL" "0: the smoke run is the toy world's"
     SEED=${SEED:-44413}
     is_count "$SEED" || refuse SEED "'$SEED'" "a number above 0"
@@ -160,7 +165,7 @@ else
     # rows of one forward pass on one 80 GB GPU: the paper's for its three sizes (README: hardware)
     case $MODEL in
         *2.8b*) sizes=(1 4 32) ;;
-        *6.9b*) sizes=(1 1 4) ;;
+        *6.9b* | *12b*) sizes=(1 1 4) ;;
         *) sizes=(1 16 64) ;;
     esac
     MICRO=${MICRO:-${sizes[0]}} PPO_MICRO=${PPO_MICRO:-${sizes[1]}} ROLLOUT=${ROLLOUT:-${sizes[2]}}
@@ -174,7 +179,7 @@ else
         echo "   $what: batch $batch = $PROCESSES processes x $((batch / micro / PROCESSES)) accumulation x $micro rows"
     done
     [ "$GPUS" -gt 0 ] || echo "   there is no GPU here: this works, and takes years"
-    REAL=(--seed "$SEED" --base_model "$MODEL")
+    REAL=(--seed "$SEED" --base_model "$MODEL" --precision "$PRECISION")
     SFT=models/$CHAIN/sft REWARD=models/$CHAIN/reward PPO=models/$CHAIN/ppo
     stage sft "runs/${CHAIN}_sft $SFT" "" "${LAUNCH[@]}" $STAGES/sft.py "${DEEPSPEED[@]}" "${REAL[@]}" \
         --output_dir "$SFT" --run_name "${CHAIN}_sft" --batch_size 128 --local_micro_batch_size "$MICRO"

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from summarize_from_feedback_details import ppo_left_padding as ppo
+from summarize_from_feedback_details import reward, sft
 from summarize_from_feedback_details.packed_rows import use_packed_attention
 from summarize_from_feedback_details.ppo_left_padding import (
     INVALID_LOGPROB,
@@ -707,6 +708,7 @@ def test_every_argument_of_ppo_changes_something(world, workdir):
         "whiten": {"ppo": PpoHParams(whiten_rewards=True)}, "epochs": {"ppo": PpoHParams(noptepochs=1)},
         "mini": {"nminibatches": 2, "local_micro_batch_size": 2}, "temperature": {"temperature": 1.0},
         "penalty": {"penalty_reward_value": -9.0}, "lam": {"ppo": PpoHParams(lam=0.1)}, "seed": {"seed": 1},
+        "eps": {"eps": 1e-2}, "lr": {"lr": 2e-3}, "weight_decay": {"weight_decay": 0.5},
     }  # fmt: skip
     weights = {}
     for name, change in changes.items():
@@ -733,6 +735,24 @@ def test_layout_does_not_change_the_result(world, workdir):
             torch.testing.assert_close(found[name][key], weight, rtol=0, atol=1e-5)
         a, b = (pandas.read_parquet(f"runs/{run}/tables/validation.parquet") for run in ("a", name))
         assert a["response"].tolist() == b["response"].tolist()
+
+
+def test_defaults_are_those_of_the_paper():
+    """Table of details.md: optimiser in all stages, PPO's coefficients, sampling."""
+    for args in (ppo.Args(), reward.Args(), sft.Args()):
+        assert (args.optimizer, args.lr, args.eps, args.weight_decay) == ("adamw", 3e-6, 1e-5, 0.01)
+        assert args.scheduler == ("linear" if isinstance(args, ppo.Args) else "cosine") and args.warm_up_steps == 0
+    coefficients = PpoHParams()
+    assert (coefficients.noptepochs, coefficients.kl_coef, coefficients.vf_coef) == (4, 0.05, 0.1)
+    assert (coefficients.gamma, coefficients.lam, coefficients.whiten_rewards) == (1.0, 0.95, False)
+    assert (coefficients.cliprange, coefficients.cliprange_value) == (0.2, 0.2)
+    args = ppo.Args()
+    assert (args.temperature, args.response_length, args.non_eos_penalty, args.penalty_reward_value) == (
+        0.7,
+        53,
+        True,
+        -1,
+    )
 
 
 def test_stops_on_numbers_that_are_not_finite(world, workdir):
