@@ -143,16 +143,17 @@ if [ "$MODEL" = toy ]; then
         --batch_size $PPO_BATCH --local_micro_batch_size $((PPO_BATCH / PROCESSES)) --eval_freq 10 \
         --ppo.kl_coef "${KL_COEF:-0.05}"
     [ "$REPORT" = 1 ] || exit 0
-    REPORTS=eval/reports/$CHAIN
+    NAME=$CHAIN$([ "$PPO" = ppo ] || echo "_$PPO")
+    REPORTS=eval/reports/$NAME
     "$PYTHON" eval/judge.py --run "${CHAIN}_sft" "${CHAIN}_$PPO" --judge gold --updates
     "$PYTHON" eval/judge.py --run "${CHAIN}_$PPO" --against "${CHAIN}_sft" --judge gold --paired_difference
     "$PYTHON" eval/sft_rm_scale.py --runs "${CHAIN}_*" --output_dir "$REPORTS"
-    "$PYTHON" eval/rlhf_scaling_plot.py --runs "${CHAIN}_*" --output_dir "$REPORTS"
+    "$PYTHON" eval/rlhf_scaling_plot.py --runs "${CHAIN}_sft" "${CHAIN}_$PPO" --output_dir "$REPORTS"
     "$PYTHON" visualize_tokens.py --models "sft=models/$CHAIN/sft" "ppo=models/$CHAIN/$PPO" \
         --base_model "models/$CHAIN/sft" --ref_model "models/$CHAIN/sft" --reward_model "models/$CHAIN/reward" \
         --value_model "models/$CHAIN/${PPO}_value" --query_dataset "$DATA/sft" --response_length 24 --num 20 \
-        --html "$REPORTS/tokens.html"
-    "$PYTHON" eval/hello_report.py --chains "$CHAIN" --raw_dirs "$RAW"
+        --kl_coef "${KL_COEF:-0.05}" --html "$REPORTS/tokens.html"
+    "$PYTHON" eval/hello_report.py --chains "$CHAIN" --ppo "$PPO" --name "$NAME" --raw_dirs "$RAW"
 else
     # ------------------------------------------------------------------------------------------------- the real thing
     for name in SIZE KL_COEF PPO_EPISODES; do # of the toy world
@@ -190,5 +191,13 @@ else
         "${REAL[@]}" --sft_model_path "$SFT" --reward_model_path "$REWARD" --output_dir "$PPO" \
         --run_name "${CHAIN}_ppo" --batch_size 512 --local_micro_batch_size "$PPO_MICRO" \
         --local_rollout_forward_batch_size "$ROLLOUT"
+    [ "$REPORT" = 1 ] || exit 0
+    REPORTS=eval/reports/$CHAIN
+    "$PYTHON" eval/sft_rm_scale.py --runs "${CHAIN}_*" --output_dir "$REPORTS" --paper
+    "$PYTHON" eval/rlhf_scaling_plot.py --runs "${CHAIN}_sft" "${CHAIN}_ppo" --output_dir "$REPORTS" --paper
+    "$PYTHON" visualize_tokens.py --models "sft=$SFT" "ppo=$PPO" --base_model "$MODEL" --ref_model "$SFT" \
+        --reward_model "$REWARD" --num 20 --html "$REPORTS/tokens.html"
     "$PYTHON" eval/hello_report.py --chains "$CHAIN"
+    echo "win rates ask a server, which costs money: OPENAI_API_KEY=... $PYTHON eval/judge.py --judge openai \\"
+    echo "    --run ${CHAIN}_sft ${CHAIN}_ppo --max_requests 10000    (or --base_url, README: The judge)"
 fi

@@ -307,8 +307,12 @@ def check_output(argument: str, path: str) -> None:
     parent = next(p for p in [folder, *folder.parents] if p.exists())
     if not path or Path(path).is_dir() or (Path(path).exists() and not Path(path).is_file()):
         refuse(argument, f"'{path}', which is no file", "a file to be written")
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        refuse(argument, f"'{path}', and '{parent}' cannot be written", "a file that can be created")
+    partial = parent / f".{Path(path).name}.partial" if parent == folder else parent / ".partial"
+    try:  # what the operating system says of the rights alone is not the whole truth
+        partial.touch()
+        partial.unlink()
+    except OSError as error:
+        refuse(argument, f"'{path}', which cannot be written ({error.strerror})", "a file that can be created")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -38,6 +38,8 @@ class Args:
     """chains to report, e.g. `toy_small_seed1`: their runs are `runs/<chain>_sft` and so on"""
     raw_dirs: tuple[str, ...] = ()
     """for toy chains, the folder of raw rows of each"""
+    ppo: str = "ppo"
+    """the chain's PPO run: `runs/<chain>_<ppo>`, e.g. `kl0.2_ppo`"""
     runs_dir: str = "runs"
     """folder of the runs"""
     output_dir: str = "eval/reports"
@@ -52,21 +54,37 @@ def read_run(path: Path) -> tuple[dict, pandas.DataFrame]:
     return summary, pandas.read_json(path / "metrics.jsonl", lines=True)
 
 
-def read_judge(run: Path) -> dict[str, float]:
-    """What the toy world's annotator found (`judge.py`): gold score, win rate and its interval."""
+def read_judge(run: Path) -> dict[str, float | None]:
+    """What the toy world's annotator found (`judge.py`): gold score, win rate, that at equal length; intervals."""
     report = json.loads((run / "judge/gold/report.json").read_text())
     gold = pandas.read_parquet(run / "judge/gold/verdicts.parquet")["score"]
     win_rate = report["win_rate"]
     return {"gold": gold.mean(), "gold_se": gold.std(ddof=1) / math.sqrt(len(gold)), "win_rate": win_rate["mean"],
             "win_rate_low": win_rate["low"], "win_rate_high": win_rate["high"],
-            "win_rate_at_equal_length": report["length_controlled_win_rate"]["mean"],
+            **{f"win_rate_at_equal_length{end}": report["length_controlled_win_rate"][key]
+               for end, key in (("", "mean"), ("_low", "low"), ("_high", "high"))},
             "reference_gold": report["reference_mean_score"]["mean"],
             "invented": report["invented"]["mean"]}  # fmt: skip
 
 
-def report_chain(chain: str, runs_dir: str, raw_dir: str | None) -> tuple[dict[str, float], dict]:
+def read_gain(sft: Path, ppo: Path) -> dict[str, float]:
+    """What PPO gained over SFT, post by post: gold score in standard errors of its mean difference, and win rate."""
+    gold = [pandas.read_parquet(run / "judge/gold/verdicts.parquet") for run in (sft, ppo)]
+    assert gold[0]["query"].equals(gold[1]["query"])
+    gain = gold[1]["score"] - gold[0]["score"]
+    row = {"gain_in_standard_errors": gain.mean() / (gain.std(ddof=1) / math.sqrt(len(gain)))}
+    paired = ppo / f"judge/gold_against_{sft.name}/report.json"
+    if paired.exists() and (difference := json.loads(paired.read_text()).get("win_rate_difference")):
+        row |= {
+            f"win_rate_gain{end}": difference[key] for end, key in (("", "mean"), ("_low", "low"), ("_high", "high"))
+        }
+    return row
+
+
+def report_chain(chain: str, ppo_run: str, runs_dir: str, raw_dir: str | None) -> tuple[dict[str, float], dict]:
     """All numbers of a chain, and its runs: stage -> (summary, metrics)."""
-    runs = {stage: read_run(Path(runs_dir) / f"{chain}_{stage}") for stage in STAGES}
+    folders = {stage: Path(runs_dir) / f"{chain}_{ppo_run if stage == 'ppo' else stage}" for stage in STAGES}
+    runs = {stage: read_run(folder) for stage, folder in folders.items()}
     final = {stage: summary["metrics"] for stage, (summary, _) in runs.items()}
     ppo = runs["ppo"][1]
     training = ppo[ppo["objective/kl"].notna()] if "objective/kl" in ppo else ppo
@@ -84,11 +102,9 @@ def report_chain(chain: str, runs_dir: str, raw_dir: str | None) -> tuple[dict[s
     }
     if raw_dir is not None:
         for stage in ("sft", "ppo"):
-            found = read_judge(Path(runs_dir) / f"{chain}_{stage}")
+            found = read_judge(folders[stage])
             row |= {f"{stage}/{name}": math.nan if value is None else float(value) for name, value in found.items()}
-        se = math.hypot(row["sft/gold_se"], row["ppo/gold_se"])
-        row["ppo/gain_in_standard_errors"] = (row["ppo/gold"] - row["sft/gold"]) / se
-        row["ppo/win_rate_gain"] = row["ppo/win_rate"] - row["sft/win_rate"]
+        row |= {f"ppo/{name}": value for name, value in read_gain(folders["sft"], folders["ppo"]).items()}
         rows = {
             split: [
                 json.loads(line) for line in (Path(raw_dir) / f"comparisons/{split}.jsonl").read_text().splitlines()
@@ -131,8 +147,9 @@ def main(args: Args) -> pandas.DataFrame:
     """Print the table and write the report; returns the numbers, one column a chain."""
     if args.raw_dirs and len(args.raw_dirs) != len(args.chains):
         refuse("raw_dirs", f"{len(args.raw_dirs)} folders", f"one for each of {len(args.chains)} chains")
+    name_of = {stage: args.ppo if stage == "ppo" else stage for stage in STAGES}
     for chain in args.chains:
-        for stage in STAGES:
+        for stage in name_of.values():
             if not (Path(args.runs_dir) / f"{chain}_{stage}" / "summary.json").exists():
                 refuse("chains", f"no run {args.runs_dir}/{chain}_{stage}", "a chain whose three stages have run")
             judged = Path(args.runs_dir) / f"{chain}_{stage}" / "judge/gold/report.json"
@@ -140,7 +157,7 @@ def main(args: Args) -> pandas.DataFrame:
                 refuse("chains", f"no {judged}", f"a judged run: python eval/judge.py --run {chain}_{stage}")
     columns, runs = {}, {}
     for chain, raw_dir in zip(args.chains, args.raw_dirs or [None] * len(args.chains)):
-        columns[chain], runs[chain] = report_chain(chain, args.runs_dir, raw_dir)
+        columns[chain], runs[chain] = report_chain(chain, args.ppo, args.runs_dir, raw_dir)
     numbers = pandas.DataFrame(columns)
     shown = Table("", *numbers.columns, title="What each stage reached")
     for name, row in numbers.iterrows():
@@ -155,8 +172,9 @@ def main(args: Args) -> pandas.DataFrame:
     draw_curves(runs, folder / f"{name}.png")
     for chain in args.chains:
         for stage, (summary, _) in runs[chain].items():
-            model = json.loads((Path(args.runs_dir) / f"{chain}_{stage}" / "args.json").read_text())["output_dir"]
-            print(f"{stage:7} {summary['state']:9} model {model}   run {args.runs_dir}/{chain}_{stage}")
+            run = Path(args.runs_dir) / f"{chain}_{name_of[stage]}"
+            model = json.loads((run / "args.json").read_text())["output_dir"]
+            print(f"{stage:7} {summary['state']:9} model {model}   run {run}")
     print(f"report: {folder / name}.md, .csv, .png", flush=True)
     return numbers
 

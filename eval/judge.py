@@ -18,6 +18,7 @@ Deviates: the original asked each pair once, in a random order, and turned an un
 """
 
 import asyncio
+import contextlib
 import email.utils
 import hashlib
 import json
@@ -28,6 +29,7 @@ import re
 import socket
 import sqlite3
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -53,10 +55,12 @@ from summarize_from_feedback_details.run_folder import (
 HERE = Path(__file__).resolve().parent
 LENGTH_RATIOS = (0.0, 0.5, 0.75, 0.9, 1.1, 1.33, 2.0, math.inf)  # words of the response over words of the reference
 CALIBRATION_BINS = 10
+NEAR_EQUAL = 0.1  # lengths that differ by this share of the reference, or less, are nearly equal
 NEAR_EQUAL_LENGTH = 5  # posts needed where the response is not longer, and where it is not shorter
 CHARACTERS_PER_TOKEN = 4  # of English text, for the estimate of the cost
 ANSWER_TOKENS = 60  # of an answer as the prompt asks for, for the estimate of the cost
 LONGEST_WAIT = 60.0  # seconds between two attempts, unless the server asks for more
+TEXTS = ("query", "response", "reference")  # columns of a table of responses
 REFUSED = "(the server refuses this question)"  # stands in the cache for an answer
 
 
@@ -154,7 +158,7 @@ def read_table(argument: str, path: Path) -> pandas.DataFrame:
     """Rows with `query, response, reference`, and a column `copy` that counts rows of the same query."""
     read = {
         ".parquet": pandas.read_parquet,
-        ".csv": lambda p: pandas.read_csv(p, keep_default_na=False),
+        ".csv": lambda p: pandas.read_csv(p, keep_default_na=False, dtype=dict.fromkeys(TEXTS, str)),
         ".jsonl": lambda p: pandas.read_json(p, lines=True),
     }[path.suffix]
     try:
@@ -162,21 +166,26 @@ def read_table(argument: str, path: Path) -> pandas.DataFrame:
     except (ValueError, OSError) as error:
         reason = str(error).splitlines()[0][:120]
         refuse(argument, f"'{path}', which cannot be read: {reason}", "a table of responses")
-    missing = [c for c in ("query", "response", "reference") if c not in table]
+    missing = [c for c in TEXTS if c not in table]
     if missing:
         found = f"'{path}' without a column {', '.join(missing)}"
         refuse(argument, found, "a table of responses: query, response, reference")
     if len(table) == 0:
         refuse(argument, f"'{path}' without rows", "a table of responses")
-    for column in ("query", "response", "reference"):
+    for column in TEXTS:
         bad = table.index[~table[column].map(lambda v: isinstance(v, str))]
         if len(bad):
             refuse(argument, f"'{path}' whose row {bad[0]} has no text in '{column}'", "a text in each row")
+    for column in {"score", "reference_score"} & set(table):
+        table[column] = pandas.to_numeric(table[column], errors="coerce")
     return table.assign(copy=table.groupby("query").cumcount())
 
 
-def join_policies(table: pandas.DataFrame, other: pandas.DataFrame, argument: str, other_name: str):
+def join_policies(table: pandas.DataFrame, other: pandas.DataFrame, argument: str, other_name: str, cut: bool):
     """Pairs of two policies on the same posts: the other's response takes the reference's place.
+
+    Args:
+        cut: whether the first table is only the beginning of its file: what else the other one has is then not missing.
 
     Returns:
         (pairs with `query, response, reference` and the scores of both, number of posts that only one of them has).
@@ -189,7 +198,7 @@ def join_policies(table: pandas.DataFrame, other: pandas.DataFrame, argument: st
     both = left.merge(right, on=["query", "copy"])
     if len(both) == 0:
         refuse(argument, f"'{other_name}', which has no query in common", "responses to the same posts")
-    return both, len(left) + len(right) - 2 * len(both)
+    return both, len(left) + (0 if cut else len(right)) - (1 if cut else 2) * len(both)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -272,11 +281,12 @@ def read_answer(text: str | None) -> str | None:
     >>> read_answer("The first invents a boss.\\nPreferred: B"), read_answer("Preferred: both")
     ('B', None)
     """
-    text = (text or "").strip()
+    text = re.sub(r"(?s)<think>.*?(</think>|$)", "", text or "").strip()  # what a model says to itself is no answer
     if re.fullmatch(r"\W*[AB]\W*", text):
         return re.sub(r"\W", "", text)
-    named = {m.upper() for m in re.findall(r"(?im)^\W*preferred\W+(?:summary\W+)?([ab])\W*$", text)}
-    return named.pop() if len(named) == 1 else None
+    pattern = r"(?im)^\W*preferred\W+(?:summary\W+)?([ab])\W*$"
+    named = {m.upper() for m in re.findall(pattern, text)}
+    return named.pop() if len(named) == 1 and re.search(pattern, text.splitlines()[-1]) else None
 
 
 def outcome_of_answers(first: str | None, second: str | None) -> float:
@@ -367,11 +377,12 @@ def cache_key(args: Args, prompt: str, ask: int) -> str:
 def wait_asked_for(error: Any) -> float | None:
     """Seconds in the server's Retry-After (a number or a date), or None."""
     value = getattr(getattr(error, "response", None), "headers", {}).get("retry-after")
-    try:
-        return max(0.0, float(value))
-    except (TypeError, ValueError):
+    with contextlib.suppress(TypeError, ValueError):
+        return max(0.0, float(value)) if math.isfinite(float(value)) else None
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
         date = email.utils.parsedate_tz(value) if value else None
         return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else None
+    return None
 
 
 class Server:
@@ -420,13 +431,21 @@ class Server:
                     temperature=args.temperature if ask == 0 else 1.0,
                     max_tokens=args.max_tokens,
                 )
-                return completion.choices[0].message.content or ""
+                text = completion.choices[0].message.content or ""
+                return text.encode(
+                    "utf-8", "replace"
+                ).decode()  # half a character cannot be kept; no text: AttributeError
             except (api.AuthenticationError, api.PermissionDeniedError) as found:
                 raise WrongRequest("base_url", f"a refused key ({found})", "the right OPENAI_API_KEY") from found
             except api.NotFoundError as found:
                 raise WrongRequest("model", f"'{args.model}' ({found})", "a model that the server has") from found
-            except (api.BadRequestError, api.UnprocessableEntityError):
-                return REFUSED  # too long for the model, or filtered: no attempt will change it
+            except (api.BadRequestError, api.UnprocessableEntityError) as found:
+                if re.search(r"(?i)context|too long|length|filter|policy|safety", str(found)):
+                    return REFUSED  # too long for the model, or filtered: no attempt will change it
+                expected = "a model that takes messages, temperature and max_tokens"
+                raise WrongRequest(
+                    "model", f"'{args.model}', whose server refuses the request ({found})", expected
+                ) from found
             # a broken body is not JSON, or JSON of another shape
             except (api.APIError, ValueError, AttributeError, TypeError, IndexError) as found:
                 error = found
@@ -515,7 +534,7 @@ def mean_interval(values, posts, resamples: int, seed: int, shares: bool = False
         shares: whether the values are wins, or other things that happen or do not.
 
     Returns:
-        `mean`, `low`, `high`; None where there is no value.
+        `mean`, `low`, `high`; None where there is no value, and for the ends where one post has different ones.
     """
     values, posts = np.asarray(values, float), np.asarray(posts)
     values, posts = values[~np.isnan(values)], posts[~np.isnan(values)]
@@ -529,6 +548,8 @@ def mean_interval(values, posts, resamples: int, seed: int, shares: bool = False
             return {"mean": mean, "low": mean, "high": mean}
         exact = stats.binomtest(int(mean * len(counts)), len(counts)).proportion_ci()
         return {"mean": mean, "low": float(exact.low), "high": float(exact.high)}
+    if len(counts) == 1:
+        return {"mean": mean, "low": None, "high": None}
     found = stats.bootstrap(
         (sums, counts), lambda s, c, axis: s.sum(axis) / c.sum(axis), paired=True, vectorized=True,
         n_resamples=resamples, method="percentile", batch=max(1, 10**7 // len(sums)), rng=np.random.default_rng(seed),
@@ -544,6 +565,9 @@ def length_controlled_win_rate(outcomes, length_differences, posts) -> dict[str,
     et al. 2024, arXiv 2404.04475), here with two covariates, so that a taste for length may grow or level off:
     logit P(win) = a + b z + c tanh(2 z), z = difference / its standard deviation. Firth's (1993) estimate stays finite
     where length alone decides. The 95 % interval of `a` is from the sandwich estimator (HC3), clustered by post.
+
+    The curve is smooth: where many pairs are equal texts, and so ties, it passes above or below what is seen at equal
+    length. The report therefore also has what is seen there (`near_equal_length`).
 
     Args:
         outcomes: [N] 1, 0.5 or 0; NaN are left out.
@@ -564,8 +588,10 @@ def length_controlled_win_rate(outcomes, length_differences, posts) -> dict[str,
         return unknown
     z = x / deviation
     X = np.stack([np.ones_like(z), z, np.tanh(2 * z)], 1)  # [N, 3]
+    if np.linalg.matrix_rank(X) < 3:  # two lengths only, or three of equal distance: the two covariates are one
+        X = X[:, :2]
     information = lambda p: X.T @ (np.maximum(p * (1 - p), 1e-12)[:, None] * X)
-    beta, objective = np.zeros(3), -math.inf
+    beta, objective = np.zeros(X.shape[1]), -math.inf
     for _ in range(500):  # Newton's method on the penalised likelihood, steps halved until they gain
         p = expit(X @ beta)
         inverse = np.linalg.inv(information(p))
@@ -584,7 +610,7 @@ def length_controlled_win_rate(outcomes, length_differences, posts) -> dict[str,
     residuals = ((y - p) / np.maximum(1 - leverage, 0.01))[:, None] * X
     by_post = np.stack([np.bincount(codes, column) for column in residuals.T], 1)  # [posts, 3]
     error = math.sqrt((inverse @ (by_post.T @ by_post) @ inverse)[0, 0])
-    margin = stats.t.ppf(0.975, n - 3) * error
+    margin = stats.t.ppf(0.975, n - X.shape[1]) * error
     low, mean, high = (float(expit(beta[0] + m)) for m in (-margin, 0.0, margin))
     return {"mean": mean, "low": low, "high": high, "standard_deviation": deviation}
 
@@ -619,6 +645,7 @@ def summarise(verdicts: pandas.DataFrame, args: Args) -> dict[str, Any]:
     interval = lambda values, where, shares=True: mean_interval(values, where, args.bootstrap, args.seed, shares)
     read = ~np.isnan(outcomes)
     words, reference_words = verdicts["response_words"].to_numpy(), verdicts["reference_words"].to_numpy()
+    near = np.abs(words - reference_words) <= NEAR_EQUAL * np.maximum(1, reference_words)
     report = {
         "posts": len(verdicts),
         "unreadable": int((~read).sum()),
@@ -627,6 +654,7 @@ def summarise(verdicts: pandas.DataFrame, args: Args) -> dict[str, Any]:
         "losses": int((outcomes == 0).sum()),
         "win_rate": interval(outcomes, posts),
         "length_controlled_win_rate": length_controlled_win_rate(outcomes, words - reference_words, posts),
+        "near_equal_length": {**interval(outcomes[near], posts[near]), "posts": int((read & near).sum())},
         "response_words": interval(words, posts, shares=False),
         "reference_words": interval(reference_words, posts, shares=False),
         "by_length_ratio": [],
@@ -661,12 +689,16 @@ def summarise(verdicts: pandas.DataFrame, args: Args) -> dict[str, Any]:
 
 def show(value: dict[str, float | None]) -> str:
     """`0.723 [0.690, 0.755]`"""
-    return "-" if value["mean"] is None else f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+    if value["mean"] is None or value["low"] is None:
+        return "-" if value["mean"] is None else f"{value['mean']:.3f} [-]"
+    return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
 
 
 def report_rows(report: dict[str, Any]) -> dict[str, str]:
     """What is shown of a report: label -> text."""
     rows = {"win rate": show(report["win_rate"]), "length-controlled": show(report["length_controlled_win_rate"])}
+    near = report["near_equal_length"]
+    rows["seen at nearly equal length"] = f"{show(near)} ({near['posts']} posts)"
     rows["wins / ties / losses"] = f"{report['wins']} / {report['ties']} / {report['losses']}"
     rows["unreadable pairs"] = str(report["unreadable"])
     rows["words"] = show(report["response_words"])
@@ -711,6 +743,8 @@ def check_args(args: Args) -> None:
             refuse(name, str(value), "a number above 0")
     if args.paired_difference and not args.against:
         refuse("paired_difference", "no --against", "two policies")
+    if args.seed < 0:
+        refuse("seed", str(args.seed), "a number of at least 0")
     if args.temperature < 0:
         refuse("temperature", str(args.temperature), "a number of at least 0")
     if args.judge == "reward" and not args.reward_model:
@@ -725,6 +759,11 @@ def check_args(args: Args) -> None:
             refuse("base_url", "OpenAI's server, and no OPENAI_API_KEY", "a key in the environment, or an address")
         if args.base_url is not None and not re.match(r"https?://[^/]", args.base_url):
             refuse("base_url", f"'{args.base_url}'", "an address such as http://localhost:8000/v1")
+        check_writable("cache", Path(args.cache).parent)
+        try:
+            Cache(args.cache, 0.0).db.close()
+        except (sqlite3.Error, OSError) as error:
+            refuse("cache", f"'{args.cache}', which cannot be used ({error})", "a file of answers, or a new one")
 
 
 def make_judge(args: Args) -> tuple[str, Callable[[pandas.DataFrame], pandas.DataFrame]]:
@@ -767,10 +806,26 @@ def judge_table(pairs: pandas.DataFrame, judge: Callable) -> pandas.DataFrame:
     return pandas.concat([texts, pandas.DataFrame({**known, "same": same}), judge(pairs)], axis=1)
 
 
+def short_name(policy: str) -> str:
+    """A run's name, or a file's without its suffix; a dot in a run's name (`kl0.05`) is part of it."""
+    path = Path(policy)
+    return path.stem if path.suffix in (".parquet", ".csv", ".jsonl") else path.name
+
+
+def check_writable(argument: str, folder: Path) -> None:
+    """Refuse a folder that cannot be made or written."""
+    parent = next(p for p in [folder, *folder.absolute().parents] if p.exists())
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        refuse(argument, f"'{folder}', and '{parent}' cannot be written ({error.strerror})", "a folder to write in")
+
+
 def report_folder(policy: str, name: str, args: Args) -> Path:
     """Where a policy's report goes."""
     if args.output_dir:
-        return Path(args.output_dir) / Path(policy).stem / name
+        return Path(args.output_dir) / short_name(policy) / name
     if Path(policy).suffix in (".parquet", ".csv", ".jsonl"):
         return Path(policy).with_suffix("") / "judge" / name
     return Path(args.runs_dir) / policy / "judge" / name
@@ -784,7 +839,7 @@ def main(args: Args) -> dict[str, dict[str, Any]]:
     other = read_table("against", find_table("against", args.against, args, args.split)) if args.against else None
     name, judge = make_judge(args)
     if args.against:
-        name += f"_against_{Path(args.against).stem}"
+        name += f"_against_{short_name(args.against)}"
     jobs = []  # (label, folder, table)
     for policy, table in tables.items():
         folder = report_folder(policy, name, args)
@@ -798,10 +853,15 @@ def main(args: Args) -> dict[str, dict[str, Any]]:
     for i, (label, folder, table) in enumerate(jobs):
         table = table.head(args.num_rows or len(table))
         if other is not None:
-            pairs, left_out[label] = join_policies(table, other, "against", args.against)
+            pairs, left_out[label] = join_policies(table, other, "against", args.against, bool(args.num_rows))
             jobs[i] = (label, folder, table, pairs)
         else:
             jobs[i] = (label, folder, table, table)
+    for i, (label, folder, *_) in enumerate(jobs):
+        same = [other_label for other_label, other_folder, *_ in jobs[:i] if other_folder == folder]
+        if same:
+            refuse("run", f"'{label}' and '{same[0]}', whose reports would both be {folder}", "one command for each")
+        check_writable("output_dir", folder)
     reports, shown = {}, Table("", *[job[0] for job in jobs], title=f"judged by {name}")
     for label, folder, table, pairs in jobs:
         verdicts = judge_table(pairs, judge)

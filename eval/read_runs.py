@@ -85,6 +85,8 @@ def read_folder(path: Path) -> dict[str, Any]:
     try:
         summary = json.loads((path / "summary.json").read_text())
         run = {"run": path.name, "args": json.loads((path / "args.json").read_text()), "final": summary["metrics"]}
+        if not isinstance(run["args"], dict) or not isinstance(run["args"].get("ppo", {}), dict):
+            raise ValueError("args.json holds no arguments")
         run |= {k: summary.get(k) for k in ("stage", "state", "reason", "parameters")} | {"lines": [], "accuracy": None}
         metrics = path / "metrics.jsonl"
         for line in metrics.read_text().splitlines() if metrics.exists() else []:

@@ -4,6 +4,8 @@
 #
 #   eval/scaling.sh                            all of it (make scaling)
 #   SIZES="tiny small" SEEDS=1 eval/scaling.sh    less of it
+#   PPO_EPISODES=1600 eval/scaling.sh          another length of the main PPO runs (default: that of hello_world.sh, whose
+#                                              runs these are)
 #
 # Every cell is a chain of hello_world.sh, trained on one thread, JOBS of them at a time; a finished one is reused, so that
 # the same command goes on after a stop. Logs: logs/scaling/<cell>.log
@@ -18,7 +20,7 @@ mkdir -p logs/scaling
 
 run_cell() { # cells are written as SIZE SEED [KL_COEF EPISODES]
     local name=$1_seed$2${3:+_kl$3} start=$SECONDS
-    if SIZE=$1 SEED=$2 KL_COEF=${3:-} PPO_EPISODES=${4:-1600} ./hello_world.sh >>"logs/scaling/$name.log" 2>&1; then
+    if SIZE=$1 SEED=$2 KL_COEF=${3:-} PPO_EPISODES=${4:-${PPO_EPISODES:-}} ./hello_world.sh >>"logs/scaling/$name.log" 2>&1; then
         echo "$name: $((SECONDS - start)) s"
     else
         echo "$name: FAILED, see logs/scaling/$name.log" >&2
@@ -34,10 +36,11 @@ for seed in $KL_SEEDS; do for kl in $KL_COEFS; do echo "$KL_SIZE $seed $kl $KL_E
     xargs -P "$JOBS" -L 1 bash -c 'run_cell "$@"' cell || FAILED=1
 echo "trained in $(((SECONDS - START) / 60)) minutes"
 
-MAIN=() SWEEP=() # what was trained; a cell that failed before its first evaluation has nothing to judge
+MAIN=() SWEEP=() REWARD=() # what was trained; a cell that failed before its first evaluation has nothing to judge
 judged() { [ -f "runs/$1/tables/validation.parquet" ] && echo "$1" || echo "not judged: $1" >&2; }
 for size in $SIZES; do
     for seed in $SEEDS; do
+        REWARD+=("toy_${size}_seed${seed}_reward")
         for stage in sft ppo; do MAIN+=($(judged "toy_${size}_seed${seed}_$stage")); done
     done
 done
@@ -47,7 +50,7 @@ done
 "$PYTHON" eval/judge.py --run "${MAIN[@]}" --judge gold --updates
 "$PYTHON" eval/judge.py --run "${SWEEP[@]}" --judge gold --updates
 # the sweep has figures of its own: its runs are longer, and must not be averaged with the others
-"$PYTHON" eval/sft_rm_scale.py --runs 'toy_*_seed[0-9]_sft' 'toy_*_seed[0-9]_reward'
-"$PYTHON" eval/rlhf_scaling_plot.py --runs 'toy_*_seed[0-9]_sft' 'toy_*_seed[0-9]_ppo'
+"$PYTHON" eval/sft_rm_scale.py --runs "${MAIN[@]}" "${REWARD[@]}"
+"$PYTHON" eval/rlhf_scaling_plot.py --runs "${MAIN[@]}"
 "$PYTHON" eval/rlhf_scaling_plot.py --runs "${SWEEP[@]}" --output_dir eval/images/kl_sweep
 exit $FAILED

@@ -327,7 +327,7 @@ def draw_groups(table, group: str, label: str, name: str, places):
             pairs = ((points["at"].map(at) + shift, points["value"]), (middle["place"] + shift, middle["value"]))
             (x, y), (x_mean, y_mean) = pairs if upright else [pair[::-1] for pair in pairs]
             axis.plot(x, y, ls="", ms=2.2, mfc="white", mew=0.6, alpha=0.7, **look)
-            look_of_mean = look | {"label": f"{size} ({seeds_text(middle)})"}
+            look_of_mean = look | {"label": size}
             axis.errorbar(x_mean, y_mean, **{"yerr" if upright else "xerr": arms(middle)}, ms=4, capsize=1.5, lw=0.9,
                           ls=LINES[i % len(LINES)] if upright else "", **look_of_mean)  # fmt: skip
         names = [v if upright else f"{v}  ({counts[split, v]:.0f})" for v in at]

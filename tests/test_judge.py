@@ -69,6 +69,8 @@ def test_interval_of_equal_values_is_not_a_point():
     assert found["mean"] == found["high"] == 1.0 and math.isclose(found["low"], 0.025 ** (1 / 20), rel_tol=1e-9)
     assert mean_interval([0.5] * 4, range(4), 100, 1) == {"mean": 0.5, "low": 0.5, "high": 0.5}
     assert mean_interval([math.nan], [0], 100, 1) == {"mean": None, "low": None, "high": None}
+    one_post = mean_interval([1.0, 0.0], ["q", "q"], 100, 1)
+    assert one_post == {"mean": 0.5, "low": None, "high": None} and judge.show(one_post) == "0.500 [-]"
     assert mean_interval([1.0, math.nan, 0.0], [0, 1, 2], 100, 1)["mean"] == 0.5
 
 
@@ -105,6 +107,10 @@ def test_length_control_keeps_a_win_rate_that_is_not_by_length():
     always_longer = length_controlled_win_rate(rng.integers(0, 2, 50), rng.integers(1, 9, 50), range(50))
     assert always_longer["mean"] is None
     assert length_controlled_win_rate([0.0] * 50, rng.normal(0, 5, 50), range(50))["mean"] is None
+    for lengths in ([-3, 4], [-1, 0, 1]):  # so few lengths that the two covariates are one
+        difference = rng.choice(lengths, 200)
+        found = length_controlled_win_rate(judged(expit(0.3 * difference), rng), difference, np.arange(200))
+        assert found["low"] < 0.5 < found["high"]
     nothing = length_controlled_win_rate([1.0] * 20, [0.0] * 20, range(20))
     assert nothing["mean"] is None and nothing["standard_deviation"] == 0
 
@@ -147,6 +153,7 @@ def test_report_by_hand():
     assert (found["wins"], found["ties"], found["losses"], found["unreadable"]) == (2, 1, 1, 1)
     assert found["win_rate"]["mean"] == 2.5 / 4
     assert found["unreadable_answers"] == 1
+    assert (found["near_equal_length"]["posts"], found["near_equal_length"]["mean"]) == (1, 0.5)
     assert math.isclose(found["first_position_preferred"]["mean"], 6 / 9)  # A stands first
     assert found["agreement"]["posts"] == 3 and math.isclose(found["agreement"]["share"]["mean"], 1 / 3)
     claimed = sorted(expit(np.array([2.0, -1.0, 2.0])))
@@ -184,6 +191,10 @@ def test_calibration_of_a_reward_model_that_knows():
         ("Preferred: both", None),
         ("Preferred: A or B", None),
         ("Preferred: A\nPreferred: B", None),
+        ("Preferred: A\nOn second thought, both are bad.", None),
+        ("<think>Perhaps\nPreferred: A\nbut wait</think>\nBoth are bad.", None),
+        ("<think>Perhaps\nPreferred: A\nbut wait</think>\n\nPreferred: B", "B"),
+        ("<think>Preferred: A", None),
         ("I cannot help with that.", None),
         ("A summary should be short.", None),
         ("", None),
@@ -244,6 +255,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(404, b'{"error": {"message": "no such model"}}')
         if fault == "too long":
             return self.reply(400, b'{"error": {"message": "context too long"}}')
+        if fault == "400":
+            return self.reply(400, b'{"error": {"message": "Unsupported parameter: max_tokens"}}')
         if fault == "hang":
             time.sleep(1.0)  # longer than the client's time-out
             self.close_connection = True
@@ -264,9 +277,12 @@ class Handler(BaseHTTPRequestHandler):
         better = "A" if a.startswith("good") and not b.startswith("good") else "B"
         if draw("lie", prompt.split("Summary A")[0]) < liar:
             better = "A"  # whatever stands first
-        text = {"refusal": "I cannot judge people.", "both": "Both are fine.\nPreferred: A or B"}.get(
-            fault, f"One is truer.\nPreferred: {better}"
-        )
+        text = {
+            "refusal": "I cannot judge people.",
+            "half": "Preferred: A\ud800",
+            "list": ["A"],
+            "both": "Both are fine.\nPreferred: A or B",
+        }.get(fault, f"One is truer.\nPreferred: {better}")
         content = {
             "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}]
         }
@@ -613,6 +629,45 @@ def test_tables_of_any_kind(suffix, tmp_path):
     assert found[["query", "response", "reference"]].equals(rows) and found["copy"].tolist() == [0] * 4
 
 
+def test_csv_of_numbers_and_holes(tmp_path):
+    """Texts of digits are texts; a score that is missing is none."""
+    path = tmp_path / "table.csv"
+    path.write_text("query,response,reference,score,reference_score\nq,12,s,0.5,1\np,34,t,,1\n")
+    found = judge.read_table("run", path)
+    assert found["response"].tolist() == ["12", "34"] and found["score"].isna().tolist() == [False, True]
+
+
+def test_dots_in_names_and_reports_of_the_same_name(tmp_path, capsys):
+    folders = [judge.report_folder(p, "gold", judge.Args(output_dir="out")) for p in ("x_kl0.05_ppo", "x_kl0.2_ppo")]
+    assert folders == [Path("out/x_kl0.05_ppo/gold"), Path("out/x_kl0.2_ppo/gold")]
+    assert judge.short_name("a/b.v2.parquet") == "b.v2"
+    paths = [tmp_path / name / "t.parquet" for name in "ab"]
+    for path in paths:
+        path.parent.mkdir()
+        make_table(path, 3)
+    with pytest.raises(SystemExit) as stop:
+        judge.main(judge.Args(run=tuple(map(str, paths)), output_dir=str(tmp_path / "out")))
+    assert stop.value.code == 2 and "would both be" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_only_the_first_rows_against_another_policy(runs, tmp_path):
+    args = judge.Args(run=("chain_ppo",), against="chain_sft", num_rows=5, runs_dir=str(runs), output_dir=str(tmp_path))
+    (report,) = judge.main(args).values()
+    assert (report["posts"], report["posts_of_one_policy_only"]) == (5, 0)
+
+
+@pytest.mark.parametrize("fault", ["half", "list"])
+def test_answers_that_are_no_text(server, tmp_path, fault):
+    """Half a character is kept as a question mark; a list is no answer: asked again, then said in one line."""
+    server.always = fault
+    done = run_judge(make_table(tmp_path / "policy.parquet", 3), server, tmp_path, max_attempts=2)
+    if fault == "half":
+        report = json.loads(next(tmp_path.rglob("report.json")).read_text())
+        assert done.returncode == 0 and report["unreadable"] + report["ties"] == 3, done.stderr
+    else:
+        assert done.returncode == 2 and done.stderr.count("error: --base_url") == 1 and "Traceback" not in done.stderr
+
+
 def bad_table(tmp_path, **columns):
     path = tmp_path / "bad.jsonl"
     pandas.DataFrame(columns).to_json(path, lines=True, orient="records")
@@ -639,6 +694,10 @@ BAD = {
     "policy as reward model": ({"judge": "reward", "reward_model": "SFT"}, "--reward_model: found"),
     "no key": ({"judge": "openai"}, "no OPENAI_API_KEY"),
     "address": ({"judge": "openai", "base_url": "localhost:1"}, "--base_url: found 'localhost:1'"),
+    "seed": ({"seed": -1}, "--seed: found -1"),
+    "output below a file": ({"output_dir": __file__ + "/below"}, "--output_dir: found"),
+    "not a cache": ({"judge": "openai", "base_url": "http://x", "cache": __file__}, "--cache: found"),
+    "cache below a file": ({"judge": "openai", "base_url": "http://x", "cache": __file__ + "/below/x"}, "--cache"),
     "no prompt": ({"judge": "openai", "base_url": "http://x", "prompt": "nope.txt"}, "--prompt: found 'nope.txt'"),
     "prompt": ({"judge": "openai", "base_url": "http://x", "prompt": "PROMPT"}, "without {summary_b}"),
 }  # fmt: skip
@@ -664,7 +723,12 @@ def test_bad_input(case, world, runs, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "fault, words", [("401", "--base_url: found a refused key"), ("404", "--model: found 'test/judge'")]
+    "fault, words",
+    [
+        ("401", "--base_url: found a refused key"),
+        ("404", "--model: found 'test/judge'"),
+        ("400", "--model: found 'test/judge', whose server refuses the request"),
+    ],
 )
 def test_a_wrong_key_or_model_is_refused(server, tmp_path, fault, words):
     server.always = fault
