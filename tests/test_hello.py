@@ -77,6 +77,14 @@ def test_smoke_run_then_reuse_then_changed_arguments(copy):
     assert (copy / "models/smoke_seed1/ppo.old-1/model.safetensors").read_bytes() == weights
     assert (copy / "runs/smoke_seed1_reward.old-1/metrics.jsonl").exists()
 
+    # another PPO run beside the first one, with its own report
+    other = hello(copy, SMOKE="1", KL_COEF="0.2")
+    assert other.returncode == 0, other.stderr[-3000:]
+    assert "run runs/smoke_seed1_kl0.2_ppo" in other.stdout and "smoke_seed1_kl0.2_ppo.old" not in other.stdout
+    report = pandas.read_csv(copy / "eval/reports/smoke_seed1_kl0.2_ppo.csv", index_col="metric")["smoke_seed1"]
+    assert report["ppo/win_rate_gain_low"] <= report["ppo/win_rate_gain"] <= report["ppo/win_rate_gain_high"]
+    assert (copy / "models/smoke_seed1/ppo/model.safetensors").exists()
+
 
 @pytest.mark.parametrize(
     "variables, message",
@@ -87,6 +95,7 @@ def test_smoke_run_then_reuse_then_changed_arguments(copy):
         ({"SMOKE": "yes"}, "error: SMOKE: found 'yes'; expected 0 or 1"),
         ({"MODEL": "EleutherAI/pythia-1b-deduped", "MICRO": "7"}, "error: MICRO: found 7 on 1 processes"),
         ({"MODEL": "EleutherAI/pythia-1b-deduped", "PPO_MICRO": "0"}, "error: PPO_MICRO: found '0'"),
+        ({"MODEL": "EleutherAI/pythia-1b-deduped", "SIZE": "tiny"}, "error: SIZE: found 'tiny' with MODEL="),
         ({"MODEL": "EleutherAI/pythia-1b-deduped", "SMOKE": "1"}, "error: SMOKE: found 1 with MODEL="),
     ],
 )
