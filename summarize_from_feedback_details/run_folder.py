@@ -109,11 +109,8 @@ def refuse_unwritable(argument: str, path: str, run_name: str | None = None, roo
     """
     folder = Path(path)
     if run_name:
-        run = (Path(root) / run_name).resolve()
-        if folder.resolve() in (run, *run.parents) or run / "checkpoints" in (
-            folder.resolve(),
-            *folder.resolve().parents,
-        ):
+        run, here = (Path(root) / run_name).resolve(), folder.resolve()
+        if here in (run, *run.parents) or run / "checkpoints" in (here, *here.parents):
             refuse(argument, f"'{path}', where the run itself is kept ({Path(root) / run_name})", "another folder")
     if folder.is_dir() and any(folder.iterdir()) and not (run_name and _wrote(Path(root) / run_name, folder)):
         refuse(argument, f"'{path}', which holds another run's results", "a new or empty folder")
