@@ -109,7 +109,7 @@ def draw_win_rates(table, judge, published, places):
     means = over_seeds(drawn, ["series", "stage", "size", "kl_coef"]).assign(metric="win_rate", judge=judge)
     figure = Figure(figsize=(WIDTH, 3.8), layout="constrained")
     axis = figure.subplots()
-    names = ["SFT", *ppo_names(table).values()]
+    names = [n for n in ("SFT", *ppo_names(table).values()) if (drawn["series"] == n).any()] or ["SFT"]
     series = [(n, drawn[drawn["series"] == n], means[means["series"] == n]) for n in names]
     draw_sizes(axis, series, published, places, even=0.5)
     axis.set_ylim(bottom=0, top=1)
@@ -149,7 +149,8 @@ def draw_curves(table, places):
             size = None if pandas.isna(size) else size
             of_run = [r.sort_values("episode") for _, r in group.groupby("run")]
             which = kl_coefs.index(kl_coef) if len(kl_coefs) > 1 and kl_coef in kl_coefs else sizes.index(size)
-            colour, style = COLOURS[sizes.index(size) % len(COLOURS)], LINES[which % len(LINES)]
+            hue = which if len(sizes) == 1 else sizes.index(size)  # with one size, colour tells the KL coefficient
+            colour, style = COLOURS[hue % len(COLOURS)], LINES[which % len(LINES)]
             for run in of_run:
                 alone = len(of_run) == 1
                 look = {"lw": 1.3, "ls": style} if alone else {"lw": 0.6, "alpha": max(0.25, 0.6 - 0.05 * len(of_run))}

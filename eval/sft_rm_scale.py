@@ -38,6 +38,7 @@ PUBLISHED_COLOUR = "#777777"
 PUBLISHED_MARKERS = {"SFT": "o", "PPO": "s", "TL;DR": "o", "CNN/DM": "s"}  # as our own
 WIDTH = 6.3  # inches: the text of an A4 page
 LARGEST_PNG = 300_000  # bytes
+PAIRS_NEEDED = 10  # comparisons of two policies, for a row in the figure
 PAIRS_SHOWN = 16  # policy pairs in the figure; the CSV holds all
 SPLITS = {"TL;DR": "validation", "CNN/DM": "validation_cnndm"}
 
@@ -154,9 +155,10 @@ def draw_sizes(axis, series: list[tuple], published, places, even: float | None 
     `even`: where a dotted line marks an even chance.
     """
     axis.set_xscale("log")
+    first = 0 if len(published) else (1 - len(series)) / 2  # beside the published ones, or around the tick
     decades = max(np.log10(max(places.values()) / min(places.values())), 0.5) if places else 1
     for i, (label, drawn, means) in enumerate(series):
-        x_of = lambda rows, shift: [places[s] * 10 ** (0.03 * decades * (i + shift)) for s in rows["size"]]
+        x_of = lambda rows, shift: [places[s] * 10 ** (0.03 * decades * (first + i + shift)) for s in rows["size"]]
         means = means.assign(place=means["size"].map(places)).sort_values("place")
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
         drawn = drawn[drawn.groupby("size")["run"].transform("count") > 1]  # one run is its own mean
@@ -308,7 +310,10 @@ def draw_groups(table, group: str, label: str, name: str, places):
     values = {}
     for split in SPLITS.values():
         found = in_order(set(drawn.loc[drawn["split"] == split, "at"]))
-        values[split] = sorted(found, key=lambda v: -counts[split, v])[:PAIRS_SHOWN] if group == "policies" else found
+        if group == "policies":
+            often = [v for v in found if counts[split, v] >= PAIRS_NEEDED]
+            found = sorted(often or found, key=lambda v: -counts[split, v])[:PAIRS_SHOWN]
+        values[split] = found
     upright, rows = group == "confidence", [max(1, len(v)) for v in values.values()]
     height = 2.8 if upright else 1.5 + 0.2 * sum(rows)
     figure = Figure(figsize=(WIDTH, height), layout="constrained")

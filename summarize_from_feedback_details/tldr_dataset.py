@@ -604,8 +604,8 @@ def check_args(args: Args) -> None:
     for prefix in ("tldr_params", "cnndm_params"):
         hparams = getattr(args, prefix)
         for name, value in asdict(hparams).items():
-            if isinstance(value, int) and value <= 0:
-                refuse(f"{prefix}.{name}", str(value), "a number of tokens above 0")
+            if isinstance(value, int) and not 0 < value <= 10**6:
+                refuse(f"{prefix}.{name}", str(value), "a number of tokens above 0, at most a million")
         try:
             names = fields_of(hparams)
             hparams.format_str.format(**dict.fromkeys(names, ""))
