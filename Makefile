@@ -23,12 +23,13 @@ torture: .venv/installed
 slurm-test: .venv/installed
 	OMP_NUM_THREADS=1 $(PY) -m pytest --durations=0 tests/test_slurm.py
 
-# the table of the README: the toy world on three seeds
+# the tables of the README: the toy world on three seeds (PRECISION=bf16 make toy-seeds: the same in bf16)
+SUFFIX := $(if $(filter bf16,$(PRECISION)),_bf16)
 toy-seeds: .venv/installed
 	for seed in 1 2 3; do SEED=$$seed ./hello_world.sh || exit 1; done
-	$(PY) eval/hello_report.py --chains toy_small_seed1 toy_small_seed2 toy_small_seed3 \
-	    --raw_dirs data/toy_small_seed1_raw data/toy_small_seed2_raw data/toy_small_seed3_raw \
-	    --name toy_seeds --output_dir docs/images
+	$(PY) eval/hello_report.py --chains $(foreach seed,1 2 3,toy_small_seed$(seed)$(SUFFIX)) \
+	    --raw_dirs $(foreach seed,1 2 3,data/toy_small_seed$(seed)$(SUFFIX)_raw) \
+	    --name toy_seeds$(SUFFIX) --output_dir docs/images
 
 # the scaling study of the README: 3 sizes x 3 seeds and a sweep over the KL coefficient; goes on where it was stopped
 scaling: .venv/installed

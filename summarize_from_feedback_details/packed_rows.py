@@ -141,6 +141,7 @@ class Float32Head(torch.nn.Linear):
     """A linear head in float32, also where the trunk computes in bf16, whose steps are 1/32 between 4 and 8."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        # Deviates: the original's scores and values were rounded to bf16: ties, and steps in what PPO learns from
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(hidden.float(), self.weight.float())
 

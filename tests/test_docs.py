@@ -347,6 +347,12 @@ def test_numbers_of_the_toy_world_are_those_of_the_committed_report():
     assert ours == [rows[name] for name in names]
 
 
+def test_the_bf16_table_is_the_report():
+    report = (ROOT / "docs/images/toy_seeds_bf16.md").read_text().splitlines()
+    lines = re.search(r"^\| in bf16 \|.*\n\|[-|]+\n((?:\|.*\n)+)", README, re.M)[1].strip().splitlines()
+    assert len(lines) >= 6 and set(lines) <= set(report), set(lines) - set(report)
+
+
 def test_the_readme_counts_the_cases_of_bad_input():
     from test_bad_input import CASES
 
