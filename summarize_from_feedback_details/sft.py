@@ -252,7 +252,9 @@ def deal(lengths: list[int], micro: int, rank: int, world_size: int, alike: bool
     if alike:
         return [mine[i * micro : (i + 1) * micro] for i in range(steps)]
     there_and_back = [*range(steps), *reversed(range(steps))]
-    return [[row for i, row in enumerate(mine) if there_and_back[i % (2 * steps)] == step] for step in range(steps)]
+    parts = [[row for i, row in enumerate(mine) if there_and_back[i % (2 * steps)] == step] for step in range(steps)]
+    # the largest one first: what it leaves free is wide enough for the others
+    return sorted(parts, key=lambda part: -sum(lengths[i] for i in part))
 
 
 def train_step(accelerator, model, optimizer, micro_batches, loss_of, max_grad_norm, on_bad, stop) -> float | None:

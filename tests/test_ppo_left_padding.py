@@ -352,6 +352,7 @@ def test_deal_balances_what_is_packed_and_sorts_what_is_padded():
     lengths = np.random.default_rng(0).permutation(np.arange(100, 500, 25)).tolist()
     tokens = [sum(lengths[i] for i in part) for part in deal(lengths, 4, 0, 1)]
     assert max(tokens) - min(tokens) <= 100 and sum(tokens) == sum(lengths)
+    assert tokens == sorted(tokens, reverse=True)
     alike = [[lengths[i] for i in part] for part in deal(lengths, 4, 0, 1, alike=True)]
     assert sum(alike, []) == sorted(lengths, reverse=True)
 
