@@ -26,6 +26,7 @@ import math
 import os
 import re
 import sys
+import tempfile
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -307,10 +308,9 @@ def check_output(argument: str, path: str) -> None:
     parent = next(p for p in [folder, *folder.parents] if p.exists())
     if not path or Path(path).is_dir() or (Path(path).exists() and not Path(path).is_file()):
         refuse(argument, f"'{path}', which is no file", "a file to be written")
-    partial = parent / f".{Path(path).name}.partial" if parent == folder else parent / ".partial"
-    try:  # what the operating system says of the rights alone is not the whole truth
-        partial.touch()
-        partial.unlink()
+    try:  # rights alone do not tell: root may write anywhere, but not in /proc
+        with tempfile.TemporaryFile(dir=parent):
+            pass
     except OSError as error:
         refuse(argument, f"'{path}', which cannot be written ({error.strerror})", "a file that can be created")
 

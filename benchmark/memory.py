@@ -64,9 +64,8 @@ class Layout:
     width: int = 2  # bytes of a weight: 2 for bf16, 4 for float32
     checkpointing: bool = False
     offload: bool = False
-    accumulates: bool = (
-        True  # ZeRO: whether gradients are there while activations are at their peak; else they always are
-    )
+    # ZeRO: whether gradients are there while activations are at their peak; without ZeRO they always are
+    accumulates: bool = True
 
 
 def memory(shape: Shape, layout: Layout) -> dict[str, float]:

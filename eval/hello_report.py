@@ -70,14 +70,14 @@ def read_judge(run: Path) -> dict[str, float | None]:
 def read_gain(sft: Path, ppo: Path) -> dict[str, float]:
     """What PPO gained over SFT, post by post: gold score in standard errors of its mean difference, and win rate."""
     gold = [pandas.read_parquet(run / "judge/gold/verdicts.parquet") for run in (sft, ppo)]
-    assert gold[0]["query"].equals(gold[1]["query"])
+    if not gold[0]["query"].equals(gold[1]["query"]):
+        refuse("chains", f"{sft.name} and {ppo.name}, judged on other posts", "both judged by the same command")
     gain = gold[1]["score"] - gold[0]["score"]
     row = {"gain_in_standard_errors": gain.mean() / (gain.std(ddof=1) / math.sqrt(len(gain)))}
     paired = ppo / f"judge/gold_against_{sft.name}/report.json"
     if paired.exists() and (difference := json.loads(paired.read_text()).get("win_rate_difference")):
-        row |= {
-            f"win_rate_gain{end}": difference[key] for end, key in (("", "mean"), ("_low", "low"), ("_high", "high"))
-        }
+        ends = (("", "mean"), ("_low", "low"), ("_high", "high"))
+        row |= {f"win_rate_gain{end}": difference[key] for end, key in ends}
     return row
 
 

@@ -432,9 +432,8 @@ class Server:
                     max_tokens=args.max_tokens,
                 )
                 text = completion.choices[0].message.content or ""
-                return text.encode(
-                    "utf-8", "replace"
-                ).decode()  # half a character cannot be kept; no text: AttributeError
+                # half a character cannot be kept; what is no text raises AttributeError, and is asked for again
+                return text.encode("utf-8", "replace").decode()
             except (api.AuthenticationError, api.PermissionDeniedError) as found:
                 raise WrongRequest("base_url", f"a refused key ({found})", "the right OPENAI_API_KEY") from found
             except api.NotFoundError as found:

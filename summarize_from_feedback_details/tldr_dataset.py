@@ -485,9 +485,9 @@ def check_comparison_rows(args: Args, raw: DatasetDict) -> None:
                 check_text(name, f"`summaries` of {where}", summary, ["text", "policy"])
             if type(row["choice"]) is not int or row["choice"] not in (0, 1):
                 refuse(name, f"choice {row['choice']!r} in {where}", "0 or 1")
-            # Detail: confidence - 1..9 on a line from the first summary to the second; absent in some batches
             if not isinstance(row["extra"], dict | None):
                 refuse(name, f"{type(row['extra']).__name__} in `extra` of {where}", "an object, or none")
+            # Detail: confidence - 1..9 on a line from the first summary to the second; absent in some batches
             confidence = (row["extra"] or {}).get("confidence")
             if confidence is not None and confidence not in range(1, 10):
                 refuse(name, f"confidence {confidence!r} in {where}", "1 to 9, or none")
@@ -593,9 +593,8 @@ def hub_entity(args: Args) -> str:
 def is_ours(folder: Path) -> bool:
     """Whether this script has written the folder."""
     try:
-        return {"vocab_size", "pad_token_id", "rows_per_second"} <= set(
-            json.loads((folder / "summary.json").read_text())
-        )
+        summary = json.loads((folder / "summary.json").read_text())
+        return {"vocab_size", "pad_token_id", "rows_per_second"} <= set(summary)
     except (OSError, ValueError, TypeError):
         return False
 
@@ -651,9 +650,7 @@ def tokenise(args: Args, kind: str, raw: DatasetDict, encoder, pad_id: int) -> t
                 desc=f"{name} {split}",
             )
         except (TypeError, pa.ArrowException) as error:
-            refuse(
-                name, f"rows of the split '{split}' of other types ({reason(error)})", "rows as the README shows them"
-            )
+            refuse(name, f"rows of the split '{split}' of other types ({reason(error)})", "the types of OpenAI's rows")
         except ValueError as error:
             where = f"the split '{split}' of --{name} {' '.join(getattr(error, '__notes__', ()))}"
             refuse(f"{prefix}.length", f"{reason(error)} {where}", f"room for more than {hparams.length} tokens")
