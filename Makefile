@@ -4,6 +4,8 @@
 # Longer, and not needed: make toy-seeds, make scaling, make torture, make slurm-test, make bench
 PYTHON ?= python3.11
 PY := .venv/bin/python
+# processes that share the test files between them, a thread each: make test WORKERS=4
+WORKERS ?= 2
 
 .PHONY: hello test lint format toy-seeds scaling torture slurm-test bench
 
@@ -13,7 +15,7 @@ hello: .venv/installed
 test: .venv/installed
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	OMP_NUM_THREADS=1 $(PY) -m pytest --durations=15 -m "not torture"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15 -m "not torture"
 
 # each stage killed at random moments, 20 trials, and started again: the same bits (20 minutes)
 torture: .venv/installed

@@ -142,11 +142,11 @@ def force_ends(folder: Path) -> None:
     plain, now = GPTNeoXForCausalLM.forward, {}
 
     @functools.wraps(plain)
-    def forward(self, input_ids=None, attention_mask=None, past_key_values=None, use_cache=None, **kwargs):
-        begins = past_key_values is not None and past_key_values.get_seq_length() == 0
-        out = plain(self, input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values,
-                    use_cache=use_cache, **kwargs)  # fmt: skip
-        if past_key_values is None or not use_cache:
+    def forward(self, input_ids=None, attention_mask=None, use_cache=None, **kwargs):
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))  # transformers 5.24 renamed it
+        begins = cache is not None and cache.get_seq_length() == 0
+        out = plain(self, input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache, **kwargs)
+        if cache is None or not use_cache:
             return out
         last = out.logits[0] if "pieces" in kwargs else out.logits[:, -1]  # [B, V]
         if begins:  # the queries are read; ours reads them packed

@@ -287,7 +287,9 @@ def find_model(argument: str, path: str | None, revision: str | None, kind: str)
         refuse(argument, f"'{path}', a {architecture}", KINDS[kind])
     if kind == "policy" and not _samples_from_keys_and_values(architecture):
         refuse(
-            argument, f"'{path}', a {architecture}, which keeps no keys and values", "an attention model to sample from"
+            argument,
+            f"'{path}', a {architecture}, which does not sample from keys and values alone",
+            "an attention model to sample from",
         )
     if os.path.isdir(path):
         _check_weights(argument, Path(path))
@@ -297,13 +299,17 @@ def find_model(argument: str, path: str | None, revision: str | None, kind: str)
 
 
 def _samples_from_keys_and_values(architecture: str) -> bool:
-    """Whether this class of transformers reads a cache of keys and values; a state (Mamba) would read the pads, too."""
+    """Whether this class of transformers reads keys and values alone; a state (Mamba) would read the pads, too."""
     import inspect
 
     import transformers
 
     model = getattr(transformers, architecture, None)
-    return model is None or "past_key_values" in inspect.signature(model.forward).parameters
+    if model is None:
+        return True
+    return not model._is_stateful and not {"past_key_values", "cache"}.isdisjoint(
+        inspect.signature(model.forward).parameters
+    )
 
 
 def check_same_vocabulary(

@@ -10,6 +10,8 @@ Nothing here knows about RLHF. Architectures that do not let their attention be 
 same numbers, more work.
 """
 
+import inspect
+
 import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
@@ -173,7 +175,7 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def read_queries(model, inputs: dict, room: int) -> tuple[torch.Tensor, DynamicCache]:
+def read_queries(model, inputs: dict, room: int) -> tuple[torch.Tensor, dict]:
     """Read left-padded queries before sampling, without their pads where the model packs.
 
     Args:
@@ -181,21 +183,25 @@ def read_queries(model, inputs: dict, room: int) -> tuple[torch.Tensor, DynamicC
         room: tokens that will be sampled at most.
 
     Returns:
-        logits [B, V] that predict the next token; the cache, left-padded as the queries are.
+        logits [B, V] that predict the next token; the model's arguments that hold the cache, left-padded as the
+        queries are.
     """
     cache = DynamicCache(config=model.config)
+    # transformers 5.24 renamed the argument
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    past = {name: cache, "use_cache": True}
     # layers of a sliding window keep the last tokens of what they read, whichever row's these are
     if packs(model) and all(type(layer) is DynamicLayer for layer in cache.layers):
         Q, lengths = inputs["input_ids"].shape[1], inputs["attention_mask"].sum(1).tolist()
         rows = [row[Q - n :] for row, n in zip(inputs["input_ids"].tolist(), lengths)]
         packed, starts = pack(rows, True, inputs["input_ids"].device)
         last = torch.tensor([start + n - 1 for start, n in zip(starts, lengths)], device=inputs["input_ids"].device)
-        logits = model(**packed, past_key_values=cache, use_cache=True, logits_to_keep=last).logits[0]
+        logits = model(**packed, **past, logits_to_keep=last).logits[0]
         pad = lambda states: torch.cat([F.pad(s, (0, 0, Q - s.shape[2], 0)) for s in states.split(lengths, 2)])
     else:
-        logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        logits = model(**inputs, **past, logits_to_keep=1).logits[:, -1]
         pad = lambda states: states
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
             cache.layers[i] = RoomyLayer(pad(layer.keys), pad(layer.values), room)
-    return logits, cache
+    return logits, past

@@ -73,6 +73,7 @@ from summarize_from_feedback_details.run_folder import (
     choose_run_name,
     finished_before,
     keep_freed_memory,
+    leave_group,
     memory_gb,
     print_table,
     push,
@@ -490,7 +491,7 @@ def sample_responses(model, queries, noise, pad_id, stop_id, response_length, te
     """
     inputs = model_inputs(queries, pad_id)
     mask, positions = inputs["attention_mask"], inputs["position_ids"]
-    logits, cache = read_queries(model, inputs, response_length)  # [B, V]
+    logits, past = read_queries(model, inputs, response_length)  # [B, V]
     B = len(queries)
     responses = queries.new_full((B, response_length), pad_id)  # [B, R]
     logprobs = torch.full((B, response_length), INVALID_LOGPROB, device=queries.device)  # [B, R]
@@ -515,9 +516,7 @@ def sample_responses(model, queries, noise, pad_id, stop_id, response_length, te
             break
         mask = torch.cat([mask, mask.new_ones(B, 1)], dim=1)
         positions = positions[:, -1:] + 1
-        logits = model(
-            input_ids=drawn[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        ).logits[:, -1]
+        logits = model(input_ids=drawn[:, None], attention_mask=mask, position_ids=positions, **past).logits[:, -1]
     responses = truncate_response(responses, stop_id, pad_id)
     return responses, logprobs.masked_fill(responses == pad_id, INVALID_LOGPROB)
 
@@ -1270,3 +1269,4 @@ def main(args: Args) -> dict[str, float]:
 if __name__ == "__main__":
     refuse_dropped(sys.argv[1:], DROPPED)
     main(tyro.cli(Args, use_underscores=True))
+    leave_group()

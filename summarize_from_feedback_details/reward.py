@@ -64,6 +64,7 @@ from summarize_from_feedback_details.run_folder import (
     choose_run_name,
     finished_before,
     keep_freed_memory,
+    leave_group,
     memory_gb,
     print_table,
     push,
@@ -717,3 +718,4 @@ def print_tables(table, before: np.ndarray, after: np.ndarray) -> None:
 if __name__ == "__main__":
     refuse_dropped(sys.argv[1:], DROPPED)
     main(tyro.cli(Args, use_underscores=True))
+    leave_group()

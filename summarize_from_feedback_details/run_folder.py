@@ -75,6 +75,18 @@ def stop_if_wanted() -> None:
         raise SystemExit(REQUEUE_ME)
 
 
+def leave_group() -> None:
+    """Leave torch's process group at the end of a stage, on all ranks.
+
+    Left to the end of the interpreter, gloo's threads sometimes abort a rank, and the launcher then fails a run that
+    has finished (https://github.com/pytorch/pytorch/pull/179291).
+    """
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def refuse(argument: str, found: str, expected: str) -> NoReturn:
     """Stop because of a user's mistake: one line on standard error (rank 0 only) and exit code 2.
 

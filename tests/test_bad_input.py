@@ -100,10 +100,13 @@ def bad(world, tmp_path_factory):
                 tokenizer.add_tokens(["zebra"])
                 tokenizer.save_pretrained(folder)
             found[f"{name}_{fault}"] = str(folder)
-    shutil.copytree(world.sft, root / "mamba")
-    config = root / "mamba/config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"architectures": ["MambaForCausalLM"]}))
-    found["mamba"] = str(root / "mamba")
+    for architecture in ("Mamba", "RecurrentGemma"):
+        shutil.copytree(world.sft, root / architecture)
+        config = root / architecture / "config.json"
+        config.write_text(
+            json.dumps(json.loads(config.read_text()) | {"architectures": [f"{architecture}ForCausalLM"]})
+        )
+        found[architecture] = str(root / architecture)
     return found
 
 
@@ -140,7 +143,8 @@ def checkpoint_cases(stage: str, argument: str, kind: str):
     yield stage, argument, lambda w, b: b["file"], "which is a file"
     yield stage, argument, lambda w, b: w.sft if kind == "reward" else w.reward, "found"
     if kind == "sft":
-        yield stage, argument, lambda w, b: b["mamba"], "keeps no keys and values"
+        yield stage, argument, lambda w, b: b["Mamba"], "does not sample from keys and values alone"
+        yield stage, argument, lambda w, b: b["RecurrentGemma"], "does not sample from keys and values alone"
     yield stage, argument, lambda w, b: b[f"{kind}_context"], "a context of 40 tokens; expected at least"
     expected = {
         "no_config": "config.json",

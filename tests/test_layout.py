@@ -5,13 +5,14 @@ from dataclasses import replace
 import pandas
 import pytest
 import torch
-from conftest import launch
+from conftest import STAGES, launch
 from safetensors.torch import load_file
 from test_resume import lines, stage_args
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from summarize_from_feedback_details import ppo_left_padding, reward, sft
 from summarize_from_feedback_details.ppo_left_padding import choose_precision
+from summarize_from_feedback_details.run_folder import leave_group
 
 LOAD = {
     "sft": AutoModelForCausalLM,
@@ -113,3 +114,13 @@ def test_micro_batches_and_their_order(world, workdir, stage, monkeypatch):
         assert len(metrics[name]) == len(metrics["a"])
         for ours, theirs in zip(metrics[name], metrics["a"]):
             assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5), name
+
+
+def test_processes_leave_their_group(tmp_path):
+    """Or gloo's threads may abort a rank of a finished run."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    leave_group()
+    assert not torch.distributed.is_initialized()
+    leave_group()  # one process has none
+    for stage in ("sft", "reward", "ppo_left_padding"):
+        assert (STAGES / f"{stage}.py").read_text().endswith("use_underscores=True))\n    leave_group()\n")

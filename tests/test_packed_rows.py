@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, FalconConfig, Gemma3TextConfig, GPTJConfig, MistralConfig
+from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, Gemma3TextConfig, MistralConfig
 
 from summarize_from_feedback_details import sft
 from summarize_from_feedback_details.packed_rows import (
@@ -40,12 +40,11 @@ def test_layouts_by_hand():
     assert inputs["position_ids"].tolist() == [[0, 1, 2, 2, 3]] and inputs["pieces"] == [(2, None), (1, 0), (2, 0)]
 
 
-@pytest.mark.parametrize("kind", [FalconConfig, GPTJConfig])
+@pytest.mark.parametrize("kind", [FalconConfig, BloomConfig])
 def test_an_architecture_that_cannot_pack_is_noticed_and_padded(kind):
     """These two compute attention themselves; their padded rows give what each row gives alone."""
-    names = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64, "rotary_dim": 4}
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(kind(**(names if kind is GPTJConfig else SIZES))).eval()
+    model = AutoModelForCausalLM.from_config(kind(**SIZES)).eval()
     sft.disable_dropout(model)
     assert not use_packed_attention(model) and not packs(model)
     inputs, starts = pack(ROWS, packs(model), "cpu")
