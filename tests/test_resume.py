@@ -228,8 +228,8 @@ def test_signals_of_a_real_process(world, workdir, undisturbed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [pytest.param(None, marks=LONG), 2, pytest.param(3, marks=LONG)])
-def test_several_processes(world, workdir, undisturbed, zero):
-    """The same bits on the same number of ranks; on another number, and under another wrapper, equal to 1e-5."""
+def test_several_processes(world, workdir, zero):
+    """The same bits on the same number of ranks."""
     stage = "ppo_left_padding"
     two = {"local_micro_batch_size": 1, "world_size": 2, "deepspeed": zero is not None}
     for name in ("whole", "stopped"):
@@ -243,23 +243,34 @@ def test_several_processes(world, workdir, undisturbed, zero):
         assert name == "whole" or "going on from runs/stopped/checkpoints/update_0000000" in done.stdout
     compare_runs(Path("runs/stopped"), Path("runs/whole"), Path("stopped"), Path("whole"))
 
-    # begun by two processes, finished by one; begun by one, finished by two
-    for name, begins, ends in (("to_one", (2, zero), (1, None)), ("to_two", (1, None), (2, zero))):
-        for processes, wrapper in (begins, ends):
-            layout = two if processes == 2 else {}
-            args = stage_args(world, stage, name, **layout)
-            if (processes, wrapper) == begins:
-                interrupt(stage, args, workdir, signal.SIGTERM, processes, wrapper)
-                assert json.loads(Path(f"runs/{name}/summary.json").read_text())["state"] == "interrupted"
-            else:
-                done = launch(stage, args, workdir, processes, wrapper)
-                assert done.returncode == 0 and "going on from" in done.stdout, done.stdout + done.stderr
-        ours, theirs = (load_file(folder / "model.safetensors") for folder in (Path(name), undisturbed / stage))
-        for key in theirs:
-            torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=1e-5)
-        tables = (Path(f"runs/{name}"), undisturbed / "runs" / stage)
-        responses = [pandas.read_parquet(run / "tables/validation.parquet")["response"].tolist() for run in tables]
-        assert responses[0] == responses[1]
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "begins, ends",
+    [
+        ((2, 2), (1, None)),  # (processes, ZeRO stage)
+        *(pytest.param((2, zero), (1, None), marks=LONG) for zero in (None, 3)),
+        *(pytest.param((1, None), (2, zero), marks=LONG) for zero in (None, 2, 3)),
+    ],
+)
+def test_another_number_of_processes(world, workdir, undisturbed, begins, ends):
+    """Begun by two, finished by one, or begun by one, finished by two, under another wrapper: equal to 1e-5."""
+    stage = "ppo_left_padding"
+    for processes, zero in (begins, ends):
+        two = {"local_micro_batch_size": 1, "world_size": 2, "deepspeed": zero is not None}
+        args = stage_args(world, stage, "moved", **(two if processes == 2 else {}))
+        if (processes, zero) == begins:
+            interrupt(stage, args, workdir, signal.SIGTERM, processes, zero)
+            assert json.loads(Path("runs/moved/summary.json").read_text())["state"] == "interrupted"
+        else:
+            done = launch(stage, args, workdir, processes, zero)
+            assert done.returncode == 0 and "going on from" in done.stdout, done.stdout + done.stderr
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (Path("moved"), undisturbed / stage))
+    for key in theirs:
+        torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=1e-5)
+    tables = (Path("runs/moved"), undisturbed / "runs" / stage)
+    responses = [pandas.read_parquet(run / "tables/validation.parquet")["response"].tolist() for run in tables]
+    assert responses[0] == responses[1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
