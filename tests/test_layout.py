@@ -1,18 +1,19 @@
 """One process, two plain processes, and DeepSpeed ZeRO-2 and 3 on two: the same responses and the same weights."""
 
+import runpy
+import sys
 from dataclasses import replace
 
 import pandas
 import pytest
 import torch
-from conftest import STAGES, launch
+from conftest import STAGES, launch, to_flags
 from safetensors.torch import load_file
 from test_resume import lines, stage_args
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from summarize_from_feedback_details import ppo_left_padding, reward, sft
 from summarize_from_feedback_details.ppo_left_padding import choose_precision
-from summarize_from_feedback_details.run_folder import leave_group
 
 LOAD = {
     "sft": AutoModelForCausalLM,
@@ -116,11 +117,10 @@ def test_micro_batches_and_their_order(world, workdir, stage, monkeypatch):
             assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5), name
 
 
-def test_processes_leave_their_group(tmp_path):
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo_left_padding"])
+def test_processes_leave_their_group(world, workdir, monkeypatch, stage):
     """Or gloo's threads may abort a rank of a finished run."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    leave_group()
-    assert not torch.distributed.is_initialized()
-    leave_group()  # one process has none
-    for stage in ("sft", "reward", "ppo_left_padding"):
-        assert (STAGES / f"{stage}.py").read_text().endswith("use_underscores=True))\n    leave_group()\n")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{workdir}/group", rank=0, world_size=1)
+    monkeypatch.setattr(sys, "argv", [f"{stage}.py", *to_flags(arguments(world, stage, workdir / "model"))])
+    runpy.run_path(str(STAGES / f"{stage}.py"), run_name="__main__")
+    assert not torch.distributed.is_initialized() and (workdir / "model/config.json").exists()
