@@ -97,6 +97,9 @@ def report_chain(chain: str, ppo_run: str, runs_dir: str, raw_dir: str | None) -
         "ppo/reference_score": final["ppo"].get("eval/ppo/validation/reference_score"),
         "ppo/kl_last": float(training["objective/kl"].iloc[-1]),
         "ppo/kl_k3_smallest_after_first": float(training["objective/kl_k3"].iloc[1:].min()),
+        "ppo/kl_smallest_in_standard_errors": float(
+            (training["objective/kl"] / training["objective/kl_standard_error"]).iloc[1:].min()
+        ),
         "ppo/eos_rate_last": float(training["objective/eos_rate"].iloc[-1]),
         "ppo/first_pass_ratio_error": float(training["policy/first_pass_ratio_error"].max()),
     }

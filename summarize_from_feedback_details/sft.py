@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import evaluate
 import numpy as np
 import torch
 import tyro
@@ -556,6 +555,8 @@ def evaluate_policy(accelerator, model, rows, tokenizer, args, stop_id: int, wha
 
 def rouge_means(predictions: list[str], references: list[str]) -> dict[str, float]:
     """ROUGE-1/2/L/Lsum F-measures, mean over all rows."""
+    import evaluate  # here, since it imports the pipelines of transformers: two seconds, and --help does without
+
     # Deviates: the original took the mean of per-batch values
     rouge = evaluate.load(str(Path(__file__).parent / "rouge"), keep_in_memory=True)
     scores = rouge.compute(predictions=predictions, references=references)

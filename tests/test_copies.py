@@ -104,7 +104,7 @@ def test_importing_does_nothing(script, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | OFFLINE, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and not done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -1,5 +1,6 @@
 """PPO: golden numbers, tensors by hand, sampling, padding, and small runs of the whole stage."""
 
+import copy
 import json
 import math
 import shutil
@@ -499,6 +500,44 @@ def test_a_rollout_along_plain_forward_passes():
         torch.testing.assert_close(found.values[i, :kept], heads[value][q - 1 : q - 1 + kept] + 0.3, rtol=0, atol=1e-5)
         assert (found.values[i, kept:] == 0).all() and (found.logprobs[i, n:] == INVALID_LOGPROB).all()
         torch.testing.assert_close(found.scores[i], heads[reward][-1] - 0.2, rtol=0, atol=1e-5)
+
+
+def test_the_kl_is_an_estimate_of_the_exact_one(capsys):
+    """k1 and k3 of sampled tokens against the KL summed over the vocabulary at each position.
+
+    Near the reference some batches of 64 episodes have a negative k1, and none beyond its noise.
+    """
+    ref, T, n = tiny_policy(), 0.7, 2048
+    ref.gpt_neox.final_layer_norm.bias.data.fill_(3.0)
+    ref.lm_head.weight.data[PAD:] = -3.0  # as in trained models, what is never drawn is never likely
+    policy = copy.deepcopy(ref)
+    torch.manual_seed(1)
+    for weight in policy.parameters():
+        weight.data += 0.003 * torch.randn_like(weight)
+    queries = some_queries((3, 9, 5, 1)) * (n // 4)
+    responses, logprobs = draw(policy, queries, T, R=8)
+    mask, real = responses != PAD, [strip_pads(row, PAD) for row in responses]
+    with torch.no_grad():
+        logits, tokens = ppo.response_logits(policy, queries, real)  # [real tokens, V]
+        ref_logits, _ = ppo.response_logits(ref, queries, real)
+    ref_logprobs = ppo.spread(token_logprobs(ref_logits, tokens, T), mask, INVALID_LOGPROB)
+    logits, ref_logits = (logits / T).log_softmax(-1), (ref_logits / T).log_softmax(-1)
+    exact = ppo.spread((logits.exp() * (logits - ref_logits)).sum(-1), mask, 0.0).sum(1)  # [n] nats per episode
+    args = SimpleNamespace(ppo=PpoHParams(), non_eos_penalty=True, penalty_reward_value=-1.0)
+
+    def measure(part: slice) -> dict[str, float]:
+        columns = [x[part] for x in (responses, logprobs, ref_logprobs, torch.zeros(n, 8), torch.zeros(n))]
+        return ppo.rollout_metrics(compute_advantages(*columns, PAD, EOS, args))
+
+    found, kl = measure(slice(None)), float(exact.mean())
+    assert 0.005 < kl < 0.05
+    assert found["objective/kl"] == pytest.approx(kl, abs=4 * found["objective/kl_standard_error"])
+    assert found["objective/kl_k3"] == pytest.approx(kl, rel=0.1)
+    batches = [measure(slice(i, i + 64)) for i in range(0, n, 64)]
+    assert min(batch["objective/kl"] for batch in batches) < 0
+    for batch in batches:
+        ppo.warn(1, batch | {"policy/first_pass_ratio_error": 0.0}, exact=True)
+    assert capsys.readouterr().out == ""
 
 
 def test_the_loss_is_policy_and_value_loss_and_nothing_else():

@@ -3,8 +3,6 @@
 import json
 import math
 import random
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -326,22 +324,6 @@ def test_overwrite_replaces_only_its_own(tmp_path, capsys):
     with pytest.raises(SystemExit):
         toy_tldr.main(tiny_args(tmp_path, data_dir=mine / "thesis.tex"))
     assert {p.name for p in tmp_path.iterdir()} == {"data", "models", "mine"}  # no partial folder is left
-
-
-def test_importing_does_nothing(tmp_path):
-    code = """
-import sys, torch, numpy
-sys.argv = ["x", "--nonsense"]
-before = torch.get_rng_state().tolist(), numpy.random.get_state()[1].tolist()
-import summarize_from_feedback_details.toy_tldr as toy_tldr
-assert (torch.get_rng_state().tolist(), numpy.random.get_state()[1].tolist()) == before
-assert not toy_tldr._known_bigrams.cache_info().currsize
-"""
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout == "" and not list(tmp_path.iterdir())
 
 
 def test_all_policies_and_workers_matter():
