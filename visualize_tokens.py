@@ -325,7 +325,7 @@ def loaded(argument: str, model: Model, device: torch.device, kind: str = "polic
     bias = None
     try:
         if kind == "reward":
-            network, bias = ppo.load_reward_model(*model)
+            network, bias = ppo.load_reward_model(*model, argument)
         else:
             network = AutoModelForCausalLM.from_pretrained(model.path, revision=model.revision, dtype=torch.float32)
     except (OSError, RuntimeError, ValueError) as error:  # e.g. a hub id whose configuration alone is in the cache

@@ -787,7 +787,7 @@ def make_judge(args: Args) -> tuple[str, Callable[[pandas.DataFrame], pandas.Dat
         import torch
 
         if not loaded:
-            model, bias = load_reward_model(args.reward_model, args.reward_model_revision)
+            model, bias = load_reward_model(args.reward_model, args.reward_model_revision, "reward_model")
             loaded.append((model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), bias))
         return judge_by_reward(pairs, *loaded[0], tokenizer, args.batch_size)
 

@@ -222,30 +222,46 @@ def find_tokenizer(argument: str, path: str, revision: str | None = None):
     return tokenizer
 
 
-def _check_weights(argument: str, folder: Path) -> None:
-    """Refuse a checkpoint folder whose weights are missing, torn, or only some of the shards."""
+def _check_weights(argument: str, folder: Path) -> set[str]:
+    """Refuse a checkpoint folder whose weights are missing, torn, or only some of them; returns the tensors' names.
+
+    Names are read from safetensors only (an empty set otherwise): a pickle would have to be loaded.
+    """
     from safetensors import SafetensorError, safe_open
 
-    files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("pytorch_model*.bin"))
+    files, names = set(), set()
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / whole).exists():
+            files.add(whole)
     for index in folder.glob("*.index.json"):
         try:
-            names = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError):
+            files |= set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError):
             refuse(argument, f"'{folder}' with an unreadable {index.name}", "a whole checkpoint")
-        absent = sorted(n for n in names if not (folder / n).exists())
-        if absent:
-            refuse(argument, f"'{folder}' without {', '.join(absent)}", "a whole checkpoint")
+    absent = sorted(n for n in files if not (folder / n).exists())
+    if absent:
+        refuse(argument, f"'{folder}' without {', '.join(absent)}", "a whole checkpoint")
     if not files:
-        refuse(argument, f"'{folder}' without model.safetensors", "a whole checkpoint")
-    for file in files:
+        others = sorted(p.name for pattern in ("*.safetensors", "*.bin") for p in folder.glob(pattern))
+        found = f"'{folder}' without model.safetensors" + (f", with {', '.join(others)} alone" if others else "")
+        refuse(argument, found, "a whole checkpoint")
+    for file in sorted(folder / name for name in files):
         try:
             if file.suffix == ".safetensors":
                 with safe_open(file, framework="pt") as weights:  # reads the header and compares it with the size
-                    weights.keys()
+                    names |= set(weights.keys())
             elif not zipfile.is_zipfile(file):
                 raise ValueError("not a whole file")
         except (SafetensorError, OSError, ValueError) as error:
             refuse(argument, f"'{folder}' with a torn {file.name} ({_reason(error)})", "a whole checkpoint")
+    return names
+
+
+def refuse_missing(argument: str, path: str, missing: set[str]) -> None:
+    """Refuse a checkpoint that lacks weights of its model, which transformers would draw at random with a warning."""
+    if missing:
+        names = ", ".join(sorted(missing)[:3]) + (", ..." if len(missing) > 3 else "")
+        refuse(argument, f"'{path}' without the weights {names}", "a whole checkpoint")
 
 
 def find_model(argument: str, path: str | None, revision: str | None, kind: str):
@@ -291,10 +307,13 @@ def find_model(argument: str, path: str | None, revision: str | None, kind: str)
             f"'{path}', a {architecture}, which does not sample from keys and values alone",
             "an attention model to sample from",
         )
-    if os.path.isdir(path):
-        _check_weights(argument, Path(path))
-    if kind == "reward" and is_reward and "base_config" not in config and len(config.get("id2label", {0: 0})) != 1:
-        refuse(argument, f"'{path}', a classifier of {len(config['id2label'])} labels", KINDS[kind])
+    names = _check_weights(argument, Path(path)) if os.path.isdir(path) else set()
+    if kind == "reward" and "base_config" not in config:
+        labels = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)  # 2 is not written
+        if labels != 1:
+            refuse(argument, f"'{path}', a classifier of {labels} labels", KINDS[kind])
+        if names:
+            refuse_missing(argument, path, {"score.weight"} - names)
     return config
 
 

@@ -55,6 +55,7 @@ from summarize_from_feedback_details.check_inputs import (
     find_stop_id,
     find_tokenizer,
     load_rows,
+    refuse_missing,
 )
 from summarize_from_feedback_details.checkpoints import Checkpoints, fingerprint, gathered
 from summarize_from_feedback_details.packed_rows import (
@@ -94,9 +95,17 @@ INVALID_LOGPROB = 1.0  # stands at positions without a real token; masked wherev
 DROPPED = {
     "cuda": "CUDA_VISIBLE_DEVICES, or ACCELERATE_USE_CPU=true for the CPU",
     "load_from_cache_file": "nothing: the tokenised dataset is read as it is",
+    "truncate_token_id": "--truncate_token",
+    "hf_repo_url": "--hf_repo_id and --hf_repo_revision",
     "label_dataset": "reward.py, where comparisons are read",
     "num_train_epochs": "--total_episodes: the queries are reshuffled at each pass",
     "num_eval_samples": "--num_eval_rows",
+    "ppo.nminibatches": "--nminibatches",
+    "reward.kl_coef": "--ppo.kl_coef",
+    "reward.use_adaptive_kl": "--ppo.kl_coef: the coefficient is fixed",
+    "reward.adaptive_kl.target": "--ppo.kl_coef: the coefficient is fixed",
+    "reward.adaptive_kl.horizon": "--ppo.kl_coef: the coefficient is fixed",
+    "reward.dataset_std": "nothing: rewards are normalised by their mean alone",
 }
 
 
@@ -282,6 +291,8 @@ def check_ppo_batch_sizes(args: Args, world_size: int) -> None:
         setattr(args, name, value)
     if args.total_episodes is None:
         args.total_episodes = args.num_updates * args.batch_size if args.num_updates else 1_000_000
+    if args.total_episodes > 10**9:
+        refuse("total_episodes", str(args.total_episodes), "at most 1,000,000,000: their order is held in memory")
     updates = args.total_episodes // args.batch_size
     if updates == 0:
         refuse("total_episodes", str(args.total_episodes), f"at least one batch of {args.batch_size}")
@@ -369,7 +380,8 @@ def train_step(accelerator, model, optimizer, micro_batches, loss_of, max_grad_n
         loss_of: micro batch -> this micro batch's part of the loss over the GLOBAL batch (a sum over ranks and micro
             batches gives the loss).
         max_grad_norm: clip to this norm, or None.
-        on_bad: called with (what, micro batch) where a loss or the gradient is not finite; must raise.
+        on_bad: called with (what, rows) where the loss of a micro batch or the gradient of them all is not finite;
+            must raise.
         stop: asked between micro batches, the same answer on all ranks: where True, no step is made and
             None is returned.
     """
@@ -387,7 +399,7 @@ def train_step(accelerator, model, optimizer, micro_batches, loss_of, max_grad_n
     norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
     norm = float(norm if norm is not None else math.nan)
     if not math.isfinite(norm):
-        on_bad("gradient", micro_batches[-1])
+        on_bad("gradient", sum(micro_batches, []))
     optimizer.step()
     optimizer.zero_grad(set_to_none=False)
     return norm
@@ -487,7 +499,7 @@ def sample_responses(model, queries, noise, pad_id, stop_id, response_length, te
 
     Returns:
         responses [B, R], pads after the first stop token, and the log-probabilities [B, R] of the drawn tokens at this
-        temperature (over all ids, as `response_logprobs` computes them), INVALID_LOGPROB at pads.
+        temperature (over all ids, as `token_logprobs` computes them), INVALID_LOGPROB at pads.
     """
     inputs = model_inputs(queries, pad_id)
     mask, positions = inputs["attention_mask"], inputs["position_ids"]
@@ -642,7 +654,7 @@ def read_rewards(model, bias: float, rows: list[list[int]]) -> torch.Tensor:
     return model.score(hidden_at(model, inputs, last))[:, 0] + bias
 
 
-def load_reward_model(path: str, revision: str | None = None):
+def load_reward_model(path: str, revision: str | None = None, argument: str = "reward_model_path"):
     """Load a reward model of ours, or of the original code (`ScalarModel`).
 
     A `ScalarModel` checkpoint holds `lm_backbone.*`, `scalar_head.{weight,bias}`, and in its config the base model's
@@ -651,6 +663,7 @@ def load_reward_model(path: str, revision: str | None = None):
     Args:
         path: folder or hub id.
         revision: hub revision, or None.
+        argument: the argument's name, for messages.
 
     Returns:
         (sequence-classification model in float32, bias): reward = logit at the last real token + bias.
@@ -659,9 +672,10 @@ def load_reward_model(path: str, revision: str | None = None):
     config_file = find_file(path, revision, ["config.json"])
     config = json.loads(Path(config_file).read_text())
     if "base_config" not in config:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            path, revision=revision, num_labels=1, dtype=torch.float32
+        model, loaded = AutoModelForSequenceClassification.from_pretrained(
+            path, revision=revision, num_labels=1, dtype=torch.float32, output_loading_info=True
         )
+        refuse_missing(argument, path, loaded["missing_keys"])
         use_float32_head(model)
         use_packed_attention(model)
         return model, float(getattr(model.config, "reward_bias", 0.0))
@@ -1079,8 +1093,11 @@ def main(args: Args) -> dict[str, float]:
         # models, optimiser
         torch.manual_seed(args.seed)
         revision = None if os.path.isdir(args.sft_model_path) else args.sft_model_revision
-        load = lambda: AutoModelForCausalLM.from_pretrained(args.sft_model_path, revision=revision, dtype=torch.float32)
-        policy, ref_policy = load(), load()
+        load = lambda: AutoModelForCausalLM.from_pretrained(
+            args.sft_model_path, revision=revision, dtype=torch.float32, output_loading_info=True
+        )
+        (policy, loaded), (ref_policy, _) = load(), load()
+        refuse_missing("sft_model_path", args.sft_model_path, loaded["missing_keys"])
         reward_model, reward_bias = load_reward_model(args.reward_model_path, args.reward_model_revision)
         value_model, _ = load_reward_model(args.reward_model_path, args.reward_model_revision)
         for model in (policy, ref_policy, reward_model, value_model):
@@ -1197,7 +1214,7 @@ def main(args: Args) -> dict[str, float]:
                     columns = {name: column[mb].cpu() for name, column in adv._asdict().items()}
                     columns |= {"responses": rollout.responses[mb].cpu(), "queries": [queries[j] for j in mb]}
                     columns["query_rows"] = order[episodes[mb]]
-                    run.stop_on_bad_numbers(update, what, columns)
+                    run.stop_on_bad_numbers(update, f"{what} of step {step + 1}", columns)
 
                 in_mini_batch = [total_lengths[j] for j in mini_batch]
                 parts = deal(in_mini_batch, args.local_micro_batch_size, rank, world_size, alike=not packed)

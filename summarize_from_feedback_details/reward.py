@@ -47,6 +47,7 @@ from summarize_from_feedback_details.check_inputs import (
     find_model,
     find_tokenizer,
     load_rows,
+    refuse_missing,
 )
 from summarize_from_feedback_details.checkpoints import Checkpoints, fingerprint, gathered
 from summarize_from_feedback_details.packed_rows import (
@@ -80,6 +81,8 @@ from summarize_from_feedback_details.run_folder import (
 DROPPED = {
     "cuda": "CUDA_VISIBLE_DEVICES, or ACCELERATE_USE_CPU=true for the CPU",
     "load_from_cache_file": "nothing: the tokenised dataset is read as it is",
+    "truncate_token_id": "nothing: the reward model samples nothing",
+    "hf_repo_url": "--hf_repo_id and --hf_repo_revision",
     "reward_model_path": "--output_dir, where the trained reward model goes",
     "response_length": "nothing: the reward model samples nothing",
     "truncate_token": "nothing: the reward model samples nothing",
@@ -281,7 +284,8 @@ def train_step(accelerator, model, optimizer, micro_batches, loss_of, max_grad_n
         loss_of: micro batch -> this micro batch's part of the loss over the GLOBAL batch (a sum over ranks and micro
             batches gives the loss).
         max_grad_norm: clip to this norm, or None.
-        on_bad: called with (what, micro batch) where a loss or the gradient is not finite; must raise.
+        on_bad: called with (what, rows) where the loss of a micro batch or the gradient of them all is not finite;
+            must raise.
         stop: asked between micro batches, the same answer on all ranks: where True, no step is made and
             None is returned.
     """
@@ -299,7 +303,7 @@ def train_step(accelerator, model, optimizer, micro_batches, loss_of, max_grad_n
     norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
     norm = float(norm if norm is not None else math.nan)
     if not math.isfinite(norm):
-        on_bad("gradient", micro_batches[-1])
+        on_bad("gradient", sum(micro_batches, []))
     optimizer.step()
     optimizer.zero_grad(set_to_none=False)
     return norm
@@ -465,7 +469,7 @@ def group_columns(rows) -> dict[str, list]:
     """What accuracies are reported by: batch, split, confidence, policy pair; those that the dataset has."""
     groups = {name: list(rows[name]) for name in ("batch", "split") if name in rows.column_names}
     if "extra" in rows.column_names:
-        groups["confidence"] = [(extra or {}).get("confidence") for extra in rows["extra"]]
+        groups["confidence"] = [e.get("confidence") if isinstance(e, dict) else None for e in rows["extra"]]
     if {"chosen_policy", "rejected_policy"} <= set(rows.column_names):
         both = zip(rows["chosen_policy"], rows["rejected_policy"])
         groups["policies"] = ["--".join(sorted(map(str, pair))) for pair in both]
@@ -510,15 +514,15 @@ def check_args(args: Args):
     sft = find_model("sft_model_path", args.sft_model_path, args.sft_model_revision, "policy")
     check_same_vocabulary("sft_model_path", args.sft_model_path, sft, "base_model", args.base_model, base)
     tokenizer = find_tokenizer("base_model", args.base_model, args.base_model_revision)
-    tokens = ["query_chosen_token", "query_rejected_token"]
-    columns = [*tokens, "query", "query_token", "query_chosen_token_len", "query_rejected_token_len"]
+    tokens = ["query_token", "query_chosen_token", "query_rejected_token"]
+    columns = [*tokens, "query", "query_chosen_token_len", "query_rejected_token_len"]
     splits = ["train", "validation"] if args.run_eval else ["train"]
     pairs = load_rows("label_dataset", args.label_dataset, args.dataset_revision, "comparisons", columns, splits)
     longest = check_tokens("label_dataset", pairs, tokens, base["vocab_size"], tokenizer.pad_token_id)
     check_context("sft_model_path", args.sft_model_path, sft, max(longest.values()), "the longest query and response")
     check_same_tokenizer("label_dataset", pairs["train"][0], "query", "query_token", tokenizer)
-    tokens = ["query_reference_response_token"]
-    columns = [*tokens, "query", "query_token", "query_reference_response_token_len"]
+    tokens = ["query_token", "query_reference_response_token"]
+    columns = [*tokens, "query", "query_reference_response_token_len"]
     sft_rows = load_rows("query_dataset", args.query_dataset, args.query_dataset_revision, "sft", columns, ["train"])
     check_tokens("query_dataset", sft_rows, tokens, base["vocab_size"], tokenizer.pad_token_id)
     check_same_tokenizer("query_dataset", sft_rows["train"][0], "query", "query_token", tokenizer)
@@ -560,9 +564,10 @@ def main(args: Args) -> dict[str, float]:
         )
         torch.manual_seed(args.seed)
         revision = None if os.path.isdir(args.sft_model_path) else args.sft_model_revision
-        scorer = AutoModelForSequenceClassification.from_pretrained(
-            args.sft_model_path, revision=revision, num_labels=1, dtype=torch.float32
+        scorer, loaded = AutoModelForSequenceClassification.from_pretrained(
+            args.sft_model_path, revision=revision, num_labels=1, dtype=torch.float32, output_loading_info=True
         )
+        refuse_missing("sft_model_path", args.sft_model_path, loaded["missing_keys"] - {"score.weight"})
         use_float32_head(scorer)
         init_head(scorer)
         disable_dropout(scorer)

@@ -22,6 +22,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import shutil
 import signal
@@ -109,7 +110,7 @@ def refuse_dropped(argv: list[str], dropped: dict[str, str]) -> None:
     """
     for word in argv:
         name = word.lstrip("-").split("=")[0].replace("-", "_")
-        name = name.removeprefix("no_")
+        name = name.removeprefix("no_").replace(".no_", ".")
         if word.startswith("--") and name in dropped:
             refuse(name, "an argument that this version does not have", dropped[name])
 
@@ -653,13 +654,20 @@ def push(args, stage: str, stamp: int) -> None:
     try:
         revision, repo = _push_to(api, args, stage, stamp)
     except Exception as error:
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise SystemExit(f"error: the model is in {args.output_dir}, but was not pushed to the hub: {why}") from None
+        why = " ".join(str(error).split())[:300] or type(error).__name__  # what the hub says is not in the first line
+        raise SystemExit(
+            f"error: the model is in {args.output_dir}, but was not pushed to the hub: {why}; cure that and "
+            "start the same command again: it pushes, and does not train again"
+        ) from None
     print(f"hub:    {repo} @ {revision}", flush=True)
 
 
 def _push_to(api, args, stage: str, stamp: int) -> tuple[str, str]:
-    repo = args.hf_repo_id or f"{args.base_model.strip('/').replace('/', '_')}__{stage}__tldr"
+    # the last two parts of a path, since a hub id has no more; the hub allows 96 letters, no `..`, and no `--`
+    name = "_".join([part for part in Path(args.base_model).parts if part.strip("./")][-2:])
+    name = re.sub(r"([.-])\1+", r"\1", re.sub(r"[^\w.-]+", "_", name, flags=re.ASCII))
+    end = f"__{stage}__tldr"
+    repo = args.hf_repo_id or name[-(96 - len(end)) :].lstrip(".-") + end
     if "/" not in repo:
         repo = f"{args.hf_entity or api.whoami()['name']}/{repo}"
     revision = args.hf_repo_revision or f"{stage}__{args.seed}__{stamp}"

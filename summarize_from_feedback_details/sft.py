@@ -43,6 +43,7 @@ from summarize_from_feedback_details.check_inputs import (
     find_stop_id,
     find_tokenizer,
     load_rows,
+    refuse_missing,
 )
 from summarize_from_feedback_details.checkpoints import Checkpoints, fingerprint, gathered
 from summarize_from_feedback_details.packed_rows import logits_at, pack, packs, read_queries, use_packed_attention
@@ -70,6 +71,8 @@ INVALID_LOGPROB = 1.0  # stands at positions without a real token; masked wherev
 DROPPED = {
     "cuda": "CUDA_VISIBLE_DEVICES, or ACCELERATE_USE_CPU=true for the CPU",
     "load_from_cache_file": "nothing: the tokenised dataset is read as it is",
+    "truncate_token_id": "--truncate_token",
+    "hf_repo_url": "--hf_repo_id and --hf_repo_revision",
     "label_dataset": "reward.py, where comparisons are read",
     "reward_model_path": "ppo_left_padding.py, where the reward model is read",
     "sft_model_path": "--base_model, which may be any policy",
@@ -265,7 +268,8 @@ def train_step(accelerator, model, optimizer, micro_batches, loss_of, max_grad_n
         loss_of: micro batch -> this micro batch's part of the loss over the GLOBAL batch (a sum over ranks and micro
             batches gives the loss).
         max_grad_norm: clip to this norm, or None.
-        on_bad: called with (what, micro batch) where a loss or the gradient is not finite; must raise.
+        on_bad: called with (what, rows) where the loss of a micro batch or the gradient of them all is not finite;
+            must raise.
         stop: asked between micro batches, the same answer on all ranks: where True, no step is made and
             None is returned.
     """
@@ -283,7 +287,7 @@ def train_step(accelerator, model, optimizer, micro_batches, loss_of, max_grad_n
     norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
     norm = float(norm if norm is not None else math.nan)
     if not math.isfinite(norm):
-        on_bad("gradient", micro_batches[-1])
+        on_bad("gradient", sum(micro_batches, []))
     optimizer.step()
     optimizer.zero_grad(set_to_none=False)
     return norm
@@ -365,7 +369,7 @@ def sample_responses(model, queries, noise, pad_id, stop_id, response_length, te
 
     Returns:
         responses [B, R], pads after the first stop token, and the log-probabilities [B, R] of the drawn tokens at this
-        temperature (over all ids, as `response_logprobs` computes them), INVALID_LOGPROB at pads.
+        temperature (over all ids, as `token_logprobs` computes them), INVALID_LOGPROB at pads.
     """
     inputs = model_inputs(queries, pad_id)
     mask, positions = inputs["attention_mask"], inputs["position_ids"]
@@ -631,9 +635,10 @@ def main(args: Args) -> dict[str, float]:
         order = epoch_order(len(train), args.total_episodes, args.seed)
         lengths = np.asarray(train["query_reference_response_token_len"])
         torch.manual_seed(args.seed)
-        policy = AutoModelForCausalLM.from_pretrained(
-            args.base_model, revision=args.base_model_revision, dtype=torch.float32
+        policy, loaded = AutoModelForCausalLM.from_pretrained(
+            args.base_model, revision=args.base_model_revision, dtype=torch.float32, output_loading_info=True
         )
+        refuse_missing("base_model", args.base_model, loaded["missing_keys"])
         disable_dropout(policy)
         packed = use_packed_attention(policy)
         if is_main:

@@ -13,7 +13,8 @@ from pathlib import Path
 import datasets
 import pytest
 from conftest import OFFLINE, STAGES, launch
-from transformers import AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from summarize_from_feedback_details import ppo_left_padding, reward, sft
 from summarize_from_feedback_details.ppo_left_padding import PpoHParams
@@ -21,6 +22,13 @@ from summarize_from_feedback_details.run_folder import refuse_dropped
 
 MODULES = {"sft": sft, "reward": reward, "ppo": ppo_left_padding}
 ROWS = "query_reference_response_token"  # a token column that SFT and the reward model read
+# every token column that a stage reads
+READ = {
+    ("sft", "query_dataset"): ("query_token", ROWS, f"{ROWS}_response_label"),
+    ("reward", "label_dataset"): ("query_token", "query_chosen_token", "query_rejected_token"),
+    ("reward", "query_dataset"): ("query_token", ROWS),
+    ("ppo", "query_dataset"): ("query_token", "reference_response_token"),
+}
 
 
 def rewrite(source: str, folder: Path, change, drop: str | None = None) -> str:
@@ -57,12 +65,16 @@ def bad(world, tmp_path_factory):
         make("no_column", lambda split, row, t=token: {k: v for k, v in row.items() if k != t})
         make("empty_split", lambda split, row: None if split == "train" else row)
         make("no_split", lambda split, row: row, "validation")
-        make("strings", column(token, lambda v: [str(i) for i in v]))
-        counter = iter(range(100))
-        make("ragged", column(token, lambda v: v + [1] * (next(counter) % 2)))
-        make("large_ids", column(token, lambda v: v[:-1] + [10**6]))
-        make("negative_ids", column(token, lambda v: v[:-1] + [-7]))
-        make("pads_only", second(token, lambda v: [pad_id] * len(v)))
+        for read in {
+            c for (_, a), columns in READ.items() if (a == "label_dataset") == (kind == "pairs") for c in columns
+        }:
+            make(f"strings {read}", column(read, lambda v: [str(i) for i in v]))
+            calls = itertools.count()
+            make(f"ragged {read}", column(read, lambda v, calls=calls: v + [1] * (next(calls) % 2)))
+            make(f"large_ids {read}", column(read, lambda v: v[:-1] + [10**6]))
+            make(f"negative_ids {read}", column(read, lambda v: v[:-1] + [-7]))
+            make(f"hole {read}", second(read, lambda v: None))
+            make(f"pads_only {read}", second(read, lambda v: [pad_id] * len(v)))
         make("no_text", second("query", lambda v: None))
         length = {"sft": ROWS, "pairs": "query_chosen_token"}[kind] + "_len"
         make("text_length", column(length, str))
@@ -75,7 +87,8 @@ def bad(world, tmp_path_factory):
     (root / "full/notes.txt").write_text("x")
     found["full"] = str(root / "full")
     for name, source in (("sft", world.sft), ("reward", world.reward)):
-        for fault in ("context", "no_config", "garbage", "torn", "zeros", "shard", "vocabulary", "tokenizer"):
+        faults = "context no_config garbage torn zeros shard lone_shard adapter vocabulary tokenizer two_labels no_head"
+        for fault in faults.split():
             folder = root / f"{name}_{fault}"
             shutil.copytree(source, folder)
             weights, config = folder / "model.safetensors", folder / "config.json"
@@ -93,6 +106,16 @@ def bad(world, tmp_path_factory):
                 weights.unlink()
                 index = {"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}
                 (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+            elif fault == "lone_shard":
+                weights.rename(folder / "model-00001-of-00002.safetensors")
+            elif fault == "adapter":
+                weights.rename(folder / "adapter_model.safetensors")
+            elif fault == "two_labels" and name == "reward":  # transformers does not write the labels of two
+                AutoModelForSequenceClassification.from_pretrained(source, num_labels=2, ignore_mismatched_sizes=True
+                                                                   ).save_pretrained(folder)  # fmt: skip
+                assert "id2label" not in json.loads(config.read_text())
+            elif fault == "no_head":
+                save_file({k: v for k, v in load_file(weights).items() if k != "score.weight"}, weights)
             elif fault == "vocabulary":
                 config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": 77}))
             elif fault == "tokenizer":
@@ -100,6 +123,17 @@ def bad(world, tmp_path_factory):
                 tokenizer.add_tokens(["zebra"])
                 tokenizer.save_pretrained(folder)
             found[f"{name}_{fault}"] = str(folder)
+    for name, change in (("scalar", {}), ("scalar_vocabulary", {"vocab_size": 77})):  # as the original wrote them
+        shutil.copytree(world.reward, root / name)
+        base = json.loads((root / name / "config.json").read_text()) | change
+        config = {
+            "architectures": ["ScalarModel"],
+            "base_config": base,
+            "bias": 0.0,
+            "hidden_size": base["hidden_size"],
+        }
+        (root / name / "config.json").write_text(json.dumps(config))
+        found[name] = str(root / name)
     for architecture in ("Mamba", "RecurrentGemma"):
         shutil.copytree(world.sft, root / architecture)
         config = root / architecture / "config.json"
@@ -112,11 +146,10 @@ def bad(world, tmp_path_factory):
 
 def dataset_cases(stage: str, argument: str, kind: str):
     other = "sft_rows" if kind == "pairs" else "pairs"
-    expected = {
-        "no_column": "column", "empty_split": "empty", "strings": "whole numbers", "ragged": "one length",
-        "large_ids": "1000000", "negative_ids": "-7", "other_vocabulary": "does not decode",
-        "pads_only": "pads only", "no_text": "without a value", "text_length": "whole numbers in each row",
-    }  # fmt: skip
+    expected = {"no_column": "column", "empty_split": "empty", "other_vocabulary": "does not decode",
+                "no_text": "without a value", "text_length": "whole numbers in each row"}  # fmt: skip
+    faults = {"strings": "whole numbers", "ragged": "one length", "large_ids": "1000000", "negative_ids": "-7",
+              "hole": "one length", "pads_only": "pads only"}  # fmt: skip
     yield stage, argument, lambda w, b: "no/such/folder", "does not exist"
     yield stage, argument, lambda w, b: "nobody/nothing", "offline"
     yield stage, argument, lambda w, b: b["empty"], "empty folder"
@@ -125,13 +158,10 @@ def dataset_cases(stage: str, argument: str, kind: str):
     if stage == "ppo":  # which does not read that column
         del expected["text_length"]
     for name, words in expected.items():
-        # the reward model reads the joined tokens of SFT rows, not query_token
-        if not (
-            stage == "reward"
-            and kind == "sft"
-            and name in ("strings", "ragged", "large_ids", "negative_ids", "pads_only")
-        ):
-            yield stage, argument, lambda w, b, n=name: b[f"{kind}_{n}"], words
+        yield stage, argument, lambda w, b, n=name: b[f"{kind}_{n}"], words
+    for read, (fault, words) in itertools.product(READ[stage, argument], faults.items()):
+        if (read, fault) != ("reference_response_token", "pads_only"):  # a reference may be empty
+            yield stage, argument, lambda w, b, n=f"{fault} {read}": b[f"{kind}_{n}"], words
     if not (stage == "reward" and kind == "sft"):
         yield stage, argument, lambda w, b: b[f"{kind}_no_split"], "validation"
 
@@ -145,14 +175,22 @@ def checkpoint_cases(stage: str, argument: str, kind: str):
     if kind == "sft":
         yield stage, argument, lambda w, b: b["Mamba"], "does not sample from keys and values alone"
         yield stage, argument, lambda w, b: b["RecurrentGemma"], "does not sample from keys and values alone"
-    yield stage, argument, lambda w, b: b[f"{kind}_context"], "a context of 40 tokens; expected at least"
+        yield stage, argument, lambda w, b: b["scalar"], "a ScalarModel"
+    else:
+        yield stage, argument, lambda w, b: b["scalar_vocabulary"], "vocabulary of 77"
+    if argument != "base_model" or stage == "sft":  # which reads no row otherwise
+        yield stage, argument, lambda w, b: b[f"{kind}_context"], "a context of 40 tokens; expected at least"
     expected = {
         "no_config": "config.json",
         "garbage": "config.json",
         "torn": "torn",
         "zeros": "torn",
         "shard": "without",
+        "lone_shard": "without model.safetensors, with model-00001-of-00002.safetensors alone",
+        "adapter": "without model.safetensors, with adapter_model.safetensors alone",
     }
+    if kind == "reward":
+        expected |= {"two_labels": "a classifier of 2 labels", "no_head": "without the weights score.weight"}
     if argument != "base_model":
         expected |= {"vocabulary": "vocabulary of 77", "tokenizer": "another tokenizer"}
     for fault, words in expected.items():
@@ -204,6 +242,7 @@ def value_cases():
     yield "ppo", "nminibatches", 0, "more than 0"
     yield "ppo", "local_rollout_forward_batch_size", 0, "more than 0"
     yield "ppo", "total_episodes", 7, "at least one batch"
+    yield "ppo", "total_episodes", 10**15, "at most 1,000,000,000"
     rates = (("gamma", 1.1), ("gamma", -0.1), ("lam", 2.0), ("lam", math.nan))
     others = (("kl_coef", -1.0), ("vf_coef", -1.0), ("cliprange", 0.0), ("cliprange_value", -1.0), ("noptepochs", 0))
     for name, value in rates + others:
@@ -216,7 +255,9 @@ CASES = [
     *dataset_cases("reward", "query_dataset", "sft"),
     *dataset_cases("ppo", "query_dataset", "sft"),
     *checkpoint_cases("sft", "base_model", "sft"),
+    *checkpoint_cases("reward", "base_model", "sft"),
     *checkpoint_cases("reward", "sft_model_path", "sft"),
+    *checkpoint_cases("ppo", "base_model", "sft"),
     *checkpoint_cases("ppo", "sft_model_path", "sft"),
     *checkpoint_cases("ppo", "reward_model_path", "reward"),
     *value_cases(),
@@ -317,12 +358,39 @@ def test_two_processes_do_not_share_a_run(world, workdir, capsys):
     assert "still goes on" in capsys.readouterr().err and summary.exists()
 
 
+@pytest.mark.parametrize(
+    "stage, argument", [("sft", "base_model"), ("reward", "sft_model_path"), ("ppo", "sft_model_path")]
+)
+def test_a_checkpoint_without_some_weights(stage, argument, world, workdir, capsys):
+    """Nothing is drawn at random in their place: known when the model is read, so the run's folder is there."""
+    shutil.copytree(world.sft, "partial")
+    weights = load_file("partial/model.safetensors")
+    del weights["gpt_neox.layers.0.mlp.dense_h_to_4h.weight"]
+    save_file(weights, "partial/model.safetensors")
+    with pytest.raises(SystemExit) as stopped:
+        MODULES[stage].main(getattr(world, f"{stage}_args")(workdir / "model", **{argument: "partial"}))
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stopped.value.code == 2 and not (workdir / "model").exists()
+    assert error.startswith(f"error: --{argument}: found 'partial' without the weights gpt_neox.layers.0.mlp"), error
+
+
+# what the original's command lines may hold (its Args of 2024) and these scripts do not
+ORIGINAL = {
+    "sft": "cuda load_from_cache_file truncate_token_id hf_repo_url label_dataset sft_model_path reward_model_path",
+    "reward": "cuda load_from_cache_file truncate_token_id hf_repo_url response_length truncate_token temperature",
+    "ppo": "cuda load_from_cache_file truncate_token_id hf_repo_url num_train_epochs ppo.nminibatches reward.kl_coef"
+    " reward.use_adaptive_kl reward.adaptive_kl.target reward.adaptive_kl.horizon reward.dataset_std",
+}
+
+
 @pytest.mark.parametrize("stage", MODULES)
 def test_dropped_arguments_say_what_to_use(stage, capsys):
     dropped = MODULES[stage].DROPPED
-    assert {"cuda", "load_from_cache_file"} <= set(dropped)
+    assert set(ORIGINAL[stage].split()) <= set(dropped)
     for name, instead in dropped.items():
-        for spelling in (f"--{name}", f"--{name.replace('_', '-')}=1", f"--no-{name}"):
+        group, _, field = name.rpartition(".")
+        no = f"--{group}.no-{field}" if group else f"--no-{field}"
+        for spelling in (f"--{name}", f"--{name.replace('_', '-')}=1", no):
             with pytest.raises(SystemExit) as stopped:
                 refuse_dropped(["--lr", "1", spelling], dropped)
             assert stopped.value.code == 2

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import judge
 import numpy as np
+import pandas
 import pytest
 import rlhf_scaling_plot
 import sft_rm_scale
@@ -345,6 +346,22 @@ def test_numbers_of_the_toy_world_are_those_of_the_committed_report():
     ours = [row[-1] for row in table(section("## The paper's numbers beside ours"))]
     names = ("sft/rougeL", "rm/accuracy", "rm/accuracy_cnndm", "sft/win_rate", "ppo/win_rate")
     assert ours == [rows[name] for name in names]
+
+
+@pytest.mark.parametrize("name", ["toy_seeds", "toy_seeds_bf16"])
+def test_each_seed_of_the_toy_world_reaches_what_it_has_to(name):
+    """What the pipeline has to show on each of three seeds, held against the numbers that are committed."""
+    report = pandas.read_csv(ROOT / f"docs/images/{name}.csv", index_col="metric")
+    assert len(report.columns) == 3
+    for seed, row in report.items():
+        assert row["sft/rougeL"] >= row["sft/rougeL_shuffled"] + 0.2, seed
+        assert abs(row["sft/gold"] - row["sft/reference_gold"]) < 0.2, seed
+        assert row["rm/accuracy"] >= (row["rm/blind"] + row["rm/ceiling"]) / 2, seed
+        assert row["ppo/gain_in_standard_errors"] > 3 and row["ppo/gold"] > row["sft/gold"], seed
+        assert row["ppo/win_rate"] >= row["sft/win_rate"] + 0.15, seed
+        assert row["ppo/eos_rate_last"] > 0.95 and row["ppo/first_pass_ratio_error"] < 1e-3, seed
+        assert row["ppo/kl_k3_smallest_after_first"] > 0 and 0 < row["ppo/kl_last"] < 100, seed
+        assert row.get("ppo/kl_smallest_in_standard_errors", 0.0) > -3, seed
 
 
 def test_the_bf16_table_is_the_report():

@@ -138,6 +138,7 @@ def test_golden_rollout_and_loss(name):
     assert torch.equal(adv.contains_stop, g["roll_contain_eos_token"])
     assert torch.equal(adv.padding_mask, g["roll_padding_mask"])
     assert torch.equal(adv.padding_mask_p1, g["roll_padding_mask_p1"])
+    assert torch.equal(adv.sequence_lengths + 1, g["roll_sequence_lengths_p1"])
     names = {"scores": adv.scores, "logprobs": adv.logprobs, "ref_logprobs": adv.ref_logprobs, "values": adv.values,
              "kl": adv.kl, "non_score_reward": adv.non_score_rewards, "rewards": adv.rewards,
              "advantages": adv.advantages, "returns": adv.returns}  # fmt: skip
@@ -332,6 +333,21 @@ def test_clipping_by_hand():
     assert found["pg"].item() == pytest.approx(1.5) and not found["pg_clipped"].item()
 
 
+def test_each_cliprange_clips_its_own_loss():
+    """0.1 for the policy, 0.3 for the value: of `ppo.cliprange` and `ppo.cliprange_value`, in this order."""
+    responses, zero, one = torch.tensor([[EOS]]), torch.zeros(1, 1), torch.ones(1, 1)
+    args = SimpleNamespace(ppo=PpoHParams(cliprange=0.1, cliprange_value=0.3, vf_coef=10.0), temperature=1.0)
+    adv = ppo.Advantages(
+        padding_mask=zero.bool(), padding_mask_p1=zero.bool(), sequence_lengths=torch.zeros(1).long(),
+        contains_stop=torch.ones(1).bool(), logprobs=zero, ref_logprobs=zero, values=zero, scores=torch.ones(1),
+        kl=zero, non_score_rewards=zero, rewards=one, advantages=one, returns=one,
+    )  # fmt: skip
+    model = lambda *_: (torch.tensor([math.log(2.0)]), torch.zeros(1), torch.ones(1))
+    loss, _, _ = micro_batch_loss(model, [[1]], responses, adv, torch.arange(1), [1, 1], PAD, args)
+    # the ratio of 2 counts as 1.1; the value of 1, which was 0, as 0.3
+    assert loss.item() == pytest.approx(-1.1 + 10.0 * 0.5 * 0.7**2)
+
+
 def test_epoch_order_is_one_permutation_a_pass():
     order = epoch_order(10, 25, seed=3)
     assert sorted(order[:10]) == sorted(order[10:20]) == list(range(10)) and len(set(order[20:])) == 5
@@ -446,6 +462,22 @@ def test_sampling_stops_at_eos_and_logprobs_are_those_of_a_forward_pass(name):
         again = token_logprobs(*ppo.response_logits(policy, rows, written), 0.7)
         torch.testing.assert_close(logprobs[mask], again, rtol=0, atol=1e-5)
     assert (logprobs[~mask] == INVALID_LOGPROB).all()
+
+
+@pytest.mark.parametrize("sample", [sample_responses, sft.sample_responses])
+def test_no_pass_is_made_once_every_row_has_its_eos(sample):
+    policy, passes = tiny_policy(), []
+    policy.register_forward_hook(lambda *_: passes.append(1))
+    queries = ppo.pad_rows(some_queries(), PAD, "left")
+    responses, _ = sample(policy, queries, episode_noise(7, range(4), queries.device), PAD, -1, 12, 0.7, PAD)
+    assert len(passes) == 12 and (responses != PAD).all()  # one for the queries, one for each token but the last
+    passes.clear()
+    stop = int(responses[0, 3])  # now three rows never meet it, or only by chance: give it to all
+    policy.lm_head.weight.data[stop] = 0.0
+    policy.gpt_neox.final_layer_norm.bias.data.fill_(5.0)
+    policy.lm_head.weight.data[stop] = 5.0  # a logit of 800 more than any other
+    responses, _ = sample(policy, queries, episode_noise(7, range(4), queries.device), PAD, stop, 12, 0.7, PAD)
+    assert len(passes) == 1 and responses[:, 0].tolist() == [stop] * 4 and (responses[:, 1:] == PAD).all()
 
 
 def test_tokens_after_eos_influence_nothing_that_is_kept():
@@ -721,6 +753,18 @@ def test_prompts_come_in_a_new_order_and_dropout_is_off_in_training(world, workd
         )
 
 
+def test_both_networks_begin_where_their_checkpoints_are(world, workdir):
+    """At a learning rate of 0 the policy is SFT's to the bit, and the value network the reward model, head included."""
+    args = world.ppo_args(workdir / "policy", lr=0.0, value_output_dir="value", num_updates=1, run_eval=False)
+    ppo.main(args)
+    for ours, source, kind in (("policy", world.sft, AutoModelForCausalLM), ("value", world.reward, None)):
+        models = [kind.from_pretrained(p) if kind else load_reward_model(p)[0] for p in (ours, source)]
+        weights = [model.state_dict() for model in models]
+        assert weights[0].keys() == weights[1].keys()
+        assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
+    assert load_reward_model("value")[1] == pytest.approx(load_reward_model(world.reward)[1], abs=1e-6)
+
+
 def test_learns_what_is_rewarded(world, workdir):
     """All scores are 0, but -1 without EOS: an untrained policy learns to end its responses."""
     shutil.copytree(world.reward, workdir / "flat")
@@ -749,14 +793,19 @@ def test_every_argument_of_ppo_changes_something(world, workdir):
         "mini": {"nminibatches": 2, "local_micro_batch_size": 2}, "temperature": {"temperature": 1.0},
         "penalty": {"penalty_reward_value": -9.0}, "lam": {"ppo": PpoHParams(lam=0.1)}, "seed": {"seed": 1},
         "eps": {"eps": 1e-2}, "lr": {"lr": 2e-3}, "weight_decay": {"weight_decay": 0.5},
+        "no penalty": {"non_eos_penalty": False}, "adam": {"optimizer": "adam", "weight_decay": 0.5},
+        "truncate": {"truncate_token": " the"}, "warm up": {"warm_up_steps": 2},
+        "clip value": {"ppo": PpoHParams(cliprange_value=1e-3)}, "length": {"response_length": 12},
     }  # fmt: skip
     weights = {}
     for name, change in changes.items():
-        ppo.main(world.ppo_args(workdir / name, **(base | change)))
-        weights[name] = torch.cat([p.flatten() for p in AutoModelForCausalLM.from_pretrained(name).parameters()])
+        ppo.main(world.ppo_args(workdir / name, value_output_dir=f"{name} value", **(base | change)))
+        models = (AutoModelForCausalLM.from_pretrained(name), load_reward_model(f"{name} value")[0])
+        weights[name] = torch.cat([p.flatten() for model in models for p in model.parameters()])
     for name, found in weights.items():
-        if name not in ("default", "penalty"):  # the penalty only counts where a response has no EOS
+        if name != "default":
             assert not torch.equal(found, weights["default"]), name
+    assert not torch.equal(weights["adam"], weights["weight_decay"])  # adamw with the same decay
 
 
 def test_layout_does_not_change_the_result(world, workdir):
@@ -806,6 +855,21 @@ def test_stops_on_numbers_that_are_not_finite(world, workdir):
     assert len(saved["responses"]) == len(saved["query_rows"]) == len(saved["queries"]) == 4
     assert json.loads((workdir / "runs/policy/summary.json").read_text())["state"] == "failed"
     assert not (workdir / "policy").exists()
+
+
+def test_stops_on_a_gradient_that_is_not_finite(world, workdir, monkeypatch):
+    """The gradient is a sum over the mini-batch: all its episodes are saved, not those of the last micro batch."""
+    plain = ppo.micro_batch_loss
+
+    def steep(model, *rest):
+        loss, values, error = plain(model, *rest)
+        return loss + (0.0 * loss).abs().sqrt(), values, error  # adds 0, whose slope is infinite
+
+    monkeypatch.setattr(ppo, "micro_batch_loss", steep)
+    with pytest.raises(SystemExit, match="error: gradient of step 1 at update 1 is not finite; the batch is saved as"):
+        ppo.main(world.ppo_args(workdir / "policy", local_micro_batch_size=2))
+    saved = torch.load(next((workdir / "runs/policy").glob("bad_batch_update_1_*.pt")), weights_only=False)
+    assert len(saved["responses"]) == len(set(saved["query_rows"])) == len(saved["queries"]) == 8
 
 
 def test_evaluations_on_the_way_and_the_value_network_are_kept(world, workdir):

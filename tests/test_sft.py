@@ -4,6 +4,7 @@ import json
 import math
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pandas
 import pytest
@@ -183,6 +184,47 @@ def test_gradient_clipping_and_weight_decay_have_an_effect(world, workdir):
     torch.testing.assert_close(found["c"][unused], start[unused] * (1 - 1e-3 * 10.0), rtol=1e-5, atol=1e-7)
 
 
+def test_every_argument_of_sft_changes_something(world, workdir):
+    """Settings of the algorithm reach the weights: each of these gives other weights than the default."""
+    changes = {
+        "default": {}, "seed": {"seed": 1}, "query loss": {"query_loss_weight": 0.5}, "lr": {"lr": 2e-3},
+        "scheduler": {"scheduler": "constant"}, "warm up": {"warm_up_steps": 2}, "eps": {"eps": 1e-2},
+        "weight_decay": {"weight_decay": 0.5}, "adam": {"optimizer": "adam", "weight_decay": 0.5},
+        "clip": {"max_grad_norm": 0.01, "eps": 1e-2}, "episodes": {"total_episodes": 16},
+    }  # fmt: skip
+    weights = {}
+    for name, change in changes.items():
+        sft.main(world.sft_args(workdir / name, run_eval=False, **change))
+        weights[name] = torch.cat([p.flatten() for p in AutoModelForCausalLM.from_pretrained(name).parameters()])
+    for name, found in weights.items():
+        assert name == "default" or not torch.equal(found, weights["default"]), name
+    assert not torch.equal(weights["adam"], weights["weight_decay"]) and not torch.equal(
+        weights["clip"], weights["eps"]
+    )
+
+
+def test_each_row_is_read_once_a_pass(world, workdir, monkeypatch):
+    """What is trained on, over two passes and a short last batch: each row of each pass once, in two orders."""
+    read = []
+
+    def note(batch, pad_id):
+        read.extend(tuple(tokens) for tokens in batch["query_reference_response_token"].tolist())
+        return read_rows(batch, pad_id)
+
+    monkeypatch.setattr(sft, "read_rows", note)
+    data = datasets.load_dataset(world.sft_rows)
+    data["train"] = data["train"].select(range(30))
+    for split, part in data.items():
+        part.to_parquet(f"few/data/{split}-00000-of-00001.parquet")
+    rows = [tuple(tokens) for tokens in data["train"]["query_reference_response_token"]]
+    sizes = {"num_train_epochs": 2, "total_episodes": 60, "batch_size": 7, "local_micro_batch_size": 7}
+    sft.main(world.sft_args(workdir / "policy", query_dataset="few", run_eval=False, **sizes))
+    # a batch may lie across the end of a pass, and a micro batch sorts its rows
+    assert sorted(read) == sorted(rows * 2)
+    first, second = read[:28], read[35:]  # whole batches of the first and of the second pass
+    assert len(set(first)) == 28 and len(set(second)) == 25 and first != second[:28]
+
+
 def test_tracking_offline(world, workdir, monkeypatch, capfd):
     """W&B gets every line of metrics.jsonl: a table logged in between must not push its step ahead."""
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -209,3 +251,18 @@ def test_stops_on_numbers_that_are_not_finite(world, workdir):
     with pytest.raises(SystemExit, match="error: loss at update 1 is not finite"):
         sft.main(world.sft_args(workdir / "policy", base_model="bad", run_eval=False))
     assert list((workdir / "runs/policy").glob("bad_batch_*.pt"))
+
+
+def test_stops_on_a_gradient_that_is_not_finite(world, workdir, monkeypatch):
+    """The gradient is a sum over the batch: all its rows are saved, not those of the last micro batch."""
+    plain = sft.batch_losses
+
+    def steep(*given):
+        losses = plain(*given)
+        return losses + (0.0 * losses).abs().sqrt()  # adds 0, whose slope is infinite
+
+    monkeypatch.setattr(sft, "batch_losses", steep)
+    with pytest.raises(SystemExit, match="error: gradient at update 1 is not finite; the batch is saved as"):
+        sft.main(world.sft_args(workdir / "policy", local_micro_batch_size=2, run_eval=False))
+    saved = torch.load(next((workdir / "runs/policy").glob("bad_batch_*.pt")), weights_only=False)
+    assert len(set(saved["rows"])) == len(saved["batch"]) == 8
