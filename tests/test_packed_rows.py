@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, Gemma3TextConfig, MistralConfig
 
-from summarize_from_feedback_details import sft
+from summarize_from_feedback_details import ppo_left_padding, reward, sft
 from summarize_from_feedback_details.packed_rows import (
     RoomyLayer,
     join,
@@ -177,3 +177,29 @@ def test_a_head_in_float32():
     found = model.score(hidden.bfloat16())
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, hidden.bfloat16().float() @ weight.bfloat16().float().T, rtol=0, atol=1e-4)
+
+
+def test_only_what_is_needed_is_computed():
+    """Packed, no pad goes through the trunk and logits exist at response tokens only; a shared query is read once."""
+    from test_ppo_left_padding import tiny_policy, tiny_reward
+
+    policy, scorer = tiny_policy(), tiny_reward()
+    assert use_packed_attention(policy) and use_packed_attention(scorer)
+    read, said = [], []
+    for model in (policy, scorer):
+        model.gpt_neox.embed_in.register_forward_hook(lambda _, given, __: read.append(given[0].numel()))
+    policy.lm_head.register_forward_hook(lambda _, given, __: said.append(given[0].shape[:-1].numel()))
+    queries, responses = [[1, 2, 3], [4, 5, 6, 7, 8]], [[9, 0], [10, 11, 12, 0]]
+    with torch.no_grad():
+        ppo_left_padding.response_logits(policy, queries, responses)
+        assert (sum(read), sum(said)) == (3 + 2 + 5 + 4, 2 + 4)
+        rows = [(q + r, len(r)) for q, r in zip(queries, responses)]
+        for query_loss_weight, logits in ((0.0, 2 + 4), (1.0, 2 + 4 + 2 + 4)):  # nothing predicts a row's first token
+            read.clear(), said.clear()
+            sft.batch_losses(sft.Policy(policy), rows, query_loss_weight, True, "cpu")
+            assert (sum(read), sum(said)) == (3 + 2 + 5 + 4, logits)
+        pairs = [([1, 2, 3, 9, 0], [1, 2, 3, 10, 11, 0])]
+        for shared, tokens in ((True, 3 + 2 + 3), (False, 5 + 6)):
+            read.clear()
+            reward.pair_rewards(reward.RewardModel(scorer), pairs, True, shared, "cpu")
+            assert sum(read) == tokens

@@ -1,8 +1,10 @@
 """PPO: golden numbers, tensors by hand, sampling, padding, and small runs of the whole stage."""
 
 import copy
+import inspect
 import json
 import math
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -305,6 +307,9 @@ def test_kl_in_the_reward():
     logprobs, ref = torch.tensor([[-1.0, -2.0, -9.0]]), torch.tensor([[-1.5, -1.0, -3.0]])
     adv = compute_advantages(responses, logprobs, ref, torch.zeros(1, 3), torch.tensor([1.0]), PAD, EOS, args)
     assert adv.rewards.tolist() == [[-0.25, 0.5, 1.0]]
+    metrics = ppo.rollout_metrics(adv)
+    assert metrics["objective/kl"] == pytest.approx(0.5 - 1.0)
+    assert metrics["objective/kl_k3"] == pytest.approx((math.exp(-0.5) - 1 + 0.5) + (math.exp(1.0) - 1 - 1.0))
 
 
 def test_generalised_advantages_by_hand():
@@ -698,6 +703,25 @@ def test_reads_the_original_scalar_model(tmp_path, layout):
         torch.testing.assert_close(read_rewards(loaded.eval(), bias, rows), expected, rtol=0, atol=1e-5)
 
 
+def test_the_stage_reads_the_original_scalar_model(world, workdir):
+    """The same reward model written as the original did: the same responses and scores, and its value network loads."""
+    model, bias = load_reward_model(world.reward)
+    state = {f"lm_backbone.{k}": v for k, v in model.gpt_neox.state_dict().items()}
+    state |= {"scalar_head.weight": model.score.weight.data, "scalar_head.bias": torch.tensor([0.25])}
+    (workdir / "scalar").mkdir()
+    torch.save(state, "scalar/pytorch_model.bin")
+    config = {"architectures": ["ScalarModel"], "base_model": "models/that/are/not/here", "bias": 0.25 - bias,
+              "base_config": model.config.to_dict(), "hidden_size": model.config.hidden_size}  # fmt: skip
+    (workdir / "scalar/config.json").write_text(json.dumps(config))
+    for name, path in (("ours", world.reward), ("original", "scalar")):
+        ppo.main(world.ppo_args(workdir / name, reward_model_path=path, value_output_dir=f"{name}_value"))
+    tables = [pandas.read_parquet(f"runs/{name}/tables/validation.parquet") for name in ("ours", "original")]
+    pandas.testing.assert_frame_equal(*tables, rtol=1e-5, atol=1e-5)
+    values = [load_reward_model(f"{name}_value")[0].state_dict() for name in ("ours", "original")]
+    for name, weight in values[0].items():
+        torch.testing.assert_close(weight, values[1][name], rtol=0, atol=1e-5)
+
+
 # -------------------------------------------------------------------------------------------------------- the stage
 
 
@@ -836,12 +860,42 @@ def test_defaults_are_those_of_the_paper():
     assert (coefficients.gamma, coefficients.lam, coefficients.whiten_rewards) == (1.0, 0.95, False)
     assert (coefficients.cliprange, coefficients.cliprange_value) == (0.2, 0.2)
     args = ppo.Args()
-    assert (args.temperature, args.response_length, args.non_eos_penalty, args.penalty_reward_value) == (
-        0.7,
-        53,
-        True,
-        -1,
-    )
+    sampling = (args.temperature, args.response_length, args.non_eos_penalty, args.penalty_reward_value)
+    assert sampling == (0.7, 53, True, -1)
+
+
+def test_default_batches_are_the_paper_s_on_any_number_of_processes():
+    """Global batches of 128, 64 and 512; episodes of one pass, one pass, a million (1,953 updates)."""
+    from summarize_from_feedback_details.check_inputs import check_batch_sizes, fill_episodes
+
+    for processes in (1, 2, 8):
+        for stage, batch, rows, updates in ((sft, 128, 116_722, 912), (reward, 64, 92_858, 1_451)):
+            source = inspect.getsource(stage.check_args)
+            assert f"default_batch_size={batch})" in source
+            args = stage.Args()
+            check_batch_sizes(args, processes, batch)
+            fill_episodes(args, rows)
+            cut = processes * args.gradient_accumulation_steps * args.local_micro_batch_size
+            assert (args.batch_size, cut, args.total_episodes, args.num_updates) == (batch, batch, rows, updates)
+        args = ppo.Args()
+        ppo.check_ppo_batch_sizes(args, processes)
+        cut = processes * args.nminibatches * args.gradient_accumulation_steps * args.local_micro_batch_size
+        assert (args.batch_size, cut, args.nminibatches) == (512, 512, 1)
+        assert (args.total_episodes, args.num_updates) == (1_000_000, 1_953)
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_precision_follows_the_hardware(native, monkeypatch, capsys):
+    """`auto` is bf16 only where the processor multiplies in it; asked for elsewhere, it is warned of with its price."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert ppo.choose_precision("auto") == ("bf16" if native else "no")
+    assert ppo.choose_precision("fp32") == "no"
+    assert capsys.readouterr().out == ""
+    assert ppo.choose_precision("bf16") == "bf16"
+    said = capsys.readouterr().out
+    assert bool(re.fullmatch(r"warning: no native bf16 here; a product took \d+ times that of fp32\n", said)) != native
 
 
 def test_stops_on_numbers_that_are_not_finite(world, workdir):
