@@ -44,8 +44,12 @@ def find_on_hub(argument: str, name: str, revision: str | None, kind: str, expec
         return  # the libraries then look into their cache only, and say at once what is not there
     try:
         getattr(HfApi(), f"{kind}_info")(name, revision=revision, timeout=5)
-    except (HfHubHTTPError, HFValidationError) as error:
-        refuse(argument, f"'{name}', neither a folder here nor on the hub: {_reason(error)}", expected)
+    except HFValidationError as error:
+        refuse(argument, f"'{name}', neither a folder here nor an id of the hub: {_reason(error)}", expected)
+    except HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code == 404:
+            refuse(argument, f"'{name}', neither a folder here nor on the hub: {_reason(error)}", expected)
+        refuse(argument, f"'{name}', which the hub does not show: {_reason(error)}", expected)
     except Exception:
         found = f"'{name}', which is not a folder here, and no network to look for it on the hub (offline)"
         refuse(argument, found, f"{expected} (HF_HUB_OFFLINE=1 takes it from the local cache)")
@@ -364,9 +368,11 @@ def check_context(argument: str, path: str, config: dict, longest: int, what: st
 
 
 def check_push(args: Any) -> None:
-    """Refuse --push_to_hub without a login."""
+    """Refuse --push_to_hub without a login, or to a name that the hub does not allow."""
     if args.push_to_hub:
         from huggingface_hub import get_token, whoami
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id
 
         expected = "`hf auth login`, or HF_TOKEN in the environment"
         if get_token() is None:
@@ -375,6 +381,11 @@ def check_push(args: Any) -> None:
             whoami()
         except Exception as error:
             refuse("push_to_hub", f"a login that the hub does not confirm: {_reason(error)}", expected)
+        for name in ("hf_entity", "hf_repo_id"):
+            try:
+                validate_repo_id(getattr(args, name) or "any")
+            except HFValidationError as error:
+                refuse(name, f"'{getattr(args, name)}' ({_reason(error)})", "a name that the hub allows")
 
 
 def check_batch_sizes(args, world_size: int, default_batch_size: int) -> None:

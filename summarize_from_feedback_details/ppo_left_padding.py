@@ -1062,7 +1062,7 @@ def main(args: Args) -> dict[str, float]:
     drop_revisions(args, "sft_model", "reward_model")
     typed = as_typed(args)
     args.run_name = choose_run_name(args, "ppo_left_padding")
-    if (done := finished_before(args)) is not None:
+    if (done := finished_before(args, "ppo_left_padding", stamp)) is not None:
         return done
     tokenizer, dataset, stop_id = check_args(args)
     accelerator = make_accelerator(args)

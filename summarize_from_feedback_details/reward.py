@@ -541,7 +541,7 @@ def main(args: Args) -> dict[str, float]:
     drop_revisions(args, "sft_model")
     typed = as_typed(args)
     args.run_name = choose_run_name(args, "reward")
-    if (done := finished_before(args)) is not None:
+    if (done := finished_before(args, "reward", stamp)) is not None:
         return done
     tokenizer, dataset, sft_dataset = check_args(args)
     accelerator = make_accelerator(args)

@@ -287,10 +287,10 @@ def choose_run_name(args: Any, stage: str, root: str = "runs") -> str:
     return f"{args.exp_name}__{args.seed}__{int(time.time())}"
 
 
-def finished_before(args: Any, root: str = "runs") -> dict[str, float] | None:
+def finished_before(args: Any, stage: str, stamp: int, root: str = "runs") -> dict[str, float] | None:
     """The final metrics where this very run is finished already: there is nothing to do; otherwise None.
 
-    Call before sizes are derived.
+    With --push_to_hub its model is pushed, where that has not happened yet. Call before sizes are derived.
     """
     path = Path(root) / args.run_name
     found = _read_run(path)
@@ -302,6 +302,8 @@ def finished_before(args: Any, root: str = "runs") -> dict[str, float] | None:
     if os.environ.get("RANK", "0") == "0":
         shutil.rmtree(path / "checkpoints", ignore_errors=True)  # of a run that was killed at its very end
         print(f"{path} is finished already, with these arguments: nothing to do\nmodel: {args.output_dir}", flush=True)
+        if args.push_to_hub and not (path / "pushed.json").exists():
+            push(args, stage, stamp)
     return read_metrics(found[0]["metrics"])
 
 
@@ -660,6 +662,7 @@ def push(args, stage: str, stamp: int) -> None:
             "start the same command again: it pushes, and does not train again"
         ) from None
     print(f"hub:    {repo} @ {revision}", flush=True)
+    write_json(Path("runs") / args.run_name / "pushed.json", {"repo": repo, "revision": revision})
 
 
 def _push_to(api, args, stage: str, stamp: int) -> tuple[str, str]:

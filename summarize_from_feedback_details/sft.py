@@ -615,7 +615,7 @@ def main(args: Args) -> dict[str, float]:
     stamp = int(time.time())
     typed = as_typed(args)
     args.run_name = choose_run_name(args, "sft")
-    if (done := finished_before(args)) is not None:
+    if (done := finished_before(args, "sft", stamp)) is not None:
         return done
     tokenizer, dataset, stop_id = check_args(args)
     accelerator = make_accelerator(args)

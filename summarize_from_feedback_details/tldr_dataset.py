@@ -21,6 +21,7 @@ import copy
 import gzip
 import json
 import os
+import shlex
 import shutil
 import string
 import sys
@@ -44,6 +45,7 @@ from datasets import (
     disable_progress_bars,
     load_dataset,
 )
+from datasets.utils import logging as datasets_logging
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -585,9 +587,10 @@ def hub_entity(args: Args) -> str:
     if huggingface_hub.get_token() is None:
         refuse("push_to_hub", "no hub login on this machine", expected)
     try:
-        return args.hf_entity or huggingface_hub.whoami()["name"]
+        user = huggingface_hub.whoami()["name"]
     except Exception as error:
-        refuse("push_to_hub", f"a login that the hub does not confirm ({reason(error)})", f"{expected}, or --hf_entity")
+        refuse("push_to_hub", f"a login that the hub does not confirm ({reason(error)})", expected)
+    return args.hf_entity or user
 
 
 def is_ours(folder: Path) -> bool:
@@ -689,11 +692,24 @@ def save(args: Args, done: dict[str, DatasetDict], summary: dict[str, Any]) -> l
 
 
 def push(args: Args, done: dict[str, DatasetDict], entity: str) -> list[str]:
+    """Upload both datasets; returns their addresses."""
+    datasets_logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        huggingface_hub.utils.disable_progress_bars()
     stamp = int(time.time())
     names = {"sft": "summarize_from_feedback_tldr_3_filtered", "comparisons": "summarize_from_feedback"}
-    for name, splits in done.items():
-        names[name] = f"{entity}/{names[name]}_oai_preprocessing_{stamp}"
-        splits.push_to_hub(names[name])
+    names = {name: f"{entity}/{repo}_oai_preprocessing_{stamp}" for name, repo in names.items()}
+    for i, (name, splits) in enumerate(done.items()):
+        try:
+            splits.push_to_hub(names[name])
+        except Exception as error:
+            upload = "`hf upload {} {} --repo-type dataset`"
+            folder = lambda n: shlex.quote(os.path.join(args.output_dir, n))
+            rest = [upload.format(names[n], folder(n)) for n in list(done)[i:]]
+            raise SystemExit(
+                f"error: both datasets are in {args.output_dir}, but {names[name]} was not pushed to the hub: "
+                f"{reason(error)}; cure that, then {' and '.join(rest)}"
+            ) from None
     return [f"https://huggingface.co/datasets/{name}" for name in names.values()]
 
 
