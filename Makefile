@@ -17,11 +17,11 @@ test: .venv/installed
 	$(PY) -m ruff format --check .
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15 -m "not torture"
 
-# each stage killed at random moments, 20 trials, and started again: the same bits (20 minutes)
+# each stage killed at random moments, 20 trials, and started again: the same bits (20 to 40 minutes)
 torture: .venv/installed
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_torture.py tests/test_resume.py
 
-# the job scripts on a real Slurm of one machine (root, and Debian's packages; 10 minutes)
+# the job scripts on a real Slurm of one machine (root, and Debian's packages; 10 to 20 minutes)
 slurm-test: .venv/installed
 	OMP_NUM_THREADS=1 $(PY) -m pytest --durations=0 tests/test_slurm.py
 

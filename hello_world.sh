@@ -68,7 +68,9 @@ stage() {
     if [ "$FRESH" = 0 ] && [ ! -e "$stamp" ] && [[ $outputs == runs/* && -e $begun ]] && [ "$(cat "$begun")" = "$wanted" ]; then
         echo "== $name: was interrupted, goes on"
     else
-        if [ ! -e "$stamp" ]; then echo "== $name"; else echo "== $name: again, since its arguments or inputs changed"; fi
+        local why="its arguments or inputs changed"
+        [ "$FRESH" = 0 ] || why="FRESH=1"
+        if [ ! -e "$stamp" ]; then echo "== $name"; else echo "== $name: again, since $why"; fi
         for output in $outputs; do set_aside "$output"; done
         echo "$wanted" >"$begun"
     fi

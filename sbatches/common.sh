@@ -33,7 +33,7 @@ rows_of() {
     local rows
     case $1 in
     *2.8b*) rows=(1 4 32) ;;
-    *6.9b*) rows=(1 1 4) ;;
+    *6.9b* | *12b*) rows=(1 1 4) ;;
     *) rows=(1 16 64) ;;
     esac
     echo "${MICRO:-${rows[0]}} ${PPO_MICRO:-${rows[1]}} ${ROLLOUT:-${rows[2]}}"

@@ -681,10 +681,14 @@ def _push_to(api, args, stage: str, stamp: int) -> tuple[str, str]:
 
 
 def print_table(table) -> None:
-    """Print a `rich.table.Table`; in a log file at a width where nothing is cut."""
+    """Print a `rich.table.Table`; in a log file as wide as its words need, so that none is cut."""
     from rich.console import Console
 
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    if not sys.stdout.isatty():
+        for column in table.columns:
+            words = " ".join(map(str, [column.header, *column.cells])).split()
+            column.min_width = max(map(len, words), default=0)
+    Console(width=None if sys.stdout.isatty() else 120).print(table, crop=False)
 
 
 def keep_freed_memory() -> None:

@@ -663,12 +663,13 @@ def main(args: Args) -> dict[str, float]:
         position = checkpoints.resume()
         first = position["update"] + 1
         if args.run_eval and not position["found"]:
+            before = {}
             for split, rows in splits.items():
                 base = evaluate_policy(accelerator, model, rows, tokenizer, args, stop_id, f"base model, {split}")
                 shuffled = rouge_means(base["reference"][1:] + base["reference"][:1], base["reference"])
-                shuffled = {f"{split}/shuffled_references/rouge/{k}": v for k, v in shuffled.items()}
-                before = {k.replace("/sft/", "/base/"): v for k, v in report(split, base).items()}
-                run.log(0, before | shuffled)
+                before |= {f"{split}/shuffled_references/rouge/{k}": v for k, v in shuffled.items()}
+                before |= {k.replace("/sft/", "/base/"): v for k, v in report(split, base).items()}
+            run.log(0, before)
 
         # --------------------------------------------------------------------------------------------------------------
         # loop
