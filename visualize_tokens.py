@@ -53,6 +53,7 @@ from summarize_from_feedback_details.check_inputs import (
     find_stop_id,
     find_tokenizer,
     load_rows,
+    refuse_missing,
 )
 from summarize_from_feedback_details.packed_rows import use_packed_attention
 from summarize_from_feedback_details.run_folder import Progress, quiet_libraries, refuse
@@ -327,7 +328,10 @@ def loaded(argument: str, model: Model, device: torch.device, kind: str = "polic
         if kind == "reward":
             network, bias = ppo.load_reward_model(*model, argument)
         else:
-            network = AutoModelForCausalLM.from_pretrained(model.path, revision=model.revision, dtype=torch.float32)
+            network, found = AutoModelForCausalLM.from_pretrained(
+                model.path, revision=model.revision, dtype=torch.float32, output_loading_info=True
+            )
+            refuse_missing(argument, model.path, found["missing_keys"])
     except (OSError, RuntimeError, ValueError) as error:  # e.g. a hub id whose configuration alone is in the cache
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         refuse(argument, f"'{model}', which cannot be loaded: {reason}", "a whole checkpoint")

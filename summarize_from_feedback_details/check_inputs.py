@@ -233,10 +233,7 @@ def _check_weights(argument: str, folder: Path) -> set[str]:
     """
     from safetensors import SafetensorError, safe_open
 
-    files, names = set(), set()
-    for whole in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / whole).exists():
-            files.add(whole)
+    files, names = {name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).exists()}, set()
     for index in folder.glob("*.index.json"):
         try:
             files |= set(json.loads(index.read_text())["weight_map"].values())
@@ -381,9 +378,9 @@ def check_push(args: Any) -> None:
             whoami()
         except Exception as error:
             refuse("push_to_hub", f"a login that the hub does not confirm: {_reason(error)}", expected)
-        for name in ("hf_entity", "hf_repo_id"):
+        for name, repo in (("hf_entity", f"{args.hf_entity or 'me'}/name"), ("hf_repo_id", args.hf_repo_id or "name")):
             try:
-                validate_repo_id(getattr(args, name) or "any")
+                validate_repo_id(repo)
             except HFValidationError as error:
                 refuse(name, f"'{getattr(args, name)}' ({_reason(error)})", "a name that the hub allows")
 

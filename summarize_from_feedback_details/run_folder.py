@@ -302,7 +302,10 @@ def finished_before(args: Any, stage: str, stamp: int, root: str = "runs") -> di
     if os.environ.get("RANK", "0") == "0":
         shutil.rmtree(path / "checkpoints", ignore_errors=True)  # of a run that was killed at its very end
         print(f"{path} is finished already, with these arguments: nothing to do\nmodel: {args.output_dir}", flush=True)
-        if args.push_to_hub and not (path / "pushed.json").exists():
+        pushed = path / "pushed.json"
+        if args.push_to_hub and pushed.exists():
+            print(f"hub:    pushed before: {' @ '.join(json.loads(pushed.read_text()).values())}", flush=True)
+        elif args.push_to_hub:
             push(args, stage, stamp)
     return read_metrics(found[0]["metrics"])
 
@@ -684,11 +687,13 @@ def print_table(table) -> None:
     """Print a `rich.table.Table`; in a log file as wide as its words need, so that none is cut."""
     from rich.console import Console
 
-    if not sys.stdout.isatty():
-        for column in table.columns:
-            words = " ".join(map(str, [column.header, *column.cells])).split()
-            column.min_width = max(map(len, words), default=0)
-    Console(width=None if sys.stdout.isatty() else 120).print(table, crop=False)
+    if sys.stdout.isatty():
+        Console().print(table)
+        return
+    for column in table.columns:
+        words = " ".join(map(str, [column.header, *column.cells])).split()
+        column.min_width = max(map(len, words), default=0)
+    Console(width=120).print(table, crop=False)
 
 
 def keep_freed_memory() -> None:

@@ -703,9 +703,10 @@ def push(args: Args, done: dict[str, DatasetDict], entity: str) -> list[str]:
         try:
             splits.push_to_hub(names[name])
         except Exception as error:
-            upload = "`hf upload {} {} --repo-type dataset`"
-            folder = lambda n: shlex.quote(os.path.join(args.output_dir, n))
-            rest = [upload.format(names[n], folder(n)) for n in list(done)[i:]]
+            rest = [
+                f"`hf upload {names[n]} {shlex.quote(os.path.join(args.output_dir, n))} --repo-type dataset`"
+                for n in list(done)[i:]
+            ]
             raise SystemExit(
                 f"error: both datasets are in {args.output_dir}, but {names[name]} was not pushed to the hub: "
                 f"{reason(error)}; cure that, then {' and '.join(rest)}"

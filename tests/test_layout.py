@@ -8,6 +8,7 @@ import pandas
 import pytest
 import torch
 from conftest import STAGES, launch, to_flags
+from datasets import load_dataset
 from safetensors.torch import load_file
 from test_resume import lines, stage_args
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -125,3 +126,51 @@ def test_processes_leave_their_group(world, workdir, monkeypatch, stage):
     monkeypatch.setattr(sys, "argv", [f"{stage}.py", *to_flags(arguments(world, stage, workdir / "model"))])
     runpy.run_path(str(STAGES / f"{stage}.py"), run_name="__main__")
     assert not torch.distributed.is_initialized() and (workdir / "model/config.json").exists()
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_every_argument_changes_something(world, workdir, stage):
+    """Settings of the algorithm reach the weights: each of these gives other weights than the default."""
+    changes = {
+        "default": {}, "seed": {"seed": 1}, "lr": {"lr": 2e-3}, "scheduler": {"scheduler": "constant"},
+        "warm up": {"warm_up_steps": 2}, "eps": {"eps": 1e-2}, "weight_decay": {"weight_decay": 0.5},
+        "adam": {"optimizer": "adam", "weight_decay": 0.5}, "clip": {"max_grad_norm": 0.01, "eps": 1e-2},
+        "episodes": {"total_episodes": 16},
+    }  # fmt: skip
+    if stage == "sft":
+        changes["query loss"] = {"query_loss_weight": 0.5}
+    weights = {}
+    for name, change in changes.items():
+        MODULES[stage].main(getattr(world, f"{stage}_args")(workdir / name, run_eval=False, **change))
+        weights[name] = load_file(f"{name}/model.safetensors")
+    pairs = [("default", name) for name in changes if name != "default"] + [("weight_decay", "adam"), ("eps", "clip")]
+    for one, other in pairs:
+        assert any(not torch.equal(weights[one][key], weights[other][key]) for key in weights[one]), (one, other)
+
+
+@pytest.mark.parametrize(
+    "stage, reader, column", [("sft", "read_rows", "query_reference_response_token"),
+                              ("reward", "read_pairs", "query_chosen_token")],
+)  # fmt: skip
+def test_each_row_is_read_once_a_pass(world, workdir, monkeypatch, stage, reader, column):
+    """What is trained on, over two passes in batches across their border: each row once a pass, in two orders."""
+    module, read = MODULES[stage], []
+    plain = getattr(module, reader)
+
+    def note(rows, pad_id):
+        read.extend(tuple(tokens) for tokens in rows[column].tolist())
+        return plain(rows, pad_id)
+
+    monkeypatch.setattr(module, reader, note)
+    argument, source = ("query_dataset", world.sft_rows) if stage == "sft" else ("label_dataset", world.pairs)
+    data = load_dataset(source)
+    data["train"] = data["train"].select(range(30))
+    for split, part in data.items():
+        part.to_parquet(f"few/data/{split}-00000-of-00001.parquet")
+    sizes = {"num_train_epochs": 2, "total_episodes": 60, "batch_size": 7, "local_micro_batch_size": 7}
+    args = getattr(world, f"{stage}_args")(workdir / "model", run_eval=False, **sizes, **{argument: "few"})
+    module.main(args)
+    rows = [tuple(tokens) for tokens in data["train"][column]]
+    assert sorted(read) == sorted(rows * 2)
+    assert len(set(rows)) == 30 == len(set(read[:28])) + 2  # the four whole batches of the first pass
+    assert read[:28] != read[35:]

@@ -1,7 +1,6 @@
 """PPO: golden numbers, tensors by hand, sampling, padding, and small runs of the whole stage."""
 
 import copy
-import inspect
 import json
 import math
 import re
@@ -28,6 +27,7 @@ from transformers import (
 
 from summarize_from_feedback_details import ppo_left_padding as ppo
 from summarize_from_feedback_details import reward, sft
+from summarize_from_feedback_details.check_inputs import fill_episodes
 from summarize_from_feedback_details.packed_rows import use_packed_attention
 from summarize_from_feedback_details.ppo_left_padding import (
     INVALID_LOGPROB,
@@ -477,10 +477,9 @@ def test_no_pass_is_made_once_every_row_has_its_eos(sample):
     responses, _ = sample(policy, queries, episode_noise(7, range(4), queries.device), PAD, -1, 12, 0.7, PAD)
     assert len(passes) == 12 and (responses != PAD).all()  # one for the queries, one for each token but the last
     passes.clear()
-    stop = int(responses[0, 3])  # now three rows never meet it, or only by chance: give it to all
-    policy.lm_head.weight.data[stop] = 0.0
+    stop = 5
     policy.gpt_neox.final_layer_norm.bias.data.fill_(5.0)
-    policy.lm_head.weight.data[stop] = 5.0  # a logit of 800 more than any other
+    policy.lm_head.weight.data[stop] = 5.0  # a logit of 800: every row draws it first
     responses, _ = sample(policy, queries, episode_noise(7, range(4), queries.device), PAD, stop, 12, 0.7, PAD)
     assert len(passes) == 1 and responses[:, 0].tolist() == [stop] * 4 and (responses[:, 1:] == PAD).all()
 
@@ -864,16 +863,19 @@ def test_defaults_are_those_of_the_paper():
     assert sampling == (0.7, 53, True, -1)
 
 
-def test_default_batches_are_the_paper_s_on_any_number_of_processes():
+def test_default_batches_are_the_paper_s_on_any_number_of_processes(monkeypatch):
     """Global batches of 128, 64 and 512; episodes of one pass, one pass, a million (1,953 updates)."""
-    from summarize_from_feedback_details.check_inputs import check_batch_sizes, fill_episodes
+
+    def after_sizes(*_):
+        raise InterruptedError
 
     for processes in (1, 2, 8):
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
         for stage, batch, rows, updates in ((sft, 128, 116_722, 912), (reward, 64, 92_858, 1_451)):
-            source = inspect.getsource(stage.check_args)
-            assert f"default_batch_size={batch})" in source
             args = stage.Args()
-            check_batch_sizes(args, processes, batch)
+            monkeypatch.setattr(stage, "refuse_unwritable", after_sizes)  # what `check_args` does next
+            with pytest.raises(InterruptedError):
+                stage.check_args(args)
             fill_episodes(args, rows)
             cut = processes * args.gradient_accumulation_steps * args.local_micro_batch_size
             assert (args.batch_size, cut, args.total_episodes, args.num_updates) == (batch, batch, rows, updates)

@@ -210,7 +210,8 @@ def test_a_finished_run_is_pushed_when_asked_and_once(world, hub, here, capfd):
     (branches,) = hub.repos.values()
     assert sorted(map(bool, branches.values())) == [False, True] and files("model") in branches.values()
     out = capfd.readouterr().out
-    assert out.count("nothing to do") == 2 and out.count("hub:  ") == 1
+    assert out.count("nothing to do") == 2 and out.count("hub:    someone/") == 1
+    assert f"hub:    pushed before: someone/models_small__sft__tldr @ {max(branches)}\n" in out
 
 
 NAMES = {  # base model: what its repository begins with
@@ -285,7 +286,7 @@ REFUSED = {  # name: (stage, changed arguments, what is found)
     "no such rows": ("sft", {"query_dataset": "nobody/nothing"}, ABSENT | {"argument": "query_dataset"}),
     "not for everyone": ("sft", {"base_model": "nobody/nothing"}, HIDDEN),
     "a name with two hyphens": ("sft", {"push_to_hub": True, "hf_repo_id": "a--b"}, NAME | {"argument": "hf_repo_id"}),
-    "an entity with a slash": ("sft", {"push_to_hub": True, "hf_entity": "a/b/c"}, NAME | {"argument": "hf_entity"}),
+    "an entity with a slash": ("sft", {"push_to_hub": True, "hf_entity": "a/b"}, NAME | {"argument": "hf_entity"}),
 }
 
 

@@ -202,48 +202,6 @@ def test_layout_does_not_change_the_result(world, workdir):
         np.testing.assert_allclose(tables[name], tables["a"], rtol=0, atol=1e-4)
 
 
-def test_every_argument_of_reward_changes_something(world, workdir):
-    """Settings of the algorithm reach the weights: each of these gives other weights than the default."""
-    changes = {
-        "default": {}, "seed": {"seed": 1}, "lr": {"lr": 2e-3}, "scheduler": {"scheduler": "constant"},
-        "warm up": {"warm_up_steps": 2}, "eps": {"eps": 1e-2}, "weight_decay": {"weight_decay": 0.5},
-        "adam": {"optimizer": "adam", "weight_decay": 0.5}, "clip": {"max_grad_norm": 0.01, "eps": 1e-2},
-        "episodes": {"total_episodes": 16},
-    }  # fmt: skip
-    weights, biases = {}, {}
-    for name, change in (changes | {"normalised over fewer": {"num_normalization_rows": 10}}).items():
-        reward.main(world.reward_args(workdir / name, run_eval=False, **change))
-        model, biases[name] = load_reward_model(name)
-        weights[name] = torch.cat([p.flatten() for p in model.parameters()])
-    for name in changes:
-        assert name == "default" or not torch.equal(weights[name], weights["default"]), name
-    assert not torch.equal(weights["adam"], weights["weight_decay"]) and not torch.equal(
-        weights["clip"], weights["eps"]
-    )
-    assert torch.equal(weights["normalised over fewer"], weights["default"])
-    assert biases["normalised over fewer"] != biases["default"]
-
-
-def test_each_pair_is_read_once_a_pass(world, workdir, monkeypatch):
-    """What is trained on, over two passes: each pair of each pass once, in two orders."""
-    read, plain = [], reward.read_pairs
-
-    def note(rows, pad_id):
-        read.extend(tuple(tokens) for tokens in rows["query_chosen_token"].tolist())
-        return plain(rows, pad_id)
-
-    monkeypatch.setattr(reward, "read_pairs", note)
-    pairs = load_dataset(world.pairs)
-    pairs["train"] = pairs["train"].select(range(30))
-    for split, part in pairs.items():
-        part.to_parquet(f"few/data/{split}-00000-of-00001.parquet")
-    chosen = [tuple(tokens) for tokens in pairs["train"]["query_chosen_token"]]
-    sizes = {"num_train_epochs": 2, "total_episodes": 60, "batch_size": 7, "local_micro_batch_size": 7}
-    reward.main(world.reward_args(workdir / "rm", label_dataset="few", run_eval=False, **sizes))
-    assert sorted(read) == sorted(chosen * 2)
-    assert read[:28] != read[30:58]
-
-
 def test_stops_on_numbers_that_are_not_finite(world, workdir, monkeypatch):
     """A loss: its micro batch is saved. A gradient, which is a sum over the batch: all its pairs."""
     plain = reward.preference_losses
@@ -256,3 +214,11 @@ def test_stops_on_numbers_that_are_not_finite(world, workdir, monkeypatch):
         assert len(set(found["rows"])) == len(found["pairs"]) == saved
         assert json.loads((workdir / f"runs/{what}/summary.json").read_text())["state"] == "failed"
         assert not (workdir / what).exists()
+
+
+def test_normalisation_reads_the_rows_asked_for(world, workdir):
+    bias = {}
+    for rows in (10, 40):
+        reward.main(world.reward_args(workdir / str(rows), run_eval=False, num_normalization_rows=rows))
+        bias[rows] = load_reward_model(str(rows))[1]
+    assert bias[10] != bias[40]

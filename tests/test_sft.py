@@ -4,7 +4,6 @@ import json
 import math
 from types import SimpleNamespace
 
-import datasets
 import numpy as np
 import pandas
 import pytest
@@ -182,47 +181,6 @@ def test_gradient_clipping_and_weight_decay_have_an_effect(world, workdir):
     unused = (found["a"] == start).all(1)  # rows of the embedding without gradient only decay
     assert unused.any()
     torch.testing.assert_close(found["c"][unused], start[unused] * (1 - 1e-3 * 10.0), rtol=1e-5, atol=1e-7)
-
-
-def test_every_argument_of_sft_changes_something(world, workdir):
-    """Settings of the algorithm reach the weights: each of these gives other weights than the default."""
-    changes = {
-        "default": {}, "seed": {"seed": 1}, "query loss": {"query_loss_weight": 0.5}, "lr": {"lr": 2e-3},
-        "scheduler": {"scheduler": "constant"}, "warm up": {"warm_up_steps": 2}, "eps": {"eps": 1e-2},
-        "weight_decay": {"weight_decay": 0.5}, "adam": {"optimizer": "adam", "weight_decay": 0.5},
-        "clip": {"max_grad_norm": 0.01, "eps": 1e-2}, "episodes": {"total_episodes": 16},
-    }  # fmt: skip
-    weights = {}
-    for name, change in changes.items():
-        sft.main(world.sft_args(workdir / name, run_eval=False, **change))
-        weights[name] = torch.cat([p.flatten() for p in AutoModelForCausalLM.from_pretrained(name).parameters()])
-    for name, found in weights.items():
-        assert name == "default" or not torch.equal(found, weights["default"]), name
-    assert not torch.equal(weights["adam"], weights["weight_decay"]) and not torch.equal(
-        weights["clip"], weights["eps"]
-    )
-
-
-def test_each_row_is_read_once_a_pass(world, workdir, monkeypatch):
-    """What is trained on, over two passes and a short last batch: each row of each pass once, in two orders."""
-    read = []
-
-    def note(batch, pad_id):
-        read.extend(tuple(tokens) for tokens in batch["query_reference_response_token"].tolist())
-        return read_rows(batch, pad_id)
-
-    monkeypatch.setattr(sft, "read_rows", note)
-    data = datasets.load_dataset(world.sft_rows)
-    data["train"] = data["train"].select(range(30))
-    for split, part in data.items():
-        part.to_parquet(f"few/data/{split}-00000-of-00001.parquet")
-    rows = [tuple(tokens) for tokens in data["train"]["query_reference_response_token"]]
-    sizes = {"num_train_epochs": 2, "total_episodes": 60, "batch_size": 7, "local_micro_batch_size": 7}
-    sft.main(world.sft_args(workdir / "policy", query_dataset="few", run_eval=False, **sizes))
-    # a batch may lie across the end of a pass, and a micro batch sorts its rows
-    assert sorted(read) == sorted(rows * 2)
-    first, second = read[:28], read[35:]  # whole batches of the first and of the second pass
-    assert len(set(first)) == 28 and len(set(second)) == 25 and first != second[:28]
 
 
 def test_tracking_offline(world, workdir, monkeypatch, capfd):
