@@ -53,7 +53,6 @@ from summarize_from_feedback_details.check_inputs import (
     find_stop_id,
     find_tokenizer,
     load_rows,
-    refuse_missing,
 )
 from summarize_from_feedback_details.packed_rows import use_packed_attention
 from summarize_from_feedback_details.run_folder import Progress, quiet_libraries, refuse
@@ -328,10 +327,7 @@ def loaded(argument: str, model: Model, device: torch.device, kind: str = "polic
         if kind == "reward":
             network, bias = ppo.load_reward_model(*model, argument)
         else:
-            network, found = AutoModelForCausalLM.from_pretrained(
-                model.path, revision=model.revision, dtype=torch.float32, output_loading_info=True
-            )
-            refuse_missing(argument, model.path, found["missing_keys"])
+            network = AutoModelForCausalLM.from_pretrained(model.path, revision=model.revision, dtype=torch.float32)
     except (OSError, RuntimeError, ValueError) as error:  # e.g. a hub id whose configuration alone is in the cache
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         refuse(argument, f"'{model}', which cannot be loaded: {reason}", "a whole checkpoint")
