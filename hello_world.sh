@@ -13,6 +13,7 @@
 #   MODEL=EleutherAI/pythia-1b-deduped ./hello_world.sh      the real thing: real data, the paper's batch sizes
 #   MICRO=4 PPO_MICRO=8 ROLLOUT=32 MODEL=... ./hello_world.sh    rows of one forward pass on one GPU: SFT and reward
 #                                                            model, PPO training, PPO sampling
+#   GPU_GB=40 MODEL=... ./hello_world.sh                     memory that may be used of each GPU (default: what it has)
 #
 # A finished stage with the same arguments is reused, and one that was interrupted goes on; changed arguments start that
 # stage and those that depend on it again. What was there before is set aside (*.old-1, *.old-2, ...), never deleted.
@@ -27,11 +28,16 @@ export TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}
 
 refuse() { echo "error: $1: found $2; expected $3" >&2; exit 2; }
 is_count() { [[ $1 =~ ^[1-9][0-9]*$ ]]; }
+is_count "${GPU_GB:-80}" || refuse GPU_GB "'$GPU_GB'" "a number above 0"
 [[ $PRECISION =~ ^(fp32|bf16|auto)$ ]] || refuse PRECISION "'$PRECISION'" "fp32, bf16 or auto"
 for flag in SMOKE FRESH REPORT; do [[ ${!flag} =~ ^[01]$ ]] || refuse "$flag" "'${!flag}'" "0 or 1"; done
 
 # ----------------------------------------------------------------------------------------------------------- machine
-GPUS=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+FOUND=$("$PYTHON" -c 'import torch
+gpus = range(torch.cuda.device_count())
+print(len(gpus), *{int(min(torch.cuda.get_device_properties(i).total_memory for i in gpus) / 1e9) for _ in gpus})')
+read -r GPUS FOUND_GB <<<"$FOUND"
+GPU_GB=${GPU_GB:-${FOUND_GB:-80}}
 if [ "$GPUS" -gt 1 ]; then
     LAUNCH=("$PYTHON" -m accelerate.commands.launch --config_file deepspeed.yaml --num_processes "$GPUS")
     DEEPSPEED=(--deepspeed)
@@ -182,17 +188,32 @@ else
         echo "   $what: batch $batch = $PROCESSES processes x $((batch / micro / PROCESSES)) accumulation x $micro rows"
     done
     [ "$GPUS" -gt 0 ] || echo "   there is no GPU here: this works, and takes years"
+    # fit STAGE ROWS ROLLOUT: the arguments that make a stage fit into the GPUs' memory; says why, or refuses
+    declare -A FITS=([sft]="" [reward]="" [ppo_left_padding]="")
+    fit() {
+        local found
+        found=$("$PYTHON" benchmark/memory.py --fit "$1" --model "$MODEL" --processes "$PROCESSES" --gpu_gb "$GPU_GB" \
+            --rows "$2" --rollout_rows "$3" --launch="${LAUNCH[*]}" --given="--precision $PRECISION")
+        FITS[$1]=${found%%$'\n'*}
+        [ -z "${found#*$'\n'}" ] || echo "   ${found#*$'\n'}"
+    }
+    if [ "$GPUS" -gt 0 ] && [ -f benchmark/memory.py ]; then
+        fit sft "$MICRO" 0
+        fit reward "$MICRO" 0
+        fit ppo_left_padding "$PPO_MICRO" "$ROLLOUT"
+    fi
     REAL=(--seed "$SEED" --base_model "$MODEL" --precision "$PRECISION")
     SFT=models/$CHAIN/sft REWARD=models/$CHAIN/reward PPO=models/$CHAIN/ppo
     stage sft "runs/${CHAIN}_sft $SFT" "" "${LAUNCH[@]}" $STAGES/sft.py "${DEEPSPEED[@]}" "${REAL[@]}" \
-        --output_dir "$SFT" --run_name "${CHAIN}_sft" --batch_size 128 --local_micro_batch_size "$MICRO"
+        --output_dir "$SFT" --run_name "${CHAIN}_sft" --batch_size 128 --local_micro_batch_size "$MICRO" \
+        ${FITS[sft]}
     stage reward "runs/${CHAIN}_reward $REWARD" "sft" "${LAUNCH[@]}" $STAGES/reward.py "${DEEPSPEED[@]}" "${REAL[@]}" \
         --sft_model_path "$SFT" --output_dir "$REWARD" --run_name "${CHAIN}_reward" --batch_size 64 \
-        --local_micro_batch_size "$MICRO"
+        --local_micro_batch_size "$MICRO" ${FITS[reward]}
     stage ppo "runs/${CHAIN}_ppo $PPO" "sft reward" "${LAUNCH[@]}" $STAGES/ppo_left_padding.py "${DEEPSPEED[@]}" \
         "${REAL[@]}" --sft_model_path "$SFT" --reward_model_path "$REWARD" --output_dir "$PPO" \
         --run_name "${CHAIN}_ppo" --batch_size 512 --local_micro_batch_size "$PPO_MICRO" \
-        --local_rollout_forward_batch_size "$ROLLOUT"
+        --local_rollout_forward_batch_size "$ROLLOUT" ${FITS[ppo_left_padding]}
     [ "$REPORT" = 1 ] || exit 0
     REPORTS=eval/reports/$CHAIN
     "$PYTHON" eval/sft_rm_scale.py --runs "${CHAIN}_*" --output_dir "$REPORTS" --paper

@@ -26,7 +26,6 @@ import math
 import os
 import re
 import sys
-import tempfile
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -36,7 +35,6 @@ from typing import Any, Literal, NamedTuple
 
 import huggingface_hub
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -55,7 +53,15 @@ from summarize_from_feedback_details.check_inputs import (
     load_rows,
 )
 from summarize_from_feedback_details.packed_rows import use_packed_attention
-from summarize_from_feedback_details.run_folder import Progress, quiet_libraries, refuse
+from summarize_from_feedback_details.run_folder import (
+    Progress,
+    command_line,
+    on_gpu,
+    quiet_libraries,
+    refuse,
+    refuse_uncreatable,
+    write_whole,
+)
 from summarize_from_feedback_details.toy_tldr import MANIFEST
 
 HERE = Path(__file__).parent
@@ -166,13 +172,21 @@ def locate(text: str) -> Model:
     return Model(*text.rsplit("@", 1))
 
 
+READ_OF_RUN = {  # arguments without which a run cannot be shown
+    "sft": {"output_dir", "base_model"}, "reward": {"output_dir"},
+    "ppo_left_padding": {"output_dir", "base_model", "sft_model_path"},
+}  # fmt: skip
+
+
 def latest_run(runs_dir: str, stage: str, **wanted: str) -> dict[str, Any] | None:
     """Arguments of the newest finished run of a stage whose arguments hold `wanted`; None where there is none."""
-    for summary in sorted(Path(runs_dir).glob("*/summary.json"), key=lambda file: -file.stat().st_mtime):
-        with contextlib.suppress(OSError, ValueError):
+    there = [file for file in Path(runs_dir).glob("*/summary.json") if file.exists()]  # not links to nowhere
+    for summary in sorted(there, key=lambda file: -file.stat().st_mtime):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # of another form
             found = json.loads(summary.read_text())
             args = json.loads((summary.parent / "args.json").read_text())
-            if (found["stage"], found["state"]) == (stage, "finished") and wanted.items() <= args.items():
+            finished = (found["stage"], found["state"]) == (stage, "finished") and READ_OF_RUN[stage] <= args.keys()
+            if finished and wanted.items() <= args.items():
                 return args
     return None
 
@@ -180,12 +194,12 @@ def latest_run(runs_dir: str, stage: str, **wanted: str) -> dict[str, Any] | Non
 def read_run(args: Args) -> tuple[dict[str, Model], dict[str, Any]]:
     """Policies of the latest finished run, and its settings under the names of `ppo_left_padding.Args`."""
     if (run := latest_run(args.runs_dir, "ppo_left_padding")) is not None:
-        sft, trained = Model(run["sft_model_path"], run["sft_model_revision"]), {"ppo": Model(run["output_dir"])}
+        sft, trained = Model(run["sft_model_path"], run.get("sft_model_revision")), {"ppo": Model(run["output_dir"])}
     elif (run := latest_run(args.runs_dir, "sft")) is not None:
         sft, trained = Model(run["output_dir"]), {}
         reward = latest_run(args.runs_dir, "reward", sft_model_path=run["output_dir"])
         run |= {"reward_model_path": reward and reward["output_dir"], "reward_model_revision": None}
-        run.pop("temperature")  # of its evaluation; PPO's divides the log-probabilities
+        run.pop("temperature", None)  # of its evaluation; PPO's divides the log-probabilities
     else:
         expected = "name=folder_or_hub_id, or --released 1b, or a finished run (./hello_world.sh makes one)"
         refuse("models", f"nothing, and no finished run in '{args.runs_dir}'", expected)
@@ -193,7 +207,7 @@ def read_run(args: Args) -> tuple[dict[str, Model], dict[str, Any]]:
     # paths in a run are relative to where it was started, beside its `runs/`
     beside = lambda path: path if path is None or os.path.exists(path) else str(Path(args.runs_dir).parent / path)
     there = lambda path: beside(path) if path is None or os.path.exists(beside(path)) else path
-    run |= {name: there(run[name]) for name in ("base_model", "reward_model_path", "query_dataset")}
+    run |= {name: there(run.get(name)) for name in ("base_model", "reward_model_path", "query_dataset")}
     return {name: model._replace(path=there(model.path)) for name, model in ({"sft": sft} | trained).items()}, run
 
 
@@ -245,7 +259,7 @@ def make_plan(args: Args) -> SimpleNamespace:
     plan.value_note = "" if given("value_model") else "the reward model, where PPO's value network began"
     default = ppo.Args()
     plan.dataset = given("query_dataset") or model("query_dataset") or Model(default.query_dataset)
-    hparams = {f.name: run.get("ppo", {}).get(f.name, f.default) for f in fields(ppo.PpoHParams)}
+    hparams = {f.name: (run.get("ppo") or {}).get(f.name, f.default) for f in fields(ppo.PpoHParams)}
     hparams |= {n: getattr(args, n) for n in ("kl_coef", "gamma", "lam") if getattr(args, n) is not None}
     pick = lambda name, own=None: own if own is not None else run.get(name, getattr(default, name))
     plan.settings = SimpleNamespace(  # what `compute_advantages` and the sampling read
@@ -304,15 +318,9 @@ def check_plan(args: Args, plan: SimpleNamespace):
 
 def check_output(argument: str, path: str) -> None:
     """Refuse a file that cannot be written."""
-    folder = Path(path).absolute().parent
-    parent = next(p for p in [folder, *folder.parents] if p.exists())
-    if not path or Path(path).is_dir() or (Path(path).exists() and not Path(path).is_file()):
+    if not path or (os.path.exists(path) and not os.path.isfile(path)):
         refuse(argument, f"'{path}', which is no file", "a file to be written")
-    try:  # rights alone do not tell: root may write anywhere, but not in /proc
-        with tempfile.TemporaryFile(dir=parent):
-            pass
-    except OSError as error:
-        refuse(argument, f"'{path}', which cannot be written ({error.strerror})", "a file that can be created")
+    refuse_uncreatable(argument, path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -672,7 +680,6 @@ def wait_for_key() -> str:
 
 def print_page(page: dict, ask: bool) -> None:
     """Everything in the terminal; with `ask`, a key press goes on to the next post."""
-    sys.stdout.reconfigure(errors="replace")
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
     console = Console(width=width, highlight=False, markup=False, emoji=False)
     for name, text in page["about"].items():
@@ -707,17 +714,6 @@ def print_page(page: dict, ask: bool) -> None:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # files
-
-
-def write_file(path: str, text: str) -> None:
-    """Write a file so that there is the whole of it or nothing."""
-    Path(path).absolute().parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(path).with_name(f".{Path(path).name}.partial-{os.getpid()}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def make_html(page: dict) -> str:
@@ -821,7 +817,7 @@ def main(args: Args) -> dict[str, Any]:
     huggingface_hub.utils.logging.set_verbosity_error()  # where there is no network: one line of ours, not six of its
     plan = make_plan(args)
     tokenizer, rows, stop_id = check_plan(args, plan)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if on_gpu() else "cpu")
     pad_id = tokenizer.pad_token_id
     ids = (pad_id, stop_id, len(tokenizer))
     because = f": {plan.base_note}" if plan.base_note else ""
@@ -834,7 +830,7 @@ def main(args: Args) -> dict[str, Any]:
     outputs = {"html": make_html, "latex": make_latex, "json": lambda page: json.dumps(page, allow_nan=False, indent=1)}
     outputs = {name: make for name, make in outputs.items() if getattr(args, name) is not None}
     for name, make in outputs.items():
-        write_file(getattr(args, name), make(page))
+        write_whole(getattr(args, name), make(page))
         print(f"{name}: {getattr(args, name)}", flush=True)
     if not outputs:
         print_page(page, ask=args.num is None and sys.stdin.isatty() and sys.stdout.isatty())
@@ -843,6 +839,6 @@ def main(args: Args) -> dict[str, Any]:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args, use_underscores=True))
+        command_line(main, Args)
     except BrokenPipeError:  # the reader has seen enough (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -23,8 +23,14 @@ from typing import Literal
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # of the libraries that write the workload
 import torch  # noqa: E402
-import tyro  # noqa: E402
 from workload import Workload, make, matmul_peak, real_tokens, trunk_flops, useful_flops  # noqa: E402
+
+from summarize_from_feedback_details.run_folder import (  # noqa: E402
+    command_line,
+    drawing,
+    new_figure,
+    save_figure,
+)
 
 HERE = Path(__file__).resolve().parent
 TRL_PPO = HERE.parent / ".venv-bench" / "trl-ppo"  # the last release that had PPO, see the Makefile
@@ -240,14 +246,10 @@ def report(args: Args, runs: Runs) -> str:
 
 def draw(runs: Runs) -> None:
     """`bars.png`: time and memory of both sides; `scaling.png`: our cost against four sizes, each at four points."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     folder = runs.file.parent
     if runs.all_of("ppo micro 4 ours fp32"):
-        figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+        figure = new_figure(10, 3.6)
+        axes = figure.subplots(1, 2)
         for axis, title, read in (
             (axes[0], "seconds per update, TRL = 1", lambda run: run["seconds"][-1]),
             (axes[1], "peak memory, TRL = 1", lambda run: run["peak_gb"]),
@@ -271,9 +273,10 @@ def draw(runs: Runs) -> None:
         handles = {label: h for a in axes for h, label in zip(*a.get_legend_handles_labels())}
         axes[1].legend(handles.values(), handles.keys(), frameon=False, fontsize=8, loc="upper left", ncols=3)
         axes[1].set_ylim(0, 1.25)
-        figure.savefig(folder / "bars.png", dpi=150)
+        save_figure(figure, folder / "bars.png", dpi=150)
     if any(name.startswith("scaling") for name in runs.found):
-        figure, axes = plt.subplots(1, 4, figsize=(12, 3.3), layout="constrained")
+        figure = new_figure(12, 3.3)
+        axes = figure.subplots(1, 4)
         for axis, (what, points) in zip(axes, SCALED.items()):
             for stage, marker in zip(ROWS, "os^"):
                 xs, ys = [], []
@@ -294,7 +297,7 @@ def draw(runs: Runs) -> None:
             axis.spines[["top", "right"]].set_visible(False)
         axes[0].set_ylabel("seconds per row, pair or episode")
         axes[0].legend(frameon=False, fontsize=8)
-        figure.savefig(folder / "scaling.png", dpi=150)
+        save_figure(figure, folder / "scaling.png", dpi=150)
 
 
 def main(args: Args) -> None:
@@ -310,9 +313,10 @@ def main(args: Args) -> None:
         measure(args, runs)
     if any(name.startswith("repetition") for name in runs.found) and any(n.startswith("flops") for n in runs.found):
         print(report(args, runs))
-    draw(runs)
+    with drawing():
+        draw(runs)
     print("\n".join(f"{path}" for path in sorted(folder.iterdir())))
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, use_underscores=True))
+    command_line(main, Args)

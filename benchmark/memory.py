@@ -2,6 +2,8 @@
 
     python benchmark/memory.py                  the table of docs/cluster.md
     python benchmark/memory.py --measure        run small models here, compare their peaks with the formula
+    python benchmark/memory.py --fit ppo_left_padding --model EleutherAI/pythia-6.9b-deduped
+                                                what the job scripts ask: arguments that make a stage fit on the GPUs
 
 Bytes; N parameters; the terms are those of docs/cluster.md. Networks: SFT and reward model train one; PPO trains a
 policy and a value network and keeps two frozen ones, the reference policy and the reward model.
@@ -9,45 +11,56 @@ policy and a value network and keeps two frozen ones, the reference policy and t
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
-import tyro
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from summarize_from_feedback_details.run_folder import print_table, write_json  # noqa: E402
+from summarize_from_feedback_details.run_folder import command_line, print_table, write_json  # noqa: E402
 
 BUCKET = 5e8  # elements of DeepSpeed's reduce bucket (its default), held once per gradient dtype
+ROOM = 0.1  # of a card: for what the formula leaves out (measured peaks are within 9 %), CUDA's context, fragments
 SAVED_PER_LAYER = 17  # widths of hidden states that one GPT-NeoX layer keeps of a token for the backward pass
 
 
 @dataclass
 class Shape:
-    """Of a GPT-NeoX model."""
+    """Of a GPT-NeoX model; of another one, where its parameters are counted."""
 
     name: str
     layers: int
     hidden: int
     vocabulary: int
+    counted: int | None = None  # parameters with the output head
+    tied: bool = False  # whether the output head is the embedding
 
     @property
     def trunk(self) -> float:
         """Parameters without the output head: embedding, layers (12 D^2 + 13 D each), final norm."""
         D = self.hidden
+        if self.counted:
+            return self.counted - (0 if self.tied else self.vocabulary * D)
         return self.vocabulary * D + self.layers * (12 * D * D + 13 * D) + 2 * D
 
     @property
     def policy(self) -> float:
         """Parameters with the output head."""
-        return self.trunk + self.vocabulary * self.hidden
+        return self.counted or self.trunk + self.vocabulary * self.hidden
 
 
-PAPER = [Shape("1B", 16, 2048, 50304), Shape("2.8B", 32, 2560, 50304), Shape("6.9B", 32, 4096, 50432)]
+PYTHIA = {
+    "70m": Shape("70M", 6, 512, 50304), "160m": Shape("160M", 12, 768, 50304), "410m": Shape("410M", 24, 1024, 50304),
+    "1b": Shape("1B", 16, 2048, 50304), "1.4b": Shape("1.4B", 24, 2048, 50304), "2.8b": Shape("2.8B", 32, 2560, 50304),
+    "6.9b": Shape("6.9B", 32, 4096, 50432), "12b": Shape("12B", 36, 5120, 50688),
+}  # fmt: skip
+PAPER = [PYTHIA[size] for size in ("1b", "2.8b", "6.9b")]
 
 
 @dataclass
@@ -62,6 +75,7 @@ class Layout:
     processes: int = 1
     zero: int | None = None  # ZeRO stage; None: plain
     width: int = 2  # bytes of a weight: 2 for bf16, 4 for float32
+    sums: int = 4  # bytes of an accumulated gradient under ZeRO: 4 for the stages' float32, 2 for bf16
     checkpointing: bool = False
     offload: bool = False
     # ZeRO: whether gradients are there while activations are at their peak; without ZeRO they always are
@@ -69,15 +83,21 @@ class Layout:
 
 
 def memory(shape: Shape, layout: Layout) -> dict[str, float]:
-    """Bytes of each term on one process; `peak` is the larger of rollout and training."""
+    """Bytes of each term on one process; `peak` is the largest of rollout, training and the optimiser's step."""
     w, world = layout.width, layout.processes
     trained = {"sft": shape.policy, "reward": shape.trunk, "ppo": shape.policy + shape.trunk}[layout.stage]
     frozen = shape.policy + shape.trunk if layout.stage == "ppo" else 0.0
+    # --offload: each is on the GPU for its own pass over the rollout, and neither during training
+    in_rollout, in_training = (max(shape.policy, shape.trunk), 0.0) if layout.offload else (frozen, frozen)
     shard = world if layout.zero else 1
     weights = w * trained / (shard if layout.zero == 3 else 1)
     # ZeRO splits gradients once they are reduced; until then they stand in a bucket
     bucket = w * min(BUCKET, trained) if layout.zero and world > 1 else 0.0
-    gradients = w * trained / shard + bucket
+    gradients = (max(w, layout.sums) if layout.zero else w) * trained / shard + bucket
+    # ZeRO-2 steps on one float32 piece: float32 sums of bf16 gradients are one; others are copied (bf16: twice)
+    stepping = gradients
+    if layout.zero == 2 and w == layout.sums:
+        stepping += (w if w == 4 else w + 4) * trained / shard
     optimizer = (12 if layout.zero else 8) * trained / shard  # Adam's two moments; ZeRO has float32 masters, too
     T, D, L = layout.tokens, shape.hidden, shape.layers
     saved = layout.rows * T * D * w * (L + SAVED_PER_LAYER if layout.checkpointing else L * SAVED_PER_LAYER)
@@ -89,11 +109,98 @@ def memory(shape: Shape, layout: Layout) -> dict[str, float]:
     gathered = w * trained if layout.zero == 3 else 0.0  # ZeRO-3: whole weights while PPO samples
     kept = layout.accumulates or not layout.zero
     train = activations + logits + gradients if kept else max(activations + logits, gradients)
-    train += weights + optimizer + (0.0 if layout.offload else w * frozen)
-    rollout = weights + optimizer + w * frozen + cache + gathered if layout.stage == "ppo" else 0.0
+    train += weights + optimizer + w * in_training
+    step = weights + optimizer + w * in_training + stepping
+    rollout = weights + optimizer + w * in_rollout + cache + gathered if layout.stage == "ppo" else 0.0
+    rollout += 0.0 if layout.zero else gradients  # which ZeRO lets go of at each step
     return {"weights": weights, "frozen": w * frozen, "gradients": gradients, "optimizer": optimizer,
             "activations": activations, "logits": logits, "cache": cache, "train": train, "rollout": rollout,
-            "peak": max(train, rollout)}  # fmt: skip
+            "step": step, "peak": max(train, rollout, step)}  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what fits
+
+TRIED = {  # in this order; the first costs copies from host memory, the second a third more time
+    "sft": ["", "--gradient_checkpointing"],
+    "reward": ["", "--gradient_checkpointing"],
+    "ppo": ["", "--offload", "--gradient_checkpointing", "--offload --gradient_checkpointing"],
+}
+
+
+def shape_of(model: str) -> Shape | None:
+    """Sizes of a model by its name, its folder, or the hub's cache; None where none of them tells."""
+    named = re.search(r"pythia-(\d+(?:\.\d+)?[mb])(?![a-z0-9])", Path(model).name.lower())
+    if named and named[1] in PYTHIA:
+        return PYTHIA[named[1]]
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(model, local_files_only=True)
+        with torch.device("meta"):
+            network = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError):
+        return None
+    text, counted = config.get_text_config(), sum(p.numel() for p in network.parameters())
+    return Shape(model, text.num_hidden_layers, text.hidden_size, text.vocab_size, counted, text.tie_word_embeddings)
+
+
+def read_launch(words: str) -> dict | None:
+    """What accelerate's arguments say of a layout; None where not everything is on a GPU."""
+    import yaml
+
+    found = re.search(r"--config_file[ =](\S+)", words)
+    config = yaml.safe_load(Path(found[1]).read_text()) if found else {}
+    zero = config.get("deepspeed_config") or {}
+    elsewhere = [zero.get(f"offload_{what}_device") not in (None, "none") for what in ("optimizer", "param")]
+    if config.get("use_cpu") or "--cpu" in words.split() or any(elsewhere):
+        return None
+    if config.get("distributed_type") != "DEEPSPEED":
+        return {"width": 4}
+    if file := zero.get("deepspeed_config_file"):  # DeepSpeed's own names
+        own = json.loads(Path(file).read_text())
+        sums = (own.get("data_types") or {}).get("grad_accum_dtype")
+        zero = {"zero_stage": (own.get("zero_optimization") or {}).get("stage", 0)}
+        return {"zero": zero["zero_stage"] or None, "sums": 2 if sums in ("bf16", "bfloat16") else 4}
+    return {"zero": zero.get("zero_stage", 2) or None, "width": 2 if config.get("mixed_precision") == "bf16" else 4}
+
+
+def fit(args: "Args") -> tuple[str, str]:
+    """Arguments to add to a stage's own so that it fits on the GPUs, and a sentence about them; both may be empty.
+
+    Raises:
+        SystemExit: code 2, where it does not fit with any of them.
+    """
+    stage, name = args.fit.removesuffix("_left_padding"), Path(args.model).name
+    launched = read_launch(args.launch)
+    if launched is None:
+        return "", ""
+    shape = shape_of(args.model)
+    if shape is None:
+        return "", f"memory of {stage} with {args.model}: its size is not known here, so nothing is checked"
+    if "--precision fp32" in args.given:
+        launched |= {"width": 4}
+    tokens, responses = {"sft": (562, 562), "reward": (807, 0), "ppo": (565, 53)}[stage]  # the longest rows
+    layout = Layout(stage, args.rows, tokens, responses, args.rollout_rows, args.processes, **launched)
+    needs = {}
+    tried = [words for words in TRIED[stage] if not any(f"--no-{w[2:]}" in args.given for w in words.split())]
+    for words in tried:
+        all_words = f"{args.given} {words}".split()
+        offload, checkpointing = "--offload" in all_words, "--gradient_checkpointing" in all_words
+        needs[words] = memory(shape, replace(layout, offload=offload, checkpointing=checkpointing))["peak"] / 1e9
+        if needs[words] <= (1 - ROOM) * args.gpu_gb:
+            break
+    extra = " ".join(word for word in words.split() if word not in args.given.split())
+    size = f"{needs['']:.0f} GB on each of {args.processes} GPUs" + (
+        f", {needs[words]:.0f} with {extra}" if extra else ""
+    )
+    if needs[words] > (1 - ROOM) * args.gpu_gb:
+        expected = "larger GPUs, more of them, or fewer rows of a forward pass"
+        print(f"error: GPU_GB: found {args.gpu_gb:g}, and {stage} with {name} takes {size}; expected {expected}",
+              file=sys.stderr)  # fmt: skip
+        sys.exit(2)
+    return extra, f"memory of {stage} with {name}: {size}; GPU_GB is {args.gpu_gb:g}, so it is added" if extra else ""
 
 
 def paper_layouts(shape: Shape) -> dict[str, Layout]:
@@ -139,9 +246,31 @@ class Args:
     output: str | None = None
     """also write the numbers to this JSON file"""
 
+    # for the job scripts: prints arguments to add, then a sentence
+    fit: Literal["sft", "reward", "ppo_left_padding"] | None = None
+    """make this stage fit on the GPUs, or refuse"""
+    model: str = ""
+    """hub id or folder of the base model"""
+    gpu_gb: float = 80.0
+    """memory of a GPU, in GB"""
+    processes: int = 8
+    """GPUs"""
+    rows: int = 1
+    """rows of a forward pass in training"""
+    rollout_rows: int = 0
+    """episodes that are sampled at a time"""
+    launch: str = "--config_file deepspeed.yaml"
+    """accelerate's arguments"""
+    given: str = ""
+    """the stage's arguments that are given already"""
+
 
 def main(args: Args) -> dict:
     """Print the tables; returns all numbers."""
+    if args.fit:
+        words, why = fit(args)
+        print(f"{words}\n{why}")
+        return {"fit": words}
     found = {"paper": {}, "measured": {}}
     shown = Table("GB on each GPU", *(s.name for s in PAPER))
     for name in paper_layouts(PAPER[0]):
@@ -275,4 +404,4 @@ def run_stage(work: Path, layout: Layout) -> float:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, use_underscores=True))
+    command_line(main, Args)

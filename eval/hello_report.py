@@ -12,13 +12,21 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pandas
-import tyro
+from read_runs import number, read_folder
 from rich.table import Table
 
-from summarize_from_feedback_details.run_folder import print_table, refuse
+from summarize_from_feedback_details.run_folder import (
+    command_line,
+    drawing,
+    new_figure,
+    print_table,
+    refuse,
+    refuse_uncreatable,
+    save_figure,
+    write_whole,
+)
 from summarize_from_feedback_details.toy_tldr import annotator_ceiling, blind_accuracy
 
 STAGES = ("sft", "reward", "ppo")
@@ -30,6 +38,9 @@ CURVES = {  # title of a panel: (stage, metric)
     "PPO: response length (tokens)": ("ppo", "objective/response_length"),
     "PPO: responses that end (share)": ("ppo", "objective/eos_rate"),
 }
+# a run of an older version may lack some of them: they are shown as "-"
+WANTED = ("update", "objective/kl", "objective/kl_k3", "objective/kl_standard_error", "objective/eos_rate",
+          "policy/first_pass_ratio_error")  # fmt: skip
 
 
 @dataclass
@@ -48,23 +59,25 @@ class Args:
     """name of the report (default: the first chain)"""
 
 
-def read_run(path: Path) -> tuple[dict, pandas.DataFrame]:
-    """Summary and metrics of a run folder."""
-    summary = json.loads((path / "summary.json").read_text())
-    return summary, pandas.read_json(path / "metrics.jsonl", lines=True)
+def read_run(path: Path) -> dict:
+    """A run as `read_runs.read_folder` gives it, with its `lines` as a table of numbers that has every `WANTED` one."""
+    run = read_folder(path)
+    if run["state"] == "unreadable":
+        refuse("chains", f"'{path}', which cannot be read ({run['reason']})", "a run whose files are whole")
+    lines = pandas.DataFrame(run["lines"]).apply(pandas.to_numeric, errors="coerce")
+    return run | {"lines": lines.reindex(columns=[*lines.columns, *(name for name in WANTED if name not in lines)])}
 
 
-def read_judge(run: Path) -> dict[str, float | None]:
+def read_judge(run: Path) -> dict[str, float]:
     """What the toy world's annotator found (`judge.py`): gold score, win rate, that at equal length; intervals."""
     report = json.loads((run / "judge/gold/report.json").read_text())
     gold = pandas.read_parquet(run / "judge/gold/verdicts.parquet")["score"]
-    win_rate = report["win_rate"]
-    return {"gold": gold.mean(), "gold_se": gold.std(ddof=1) / math.sqrt(len(gold)), "win_rate": win_rate["mean"],
-            "win_rate_low": win_rate["low"], "win_rate_high": win_rate["high"],
-            **{f"win_rate_at_equal_length{end}": report["length_controlled_win_rate"][key]
-               for end, key in (("", "mean"), ("_low", "low"), ("_high", "high"))},
-            "reference_gold": report["reference_mean_score"]["mean"],
-            "invented": report["invented"]["mean"]}  # fmt: skip
+    found = lambda name, key="mean": number((report.get(name) or {}).get(key))
+    ends = (("", "mean"), ("_low", "low"), ("_high", "high"))
+    return {"gold": gold.mean(), "gold_se": gold.std(ddof=1) / math.sqrt(len(gold)),
+            **{f"win_rate{end}": found("win_rate", key) for end, key in ends},
+            **{f"win_rate_at_equal_length{end}": found("length_controlled_win_rate", key) for end, key in ends},
+            "reference_gold": found("reference_mean_score"), "invented": found("invented")}  # fmt: skip
 
 
 def read_gain(sft: Path, ppo: Path) -> dict[str, float]:
@@ -82,12 +95,12 @@ def read_gain(sft: Path, ppo: Path) -> dict[str, float]:
 
 
 def report_chain(chain: str, ppo_run: str, runs_dir: str, raw_dir: str | None) -> tuple[dict[str, float], dict]:
-    """All numbers of a chain, and its runs: stage -> (summary, metrics)."""
+    """All numbers of a chain, and its runs: stage -> run."""
     folders = {stage: Path(runs_dir) / f"{chain}_{ppo_run if stage == 'ppo' else stage}" for stage in STAGES}
     runs = {stage: read_run(folder) for stage, folder in folders.items()}
-    final = {stage: summary["metrics"] for stage, (summary, _) in runs.items()}
-    ppo = runs["ppo"][1]
-    training = ppo[ppo["objective/kl"].notna()] if "objective/kl" in ppo else ppo
+    final = {stage: run["final"] for stage, run in runs.items()}
+    training = runs["ppo"]["lines"].dropna(subset="objective/kl")
+    later, last = training.iloc[1:], training.tail(1).mean()
     row = {
         "sft/rougeL": final["sft"].get("validation/sft/rouge/rougeL"),
         "sft/rougeL_shuffled": final["sft"].get("validation/shuffled_references/rouge/rougeL"),
@@ -95,18 +108,17 @@ def report_chain(chain: str, ppo_run: str, runs_dir: str, raw_dir: str | None) -
         "rm/accuracy_cnndm": final["reward"].get("eval/rm/validation_cnndm/accuracy"),
         "ppo/score": final["ppo"].get("eval/ppo/validation/score"),
         "ppo/reference_score": final["ppo"].get("eval/ppo/validation/reference_score"),
-        "ppo/kl_last": float(training["objective/kl"].iloc[-1]),
-        "ppo/kl_k3_smallest_after_first": float(training["objective/kl_k3"].iloc[1:].min()),
-        "ppo/kl_smallest_in_standard_errors": float(
-            (training["objective/kl"] / training["objective/kl_standard_error"]).iloc[1:].min()
-        ),
-        "ppo/eos_rate_last": float(training["objective/eos_rate"].iloc[-1]),
-        "ppo/first_pass_ratio_error": float(training["policy/first_pass_ratio_error"].max()),
+        "ppo/kl_last": last["objective/kl"],
+        "ppo/kl_k3_smallest_after_first": later["objective/kl_k3"].min(),
+        "ppo/kl_smallest_in_standard_errors": (later["objective/kl"] / later["objective/kl_standard_error"]).min(),
+        "ppo/eos_rate_last": last["objective/eos_rate"],
+        "ppo/first_pass_ratio_error": training["policy/first_pass_ratio_error"].max(),
     }
+    row = {name: number(value) for name, value in row.items()}
     if raw_dir is not None:
         for stage in ("sft", "ppo"):
             found = read_judge(folders[stage])
-            row |= {f"{stage}/{name}": math.nan if value is None else float(value) for name, value in found.items()}
+            row |= {f"{stage}/{name}": value for name, value in found.items()}
         row |= {f"ppo/{name}": value for name, value in read_gain(folders["sft"], folders["ppo"]).items()}
         rows = {
             split: [
@@ -117,21 +129,21 @@ def report_chain(chain: str, ppo_run: str, runs_dir: str, raw_dir: str | None) -
         held_out = [r for r in rows["validation"] if "cnndm" not in r["batch"]]
         row["rm/ceiling"], row["rm/blind"] = annotator_ceiling(held_out), blind_accuracy(rows["train"], held_out)
         row["rm/share_of_the_way"] = (row["rm/accuracy"] - row["rm/blind"]) / (row["rm/ceiling"] - row["rm/blind"])
-    for stage, (summary, _) in runs.items():
-        row[f"{stage}/minutes"] = summary["wall_clock_seconds"] / 60
+    for stage, run in runs.items():
+        row[f"{stage}/minutes"] = number(run["wall_clock_seconds"]) / 60
     return row, runs
 
 
-def draw_curves(runs_by_chain: dict[str, dict], path: Path) -> None:
+def draw_curves(runs_by_chain: dict[str, dict], path: str) -> None:
     """Training curves, one line a chain."""
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    import matplotlib
 
-    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), constrained_layout=True)
-    colours = plt.get_cmap("viridis")(np.linspace(0.1, 0.85, len(runs_by_chain)))
+    figure = new_figure(13, 6.5)
+    axes = figure.subplots(2, 3)
+    colours = matplotlib.colormaps["viridis"](np.linspace(0.1, 0.85, len(runs_by_chain)))
     for axis, (title, (stage, metric)) in zip(axes.flat, CURVES.items()):
         for colour, (chain, runs) in zip(colours, runs_by_chain.items()):
-            metrics = runs[stage][1]
+            metrics = runs[stage]["lines"]
             if metric in metrics:
                 line = metrics[metrics[metric].notna() & (metrics["update"] > 0)]
                 smooth = line[metric].rolling(max(1, len(line) // 25), min_periods=1).mean()
@@ -141,9 +153,9 @@ def draw_curves(runs_by_chain: dict[str, dict], path: Path) -> None:
         axis.grid(alpha=0.3)
         if "share" in title:
             axis.set_ylim(0, 1.05)
-    axes.flat[0].legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    if axes.flat[0].lines:
+        axes.flat[0].legend(fontsize=8)
+    save_figure(figure, path, dpi=110)
 
 
 def main(args: Args) -> pandas.DataFrame:
@@ -158,29 +170,32 @@ def main(args: Args) -> pandas.DataFrame:
             judged = Path(args.runs_dir) / f"{chain}_{stage}" / "judge/gold/report.json"
             if args.raw_dirs and stage != "reward" and not judged.exists():
                 refuse("chains", f"no {judged}", f"a judged run: python eval/judge.py --run {chain}_{stage}")
+    written = Path(args.output_dir, args.name or args.chains[0])
+    refuse_uncreatable("output_dir", args.output_dir, f"{written.name}.csv")
     columns, runs = {}, {}
     for chain, raw_dir in zip(args.chains, args.raw_dirs or [None] * len(args.chains)):
-        columns[chain], runs[chain] = report_chain(chain, args.ppo, args.runs_dir, raw_dir)
+        try:
+            columns[chain], runs[chain] = report_chain(chain, args.ppo, args.runs_dir, raw_dir)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # a judge's files, or raw rows
+            refuse("chains", f"'{chain}', which cannot be read ({type(error).__name__}: {error})", "whole files")
     numbers = pandas.DataFrame(columns)
     shown = Table("", *numbers.columns, title="What each stage reached")
     for name, row in numbers.iterrows():
         shown.add_row(str(name), *("-" if pandas.isna(v) else f"{v:.3f}" for v in row))
     print_table(shown)
-    name, folder = args.name or args.chains[0], Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    numbers.to_csv(folder / f"{name}.csv", index_label="metric")
+    write_whole(f"{written}.csv", numbers.to_csv(index_label="metric"))
     lines = ["| | " + " | ".join(numbers.columns) + " |", "|---|" + "---|" * len(numbers.columns)]
     lines += ["| " + str(n) + " | " + " | ".join("-" if pandas.isna(v) else f"{v:.3f}" for v in r) + " |" for n, r in numbers.iterrows()]  # fmt: skip  # noqa: E501
-    (folder / f"{name}.md").write_text("\n".join(lines) + "\n")
-    draw_curves(runs, folder / f"{name}.png")
+    write_whole(f"{written}.md", "\n".join(lines) + "\n")
+    with drawing():
+        draw_curves(runs, f"{written}.png")
     for chain in args.chains:
-        for stage, (summary, _) in runs[chain].items():
-            run = Path(args.runs_dir) / f"{chain}_{name_of[stage]}"
-            model = json.loads((run / "args.json").read_text())["output_dir"]
-            print(f"{stage:7} {summary['state']:9} model {model}   run {run}")
-    print(f"report: {folder / name}.md, .csv, .png", flush=True)
+        for stage, run in runs[chain].items():
+            path = Path(args.runs_dir) / f"{chain}_{name_of[stage]}"
+            print(f"{stage:7} {run['state'] or '-':9} model {run['args'].get('output_dir', '-')}   run {path}")
+    print(f"report: {written}.md, .csv, .png", flush=True)
     return numbers
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, use_underscores=True))
+    command_line(main, Args)

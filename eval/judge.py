@@ -11,13 +11,16 @@ Reward  python eval/judge.py --judge reward --reward_model models/reward --run m
 Two     python eval/judge.py --run my_ppo --against my_sft --paired_difference
 
 The server is asked about every pair in both orders. A pair is won, or lost, when both answers say so, and a tie when
-they disagree. An answer that cannot be read is asked for again, then counted apart, never guessed. Every answer is in
-the cache on disk before the next one is asked for: start a stopped command again and it goes on.
+they disagree. An answer that cannot be read is asked for again, then counted apart, never guessed. A question that the
+server refuses, or fails at, is counted apart as well, if it answers others; where it answers none, the set-up is at
+fault, and everything stops. Every answer is in the cache on disk before the next one is asked for: start a stopped
+command again and it goes on. Failures are not kept.
 
 Deviates: the original asked each pair once, in a random order, and turned an unreadable answer into a coin flip.
 """
 
 import asyncio
+import collections
 import contextlib
 import email.utils
 import hashlib
@@ -29,8 +32,8 @@ import re
 import socket
 import sqlite3
 import sys
-import tempfile
 import time
+import urllib.parse
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,7 +41,6 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas
-import tyro
 from rich.table import Table
 from scipy import stats
 from scipy.special import expit
@@ -46,9 +48,12 @@ from scipy.special import expit
 from summarize_from_feedback_details.run_folder import (
     Progress,
     atomic_folder,
+    command_line,
+    on_gpu,
     print_table,
     quiet_libraries,
     refuse,
+    refuse_uncreatable,
     write_json,
 )
 
@@ -59,9 +64,19 @@ NEAR_EQUAL = 0.1  # lengths that differ by this share of the reference, or less,
 NEAR_EQUAL_LENGTH = 5  # posts needed where the response is not longer, and where it is not shorter
 CHARACTERS_PER_TOKEN = 4  # of English text, for the estimate of the cost
 ANSWER_TOKENS = 60  # of an answer as the prompt asks for, for the estimate of the cost
-LONGEST_WAIT = 60.0  # seconds between two attempts, unless the server asks for more
+LONGEST_WAIT = 60.0  # seconds between two attempts, unless the server asks for more; longer waits are announced
+IN_A_ROW = 20  # questions that fail one after the other, besides those asked at the same time, until everything stops
 TEXTS = ("query", "response", "reference")  # columns of a table of responses
-REFUSED = "(the server refuses this question)"  # stands in the cache for an answer
+OLD_REFUSAL = "(the server refuses this question)"  # in caches of earlier versions; it may have been about a setting
+OPENAI = "https://api.openai.com/v1"
+# variables of the environment that the client reads
+ROUTES = ("OPENAI_BASE_URL", "SSL_CERT_FILE", "SSL_CERT_DIR", "ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
+# OpenAI's codes, with Azure's and llama.cpp's
+QUESTION_CODES = {"content_filter", "content_policy_violation", "context_length_exceeded", "exceed_context_size_error",
+                  "invalid_prompt", "string_above_max_length"}  # fmt: skip
+SETTING_CODES = {"unsupported_parameter", "unsupported_value", "unknown_parameter", "invalid_model", "model_not_found"}
+CREDIT_CODES = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
+SETTING_WORDS = re.compile(r"(?i)(unsupported|unrecognized|unknown) (request )?(parameter|argument)")
 
 
 @dataclass
@@ -105,7 +120,7 @@ class Args:
 
     # a server as judge; the key is read from OPENAI_API_KEY
     base_url: str | None = None
-    """address of the server, e.g. http://localhost:8000/v1 (default: OpenAI's)"""
+    """address of the server, e.g. http://localhost:8000/v1 (default: that in OPENAI_BASE_URL, else OpenAI's)"""
     model: str = "gpt-3.5-turbo-0125"
     """model to ask (default: the paper's judge)"""
     prompt: str = str(HERE / "judge_prompt.txt")
@@ -119,11 +134,13 @@ class Args:
     timeout: float = 60.0
     """seconds until an answer is given up"""
     max_attempts: int = 8
-    """attempts at one question while the server fails, before everything stops"""
+    """attempts at one question; at the start each is at another question, and where all fail, everything stops"""
     first_wait: float = 1.0
     """seconds before the second attempt; doubled each time, unless the server says how long to wait"""
     max_asks: int = 3
     """how often to ask until an answer can be read"""
+    max_failures: float = 0.5
+    """share of the questions that the server may refuse, or fail at, before everything stops"""
     max_requests: int | None = None
     """budget: requests sent at most by this command, those that fail included"""
     price_in: float | None = None
@@ -154,12 +171,33 @@ def find_table(argument: str, policy: str, args: Args, split: str) -> Path:
     return table
 
 
+def read_jsonl(path: Path) -> pandas.DataFrame:
+    """Rows as they are: pandas' own reader makes numbers of texts, and nothing of half a character.
+
+    Raises:
+        ValueError: a line that cannot be read; its number is named.
+    """
+    rows = []
+    for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), start=1):
+        if line.strip():
+            try:
+                rows.append(dict(json.loads(line)))
+                json.dumps(rows[-1], ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                raise ValueError(f"line {number} holds half a character") from None
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"line {number}: {error}") from None
+    return pandas.DataFrame(rows)
+
+
 def read_table(argument: str, path: Path) -> pandas.DataFrame:
     """Rows with `query, response, reference`, and a column `copy` that counts rows of the same query."""
     read = {
         ".parquet": pandas.read_parquet,
-        ".csv": lambda p: pandas.read_csv(p, keep_default_na=False, dtype=dict.fromkeys(TEXTS, str)),
-        ".jsonl": lambda p: pandas.read_json(p, lines=True),
+        ".csv": lambda p: pandas.read_csv(
+            p, keep_default_na=False, dtype=dict.fromkeys(TEXTS, str), encoding="utf-8-sig"
+        ),
+        ".jsonl": read_jsonl,
     }[path.suffix]
     try:
         table = read(path)
@@ -226,16 +264,30 @@ def judge_by_gold(pairs: pandas.DataFrame) -> pandas.DataFrame:
     return pandas.DataFrame({"outcome": outcome_of_scores(columns["score"], columns["reference_score"]), **columns})
 
 
+def tokenise(tokenizer, texts: list[str]) -> list[list[int]]:
+    """Token ids of texts as `tldr_dataset.py` makes them, and PPO and the viewer read: nothing is added.
+
+    A text that says `[PAD]` says just that, though the tokenizer of a checkpoint knows it as the pad token.
+    """
+    from summarize_from_feedback_details.check_inputs import PAD_TOKEN
+    from summarize_from_feedback_details.tldr_dataset import encode
+
+    split = lambda text: tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return [split(text) if PAD_TOKEN in text else ids for text, ids in zip(texts, encode(tokenizer, texts))]
+
+
 def judge_by_reward(pairs: pandas.DataFrame, model, bias: float, tokenizer, batch_size: int) -> pandas.DataFrame:
     """A reward model: the reward at the last token of query and response, an end-of-text token behind it."""
     import torch
 
     from summarize_from_feedback_details.ppo_left_padding import read_rewards
 
-    texts = [f"{q.strip()} {r.strip()}" for column in ("response", "reference") for q, r in zip(pairs["query"], pairs[column])]  # noqa: E501  # fmt: skip
     # a response that was cut off has no end-of-text token, neither here nor when it was sampled
-    ended = [e for column in ("has_eos", "reference_has_eos") for e in pairs.get(column, [True] * len(pairs))]
-    tokens = [tokenizer(t + tokenizer.eos_token * bool(e))["input_ids"] for t, e in zip(texts, ended)]
+    ended = [str(e) != "False" for side in ("", "reference_") for e in pairs.get(f"{side}has_eos", [True] * len(pairs))]
+    queries = tokenise(tokenizer, list(pairs["query"]))
+    responses = tokenise(tokenizer, [f" {text.strip()}" for text in [*pairs["response"], *pairs["reference"]]])
+    end = [tokenizer.eos_token_id]
+    tokens = [query + response + end * has_end for query, response, has_end in zip(2 * queries, responses, ended)]
     scores, progress = np.zeros(len(tokens)), Progress("rewards", len(tokens))
     order = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
     for start in range(0, len(order), batch_size):
@@ -255,18 +307,19 @@ def judge_by_reward(pairs: pandas.DataFrame, model, bias: float, tokenizer, batc
 
 def judge_by_server(pairs: pandas.DataFrame, args: Args, sent: list[int]) -> pandas.DataFrame:
     """A language model behind a server, asked about each pair in both orders."""
-    template = Path(args.prompt).read_text()
+    template = Path(args.prompt).read_text("utf-8")
     same = [a.strip() == b.strip() for a, b in zip(pairs["response"], pairs["reference"])]
-    questions = {}
-    for i, (query, response, reference) in enumerate(zip(pairs["query"], pairs["response"], pairs["reference"])):
-        if not same[i]:  # equal texts are a tie: nothing to ask
-            questions[i, 0] = fill_prompt(template, query, response, reference)
-            questions[i, 1] = fill_prompt(template, query, reference, response)
-    answers = ask_server(questions, args, sent)
+    rows = list(zip(pairs["query"], pairs["response"], pairs["reference"]))
+    asked = [i for i in range(len(rows)) if not same[i]]  # equal texts are a tie: nothing to ask
+    # one order of all posts, then the other: the first questions are about different posts
+    questions = {(i, 0): fill_prompt(template, *rows[i]) for i in asked}
+    questions |= {(i, 1): fill_prompt(template, rows[i][0], *rows[i][:0:-1]) for i in asked}
+    answers, failures = ask_server(questions, args, sent)
     first = [answers.get((i, 0)) for i in range(len(pairs))]
     second = [answers.get((i, 1)) for i in range(len(pairs))]
     outcome = [0.5 if s else outcome_of_answers(a, b) for s, a, b in zip(same, first, second)]
-    return pandas.DataFrame({"outcome": outcome, "first_answer": first, "second_answer": second})
+    failed = [failures.get((i, 0), failures.get((i, 1))) for i in range(len(pairs))]
+    return pandas.DataFrame({"outcome": outcome, "first_answer": first, "second_answer": second, "failure": failed})
 
 
 def fill_prompt(template: str, query: str, summary_a: str, summary_b: str) -> str:
@@ -276,17 +329,30 @@ def fill_prompt(template: str, query: str, summary_a: str, summary_b: str) -> st
 
 
 def read_answer(text: str | None) -> str | None:
-    """`A` or `B`, or None where the answer names neither, or both, on its closing line.
+    """`A` or `B`, or None where the answer names neither, or both, in its closing sentence.
 
     >>> read_answer("The first invents a boss.\\nPreferred: B"), read_answer("Preferred: both")
     ('B', None)
     """
-    text = re.sub(r"(?s)<think>.*?(</think>|$)", "", text or "").strip()  # what a model says to itself is no answer
-    if re.fullmatch(r"\W*[AB]\W*", text):
-        return re.sub(r"\W", "", text)
-    pattern = r"(?im)^\W*preferred\W+(?:summary\W+)?([ab])\W*$"
-    named = {m.upper() for m in re.findall(pattern, text)}
-    return named.pop() if len(named) == 1 and re.search(pattern, text.splitlines()[-1]) else None
+    text = without_thoughts(text or "")
+    text = re.sub(r"(\s*<([/|｜]\S{1,30}|\w\w{1,30})>)+\s*$", "", text)  # a token such as </s>, written out
+    text = re.sub(r"\W+$", "", text)  # also a rule below the answer
+    if re.fullmatch(r"\W*[AB]", text):
+        return text[-1]
+    # at the beginning of a line or behind a sentence; the last one at the very end
+    pattern = r"(?im)(?:^|[.!?;:]\W*\s)\W*preferred\W+(?:summary\W+)?([ab])\b(?=\W*$|\W+preferred)"
+    found = list(re.finditer(pattern, text))
+    named = {match[1].upper() for match in found}
+    return named.pop() if len(named) == 1 and found[-1].end() == len(text) else None
+
+
+def without_thoughts(text: str) -> str:
+    """Text without what a model says to itself; the opening tag may have been in the prompt.
+
+    >>> without_thoughts("Perhaps A.</think> B"), without_thoughts("<think>Perhaps")
+    (' B', '')
+    """
+    return re.sub(r"(?s)^.*</think>|<think>.*$", "", text)
 
 
 def outcome_of_answers(first: str | None, second: str | None) -> float:
@@ -316,7 +382,7 @@ class Cache:
 
     def get(self, key: str) -> str | None:
         """The answer, or None."""
-        row = self.db.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
+        row = self.db.execute("SELECT answer FROM answers WHERE key = ? AND answer != ?", (key, OLD_REFUSAL)).fetchone()
         return row[0] if row else None
 
     def claim(self, key: str) -> bool:
@@ -347,6 +413,7 @@ class Cache:
     def put(self, key: str, question: str, answer: str) -> None:
         """Keep an answer and give the claim back."""
         self.db.execute("BEGIN IMMEDIATE")
+        self.db.execute("DELETE FROM answers WHERE key = ? AND answer = ?", (key, OLD_REFUSAL))
         self.db.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?)", (key, question, answer))
         self.db.execute("DELETE FROM claims WHERE key = ?", (key,))
         self.db.execute("COMMIT")
@@ -361,16 +428,78 @@ class OutOfBudget(Exception):
 
 
 class ServerFails(Exception):
-    """The server gave no answer in --max_attempts attempts."""
+    """The server answers nobody, for now."""
 
 
 class WrongRequest(Exception):
     """The server refuses what cannot be cured by asking again: (argument, found, expected)."""
 
 
+class Failed(Exception):
+    """One question has no answer, for this reason.
+
+    Args:
+        set_up: what is wrong if no other question is answered either; None where that is the server itself.
+        own: whether it may be this question's own fault; otherwise the server would fail at any.
+    """
+
+    def __init__(self, reason: str, set_up: WrongRequest | None = None, own: bool = True):
+        super().__init__(reason)
+        self.set_up, self.own = set_up, own
+
+
+class Fault(Exception):
+    """What went wrong with one request; another attempt may do better.
+
+    Args:
+        status: of HTTP, or the one that stands in an answer; None: nothing came back, or nothing that can be read.
+        code: the server's code, its type of error, or the client's name for what happened.
+        words: the server's words.
+        wait: seconds that it asks for.
+    """
+
+    def __init__(self, status: int | None, code: str, words: str, wait: float | None = None):
+        known = " ".join(str(part) for part in (status, code) if part)
+        super().__init__(one_line(f"{known}: {words}"))
+        self.status, self.code, self.words, self.wait = status, code, words, wait
+
+
+def one_line(text: Any, most: int = 240) -> str:
+    """Words of a server, or of a library, without markup and line breaks."""
+    text = " ".join(re.sub(r"<[^>]*>", " ", str(text)).split())
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def server_address(args: Args) -> str:
+    """The server's address, as it stands in the keys of the cache and in the report."""
+    address = os.environ.get("OPENAI_BASE_URL") or OPENAI if args.base_url is None else args.base_url
+    path, mark, query = address.strip().partition("?")
+    return path.rstrip("/").removesuffix("/chat/completions") + mark + query
+
+
+def make_client(args: Args):
+    """OpenAI's client. Its own attempts are off: they would not count in the budget."""
+    import openai
+
+    key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"  # local servers want none
+    path, _, query = server_address(args).partition("?")
+    query = dict(urllib.parse.parse_qsl(query))  # such as Azure's ?api-version=; it belongs behind the whole path
+    headers = {"api-key": key} if "api-version" in query else None  # Azure's name for it
+    return openai.AsyncOpenAI(
+        base_url=path, api_key=key, timeout=args.timeout, max_retries=0, default_query=query, default_headers=headers
+    )
+
+
+def routes() -> str:
+    """What the environment says about the way to a server, without passwords: ` (HTTP_PROXY=http://host:1)`."""
+    found = [(name, os.environ.get(name) or os.environ.get(name.lower())) for name in ROUTES]
+    found = [f"{name}={re.sub('//[^/@]*@', '//', value)}" for name, value in found if value]
+    return f" (in the environment: {', '.join(found)})" if found else ""
+
+
 def cache_key(args: Args, prompt: str, ask: int) -> str:
     """What an answer depends on: server, model, sampling, the whole question (so: prompt file, texts and order)."""
-    parts = [args.base_url, args.model, args.temperature, args.max_tokens, prompt, ask]
+    parts = [server_address(args), args.model, args.temperature, args.max_tokens, prompt, ask]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -385,105 +514,270 @@ def wait_asked_for(error: Any) -> float | None:
     return None
 
 
+def read_fault(error: Any) -> Fault:
+    """What an exception of the client says, or the `error` that some servers put into an answer with status 200.
+
+    Servers write `{"error": {"message", "type", "code"}}` (OpenAI), `{"message", "type", "code"}` (older vLLM),
+    `{"error": "..."}`, `{"detail": ...}` (FastAPI), or a page of HTML; `code` may repeat the status.
+    """
+    if not isinstance(error, dict) and not hasattr(error, "status_code"):
+        cause = error.__cause__
+        words = f"{error} ({str(cause) or type(cause).__name__})" if cause else str(error)
+        return Fault(None, type(error).__name__, words)
+    body = error if isinstance(error, dict) else error.body
+    body = body if isinstance(body, dict) else {"message": body}
+    codes = [str(body[name]) for name in ("code", "type") if body.get(name)]
+    numbers = [int(code) for code in codes if re.fullmatch("[45][0-9]{2}", code)]
+    words = str(body.get("message") or body.get("detail") or "no words")
+    if isinstance(body.get("metadata"), dict):  # a relay's: what the server behind it said
+        words += f": {body['metadata'].get('raw')}"
+    status = getattr(error, "status_code", next(iter(numbers), None))
+    known = [code for code in codes if code in QUESTION_CODES | SETTING_CODES | CREDIT_CODES]
+    code = next(iter(known + [code for code in codes if not code.isdigit()]), "")
+    return Fault(status, code, words, wait_asked_for(error))
+
+
+def read_completion(completion: Any, args: Args) -> str:
+    """The text of an answer, "" where the model says nothing.
+
+    Raises:
+        Fault: the answer has another shape than OpenAI's.
+        Failed: the model did not come to an answer, and would not at another attempt.
+    """
+    if isinstance(getattr(completion, "error", None), dict):
+        raise read_fault(completion.error)
+    choice = next(iter(getattr(completion, "choices", None) or []), None)
+    end, message = getattr(choice, "finish_reason", None), getattr(choice, "message", None)
+    text = getattr(message, "content", None)
+    if isinstance(text, list) and all(isinstance(part, dict) for part in text):
+        text = "".join(part.get("text") or "" for part in text if part.get("type") == "text")
+    if end == "content_filter" and not text:
+        found = f"'{args.model}', whose server filters every answer"
+        raise Failed("content_filter: no answer came", WrongRequest("model", found, "a model that judges such posts"))
+    if message is None or not isinstance(text, str | None):
+        is_model = hasattr(completion, "model_dump_json")
+        shape = completion.model_dump_json(exclude_unset=True, warnings=False) if is_model else completion
+        raise Fault(None, "", f"not the answer of a chat completion: {shape}")
+    # OpenAI's models say nothing while they think, others do so in `reasoning_content` or between tags
+    if end == "length" and not without_thoughts(text or "").strip():
+        found = f"{args.max_tokens}, which the model used up before its answer began"
+        raise Failed(f"--max_tokens {args.max_tokens} are too few: the answer did not begin",
+                     WrongRequest("max_tokens", found, "more (a model that thinks needs thousands)"))  # fmt: skip
+    return (text or "").encode("utf-8", "replace").decode()  # half a character cannot be kept
+
+
 class Server:
     """Asks questions: bounded budget, attempts with growing waits, answers kept in the cache."""
 
     def __init__(self, args: Args, cache: Cache, sent: list[int]):
-        import openai
+        self.args, self.cache, self.sent = args, cache, sent
+        self.client = make_client(args)
+        self.limit, self.takes_temperature = "max_tokens", True  # what the model takes, as far as it has said
+        self.works, self.answered_before, self.failed_in_a_row = False, False, 0
+        self.resume_at, self.stop = 0.0, None  # an exception that ends everything
 
-        key = os.environ.get("OPENAI_API_KEY") or "none"  # local servers want none
-        self.args, self.cache, self.openai = args, cache, openai
-        # the client's own attempts are off: they would not count in the budget
-        self.client = openai.AsyncOpenAI(base_url=args.base_url, api_key=key, timeout=args.timeout, max_retries=0)
-        self.sent, self.resume_at = sent, 0.0
+    async def answer(self, prompt: str, attempts: range | None = None) -> str | None:
+        """`A`, `B`, or None where `max_asks` answers could not be read.
 
-    async def answer(self, prompt: str) -> str | None:
-        """`A`, `B`, or None where `max_asks` answers could not be read."""
+        Args:
+            attempts: numbers of the attempts at each request: the higher, the longer the wait behind it.
+
+        Raises:
+            Failed: no answer came, and that may be this question's fault.
+            OutOfBudget, ServerFails, WrongRequest: nothing more can be asked.
+        """
         for ask in range(self.args.max_asks):
             key = cache_key(self.args, prompt, ask)
             while (text := self.cache.get(key)) is None:
                 if self.cache.claim(key):
                     try:
-                        text = await self.request(prompt, ask)
+                        text = await self.request(prompt, ask, attempts or range(self.args.max_attempts))
                         self.cache.put(key, prompt, text)
                     except BaseException:
                         self.cache.release(key)
                         raise
+                elif self.stop:
+                    raise self.stop
                 else:  # another process, or another worker with the same question, is asking
                     await asyncio.sleep(0.1)
-            if text == REFUSED or (verdict := read_answer(text)):
+            if verdict := read_answer(text):
                 break
-        return None if text == REFUSED else verdict
+        return verdict
 
-    async def request(self, prompt: str, ask: int) -> str:
-        """The text of one answer, or REFUSED."""
-        api, args, error = self.openai, self.args, None
-        for attempt in range(args.max_attempts):
-            while (wait := self.resume_at - time.monotonic()) > 0:
-                await asyncio.sleep(wait)
-            if args.max_requests is not None and self.sent[0] >= args.max_requests:
+    async def request(self, prompt: str, ask: int, attempts: range) -> str:
+        """The text of one answer. Raises: see `answer`."""
+        for attempt in attempts:
+            try:
+                text = await self.send(prompt, ask)
+            except Fault as found:
+                fault = found
+            else:
+                self.works, self.failed_in_a_row = True, 0
+                return text
+            if fault.wait is not None:  # it is the server that has enough: nobody asks until then
+                until = time.monotonic() + fault.wait
+                if fault.wait > LONGEST_WAIT and until > self.resume_at + LONGEST_WAIT:
+                    print(f"the server asks to wait for {fault.wait / 60:,.0f} minutes ({fault}); "
+                          "Ctrl-C stops, and the same command goes on later", flush=True)  # fmt: skip
+                self.resume_at = max(self.resume_at, until)
+            elif attempt + 1 < self.args.max_attempts:
+                wait = min(LONGEST_WAIT, self.args.first_wait * 2**attempt)
+                await self.pause(time.monotonic() + wait * random.uniform(0.5, 1.0))
+        is_down = fault.status == 429 or (fault.status or 0) >= 502 and fault.status != 504
+        raise Failed(str(fault), own=not is_down and fault.code != "APIConnectionError")
+
+    async def pause(self, until: float) -> None:
+        """Sleep; wake up when everything stops."""
+        while (wait := until - time.monotonic()) > 0 and not self.stop:
+            await asyncio.sleep(min(wait, 1.0))
+
+    async def send(self, prompt: str, ask: int) -> str:
+        """The text of one request's answer; the request is sent again where the model does not take a setting.
+
+        Raises:
+            Fault: another attempt may do better.
+            Failed, OutOfBudget, ServerFails, WrongRequest: none will.
+        """
+        while True:
+            while self.resume_at > time.monotonic() and not self.stop:
+                await self.pause(self.resume_at)
+            if self.stop:
+                raise self.stop
+            if self.args.max_requests is not None and self.sent[0] >= self.args.max_requests:
                 raise OutOfBudget
             self.sent[0] += 1
+            settings, messages = self.settings(ask), [{"role": "user", "content": prompt}]
             try:
-                completion = await self.client.chat.completions.create(
-                    model=args.model,
-                    messages=[{"role": "user", "content": prompt}],
-                    temperature=args.temperature if ask == 0 else 1.0,
-                    max_tokens=args.max_tokens,
-                )
-                text = completion.choices[0].message.content or ""
-                # half a character cannot be kept; what is no text raises AttributeError, and is asked for again
-                return text.encode("utf-8", "replace").decode()
-            except (api.AuthenticationError, api.PermissionDeniedError) as found:
-                raise WrongRequest("base_url", f"a refused key ({found})", "the right OPENAI_API_KEY") from found
-            except api.NotFoundError as found:
-                raise WrongRequest("model", f"'{args.model}' ({found})", "a model that the server has") from found
-            except (api.BadRequestError, api.UnprocessableEntityError) as found:
-                if re.search(r"(?i)context|too long|length|filter|policy|safety", str(found)):
-                    return REFUSED  # too long for the model, or filtered: no attempt will change it
-                expected = "a model that takes messages, temperature and max_tokens"
-                raise WrongRequest(
-                    "model", f"'{args.model}', whose server refuses the request ({found})", expected
-                ) from found
-            # a broken body is not JSON, or JSON of another shape
-            except (api.APIError, ValueError, AttributeError, TypeError, IndexError) as found:
-                error = found
-            asked = wait_asked_for(error)
-            if asked is not None:  # it is the server that has enough: nobody asks until then
-                self.resume_at = max(self.resume_at, time.monotonic() + asked)
+                found = await self.client.chat.completions.create(model=self.args.model, messages=messages, **settings)
+                return read_completion(found, self.args)
+            except Failed:
+                raise
+            except Exception as error:  # whatever the client makes of what a server answers
+                fault = error if isinstance(error, Fault) else read_fault(error)
+            if not self.falls_back(fault, settings, ask):
+                raise self.meaning(fault)
+
+    def settings(self, ask: int) -> dict[str, float]:
+        """What is sent beside the question: an answer that could not be read is asked for again at temperature 1."""
+        temperature = {"temperature": self.args.temperature if ask == 0 else 1.0} if self.takes_temperature else {}
+        return {self.limit: self.args.max_tokens} | temperature
+
+    def falls_back(self, fault: Fault, settings: dict[str, float], ask: int) -> bool:
+        """Whether the server refuses a setting that the request can do without; from now on it is not sent.
+
+        OpenAI's models that think take `max_completion_tokens`, and no temperature but 1.
+        """
+        said = re.search(r"(?i)unsupported|not support|instead|only|deprecated", fault.words)
+        if fault.status not in (400, 422) or not said or "too large" in fault.words:
+            return False
+        if settings != self.settings(ask):  # another worker has found out
+            return True
+        if self.limit == "max_tokens" and "max_completion_tokens" in fault.words:
+            self.limit, change = "max_completion_tokens", "--max_tokens is sent as max_completion_tokens"
+        elif self.takes_temperature and "temperature" in fault.words:
+            self.takes_temperature, change = False, "no --temperature is sent, the model's own holds"
+        else:
+            return False
+        print(f"{self.args.model}: {change} ({fault})", flush=True)
+        return True
+
+    def meaning(self, fault: Fault) -> Exception:
+        """What a fault ends: everything, one question, or (the fault itself) one attempt."""
+        model, status, told = self.args.model, fault.status, f"{fault.code} {fault.words}"
+        if status == 401:
+            return WrongRequest("base_url", f"a refused key ({fault}){routes()}", "the right OPENAI_API_KEY")
+        if status in (402, 407) or fault.code in CREDIT_CODES:
+            return ServerFails(str(fault))
+        if status in (404, 405) and re.search(r"(?i)model|deployment", told):
+            return WrongRequest("model", f"'{model}' ({fault})", "a model that the server has")
+        if status in (404, 405):
+            found = f"'{server_address(self.args)}', where no questions are taken ({fault}){routes()}"
+            return WrongRequest("base_url", found, "an address that ends in /v1, as most do")
+        refused = 400 <= (status or 0) < 500 and status not in (408, 409, 425, 429)
+        if not refused and fault.code not in QUESTION_CODES:
+            return fault
+        set_up = WrongRequest("model", f"'{model}', whose server refuses the request ({fault})",
+                              "a model that takes such questions, temperature and max_tokens")  # fmt: skip
+        if status == 403 and "model" not in told:
+            set_up = WrongRequest("base_url", f"a refused key ({fault}){routes()}", "the right OPENAI_API_KEY")
+        about_setting = fault.code in SETTING_CODES or SETTING_WORDS.search(fault.words)
+        return set_up if about_setting and not (self.works or self.answered_before) else Failed(str(fault), set_up)
+
+
+async def ask_all(questions: dict[Any, str], args: Args, cache: Cache, sent: list[int], progress: Progress):
+    """Ask all questions, `concurrency` at a time. When one cannot go on, what is under way still ends.
+
+    Returns:
+        (name -> answer, name -> reason why there is none).
+    """
+    server, answers, failures = Server(args, cache, sent), {}, {}
+    known = {prompt for prompt in questions.values() if cache.get(cache_key(args, prompt, 0)) is not None}
+    server.answered_before = bool(known)
+    # first those without an answer: they show what the server can do
+    waiting = collections.deque(sorted(questions.items(), key=lambda question: question[1] in known))
+
+    async def start() -> None:
+        """Ask one at a time, each attempt at another question: where none is answered, the set-up is at fault."""
+        attempt, refused = 0, set()
+        while waiting and not server.works:
+            name, prompt = waiting.popleft()
+            try:
+                answers[name] = await server.answer(prompt, range(attempt, attempt + 1))
+                progress.step(note=f"{sent[0]} requests")
+                continue
+            except Failed as failure:
+                last = failure
+            waiting.append((name, prompt))
+            if last.set_up:
+                refused.add(name)
             else:
-                wait = min(LONGEST_WAIT, args.first_wait * 2**attempt)
-                await asyncio.sleep(wait * random.uniform(0.5, 1.0))
-        raise ServerFails(f"{args.max_attempts} attempts failed, the last one with {type(error).__name__}: {error}")
+                attempt += 1
+            tried = attempt + len(refused)
+            if tried < max(3, args.max_attempts) and len(refused) < len(waiting):
+                continue
+            with contextlib.suppress(Failed):  # what was answered before tells the server's fault from the questions'
+                if known:
+                    return await server.request(next(iter(known)), 0, range(args.max_attempts - 1, args.max_attempts))
+            raise last.set_up or ServerFails(f"{tried} attempts failed, the last one with {last}")
 
-
-async def ask_all(questions: dict[Any, str], args: Args, cache: Cache, sent: list[int], progress: Progress) -> dict:
-    """Answers to all questions, `concurrency` at a time. When one cannot go on, what is under way still ends."""
-    server, answers, left, failures = Server(args, cache, sent), {}, iter(questions.items()), []
-
-    async def work(last: int) -> None:
-        try:
-            for name, prompt in left:
+    async def work() -> None:
+        while waiting and not server.stop:
+            name, prompt = waiting.popleft()
+            try:
                 answers[name] = await server.answer(prompt)
                 progress.step(note=f"{sent[0]} requests")
-                if failures or len(answers) == last:
-                    return
-        except (OutOfBudget, ServerFails, WrongRequest) as failure:
-            failures.append(failure)
+            except Failed as failure:
+                failures[name] = str(failure)
+                server.failed_in_a_row += 1
+                server.stop = server.stop or too_many(failure)
+            except (OutOfBudget, ServerFails, WrongRequest) as stop:
+                server.stop = server.stop or stop
+
+    def too_many(last: Failed) -> Exception | None:
+        row, number = server.failed_in_a_row, len(failures)
+        if not last.own:
+            return ServerFails(f"{args.max_attempts} attempts failed, the last one with {last}")
+        if row > IN_A_ROW + 2 * args.concurrency:
+            return ServerFails(f"{row} questions in a row failed, the last one with {last}")
+        if number > args.max_failures * len(questions):
+            found = f"{number} of {len(questions)} questions that failed, the last one with {last}"
+            return WrongRequest("max_failures", found, f"at most {args.max_failures:g} of all questions")
+        return None
 
     try:
-        await work(last=1)  # a wrong address, key or model shows at the first question
-        if not failures:
-            await asyncio.gather(*(work(last=len(questions)) for _ in range(args.concurrency)))
+        await start()
+        await asyncio.gather(*(work() for _ in range(args.concurrency)))
     finally:
         await server.client.close()
-    if failures:
-        raise failures[0]
-    return answers
+    if server.stop:
+        raise server.stop
+    return answers, failures
 
 
-def ask_server(questions: dict[Any, str], args: Args, sent: list[int]) -> dict[Any, str | None]:
-    """Answers (`A`, `B`, None) to all questions; leaves with a message and exit code 1 or 2 where there are none.
+def ask_server(questions: dict[Any, str], args: Args, sent: list[int]) -> tuple[dict[Any, str | None], dict[Any, str]]:
+    """Answers (`A`, `B`, None) to all questions but those that failed, and why these did.
+
+    Leaves with a message and exit code 1 or 2 where it cannot go on.
 
     Args:
         questions: any name -> the whole question.
@@ -497,10 +791,10 @@ def ask_server(questions: dict[Any, str], args: Args, sent: list[int]) -> dict[A
     if args.price_in is not None and args.price_out is not None:
         cost = (tokens * args.price_in + len(open_questions) * ANSWER_TOKENS * args.price_out) / 1e6
         print(f", about {cost:.2f} US dollars", end="")
-    print(f"; answers are kept in {args.cache}", flush=True)
+    print(f"; answers of {server_address(args)} are kept in {args.cache}", flush=True)
     progress = Progress("answers", len(questions))
     try:
-        answers = asyncio.run(ask_all(questions, args, cache, sent, progress))
+        answers, failures = asyncio.run(ask_all(questions, args, cache, sent, progress))
     except (WrongRequest, OutOfBudget, ServerFails, KeyboardInterrupt) as error:
         kept = f"{progress.done} of {len(questions)} questions are answered and kept; the same command goes on"
         if isinstance(error, WrongRequest):
@@ -508,13 +802,15 @@ def ask_server(questions: dict[Any, str], args: Args, sent: list[int]) -> dict[A
         if isinstance(error, OutOfBudget):
             print(f"error: --max_requests: the {args.max_requests} requests are spent; {kept}", file=sys.stderr)
         elif isinstance(error, ServerFails):
-            where = args.base_url or "OpenAI's server"
-            print(f"error: --base_url: {where}: {error}; {kept}", file=sys.stderr)
+            print(f"error: --base_url: {server_address(args)}{routes()}: {error}; {kept}", file=sys.stderr)
         else:
             print(f"stopped: {kept}", file=sys.stderr)
         sys.exit(1 if progress.done or not isinstance(error, ServerFails) else 2)
     print(f"{sent[0]} requests sent", flush=True)
-    return answers
+    if failures:
+        reason, _ = collections.Counter(failures.values()).most_common(1)[0]
+        print(f"{len(failures)} questions failed and are counted apart, e.g. with {reason}", flush=True)
+    return answers, failures
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -677,6 +973,9 @@ def summarise(verdicts: pandas.DataFrame, args: Args) -> dict[str, Any]:
         first = np.array([math.nan if pandas.isna(a) else float(a == "A") for a in answers])
         report["first_position_preferred"] = interval(first, np.concatenate([posts, posts]))
         report["unreadable_answers"] = int(np.isnan(first).sum()) - 2 * int(verdicts["same"].sum())
+    if "failure" in verdicts:
+        report["failed"] = int(verdicts["failure"].notna().sum())
+        report["failures"] = verdicts["failure"].value_counts().head(5).to_dict()  # the most frequent reasons
     if "rm_score" in verdicts:
         report["agreement"] = agreement(verdicts, interval)
     return report
@@ -700,6 +999,9 @@ def report_rows(report: dict[str, Any]) -> dict[str, str]:
     rows["seen at nearly equal length"] = f"{show(near)} ({near['posts']} posts)"
     rows["wins / ties / losses"] = f"{report['wins']} / {report['ties']} / {report['losses']}"
     rows["unreadable pairs"] = str(report["unreadable"])
+    if report.get("failed"):
+        reason = next(iter(report["failures"])).replace("|", "/")
+        rows["of these, failed at the server"] = f"{report['failed']}, e.g. {reason}"
     rows["words"] = show(report["response_words"])
     rows["words of the other side"] = show(report["reference_words"])
     names = {"mean_score": "score", "reference_mean_score": "score of the other side", "invented": "invents something"}
@@ -728,7 +1030,7 @@ def write_report(folder: Path, report: dict[str, Any], verdicts: pandas.DataFram
         verdicts.to_parquet(partial / "verdicts.parquet")
         lines = [f"| {label} | {text} |" for label, text in report_rows(report).items()]
         lines = [f"| {report['policy']} | 95 % interval |", "|---|---|", *lines]
-        (partial / "report.md").write_text("\n".join(lines) + "\n")
+        (partial / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def check_args(args: Args) -> None:
@@ -744,6 +1046,8 @@ def check_args(args: Args) -> None:
         refuse("paired_difference", "no --against", "two policies")
     if args.seed < 0:
         refuse("seed", str(args.seed), "a number of at least 0")
+    if not 0 <= args.max_failures <= 1:
+        refuse("max_failures", str(args.max_failures), "a share from 0 to 1")
     if args.temperature < 0:
         refuse("temperature", str(args.temperature), "a number of at least 0")
     if args.judge == "reward" and not args.reward_model:
@@ -751,14 +1055,23 @@ def check_args(args: Args) -> None:
     if args.judge == "openai":
         if not Path(args.prompt).is_file():
             refuse("prompt", f"'{args.prompt}', which is not there", "a file with {post}, {summary_a}, {summary_b}")
-        missing = [f for f in ("{post}", "{summary_a}", "{summary_b}") if f not in Path(args.prompt).read_text()]
+        missing = [f for f in ("{post}", "{summary_a}", "{summary_b}") if f not in Path(args.prompt).read_text("utf-8")]
         if missing:
             refuse("prompt", f"'{args.prompt}' without {', '.join(missing)}", "all three of post and summaries")
-        if args.base_url is None and not os.environ.get("OPENAI_API_KEY"):
+        address, key = server_address(args), os.environ.get("OPENAI_API_KEY", "").strip()
+        if address == OPENAI and not key:
             refuse("base_url", "OpenAI's server, and no OPENAI_API_KEY", "a key in the environment, or an address")
-        if args.base_url is not None and not re.match(r"https?://[^/]", args.base_url):
-            refuse("base_url", f"'{args.base_url}'", "an address such as http://localhost:8000/v1")
-        check_writable("cache", Path(args.cache).parent)
+        if not re.fullmatch(r"[!-~]*", key):
+            refuse("base_url", "an OPENAI_API_KEY with a line break, a space or a letter beyond ASCII", "the key alone")
+        if not re.match(r"https?://[^/]", address):
+            refuse("base_url", f"'{address}'{routes()}", "an address such as http://localhost:8000/v1")
+        try:
+            urllib.parse.urlsplit(address).port  # noqa: B018 (it raises)
+            make_client(args)
+        except Exception as error:  # the client reads certificates, and whatever proxies the environment names
+            found = f"'{address}', to which no way leads{routes()}: {one_line(error)}"
+            refuse("base_url", found, "an address, certificates and proxies that exist")
+        refuse_uncreatable("cache", args.cache)
         try:
             Cache(args.cache, 0.0).db.close()
         except (sqlite3.Error, OSError) as error:
@@ -784,11 +1097,10 @@ def make_judge(args: Args) -> tuple[str, Callable[[pandas.DataFrame], pandas.Dat
     loaded = []
 
     def judge(pairs: pandas.DataFrame) -> pandas.DataFrame:
-        import torch
 
         if not loaded:
             model, bias = load_reward_model(args.reward_model, args.reward_model_revision, "reward_model")
-            loaded.append((model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), bias))
+            loaded.append((model.eval().to("cuda" if on_gpu() else "cpu"), bias))
         return judge_by_reward(pairs, *loaded[0], tokenizer, args.batch_size)
 
     return args.name or Path(args.reward_model).name, judge
@@ -809,16 +1121,6 @@ def short_name(policy: str) -> str:
     """A run's name, or a file's without its suffix; a dot in a run's name (`kl0.05`) is part of it."""
     path = Path(policy)
     return path.stem if path.suffix in (".parquet", ".csv", ".jsonl") else path.name
-
-
-def check_writable(argument: str, folder: Path) -> None:
-    """Refuse a folder that cannot be made or written."""
-    parent = next(p for p in [folder, *folder.absolute().parents] if p.exists())
-    try:
-        with tempfile.TemporaryFile(dir=parent):
-            pass
-    except OSError as error:
-        refuse(argument, f"'{folder}', and '{parent}' cannot be written ({error.strerror})", "a folder to write in")
 
 
 def report_folder(policy: str, name: str, args: Args) -> Path:
@@ -860,11 +1162,13 @@ def main(args: Args) -> dict[str, dict[str, Any]]:
         same = [other_label for other_label, other_folder, *_ in jobs[:i] if other_folder == folder]
         if same:
             refuse("run", f"'{label}' and '{same[0]}', whose reports would both be {folder}", "one command for each")
-        check_writable("output_dir", folder)
+        refuse_uncreatable("output_dir", folder)
     reports, shown = {}, Table("", *[job[0] for job in jobs], title=f"judged by {name}")
     for label, folder, table, pairs in jobs:
         verdicts = judge_table(pairs, judge)
         report = {"judge": name, "policy": label, "against": args.against or "references", "made_with": asdict(args)}
+        if args.judge == "openai":
+            report["server"] = server_address(args)
         report |= summarise(verdicts, args)
         if args.against:
             report["posts_of_one_policy_only"] = left_out[label]
@@ -886,4 +1190,4 @@ def main(args: Args) -> dict[str, dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, use_underscores=True))
+    command_line(main, Args)

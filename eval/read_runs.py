@@ -15,7 +15,6 @@ Gives   a DataFrame with one row a number (COLUMNS below). A run without any num
 import contextlib
 import json
 import math
-import os
 import re
 import tempfile
 import urllib.error
@@ -28,7 +27,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas
 
-from summarize_from_feedback_details.run_folder import refuse
+from summarize_from_feedback_details.run_folder import refuse, refuse_uncreatable
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN_COLUMNS = ["run", "stage", "state", "reason", "seed", "size", "parameters", "kl_coef"]
@@ -84,20 +83,26 @@ def read_folder(path: Path) -> dict[str, Any]:
     """A run folder; one that cannot be read gives a run of state `unreadable`."""
     try:
         summary = json.loads((path / "summary.json").read_text())
-        run = {"run": path.name, "args": json.loads((path / "args.json").read_text()), "final": summary["metrics"]}
+        run = {"run": path.name, "args": json.loads((path / "args.json").read_text()), "accuracy": None}
         if not isinstance(run["args"], dict) or not isinstance(run["args"].get("ppo", {}), dict):
             raise ValueError("args.json holds no arguments")
-        run |= {k: summary.get(k) for k in ("stage", "state", "reason", "parameters")} | {"lines": [], "accuracy": None}
-        metrics = path / "metrics.jsonl"
-        for line in metrics.read_text().splitlines() if metrics.exists() else []:
-            if line.endswith("}"):  # a run that goes on may have written half of its last line
-                run["lines"].append(json.loads(line))
+        run |= {k: summary.get(k) for k in ("stage", "state", "reason", "parameters", "wall_clock_seconds")}
+        run |= {"final": summary.get("metrics") or {}, "lines": read_lines(path / "metrics.jsonl")}
         if (path / "tables/accuracy.parquet").exists():
             run["accuracy"] = pandas.read_parquet(path / "tables/accuracy.parquet")
         return run | {"reports": read_reports(path)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         missing = isinstance(error, FileNotFoundError) and f"no {Path(error.filename).name}"
         return {"run": path.name, "state": "unreadable", "reason": missing or f"{type(error).__name__}: {error}"}
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Lines of a metrics.jsonl; half a line, which a run that goes on or was killed has written, does not count."""
+    found = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return [line for line in found if isinstance(line, dict)]
 
 
 def read_reports(path: Path) -> list[tuple[str, int | None, dict]]:
@@ -221,7 +226,7 @@ def tabulate(runs: list[dict[str, Any]], runs_dir: Path) -> pandas.DataFrame:
             found = numbers_of(run) if run["stage"] in FINAL else []
         except (KeyError, TypeError, ValueError, AttributeError) as error:  # a report or a table of another form
             run |= {"state": "unreadable", "reason": f"{type(error).__name__}: {error}"}
-        known = {c: run.get(c) for c in RUN_COLUMNS} | {"seed": args.get("seed"), "kl_coef": kl_coef}
+        known = {c: run.get(c) for c in RUN_COLUMNS} | {"seed": number(args.get("seed")), "kl_coef": number(kl_coef)}
         rows += [known | row for row in found or [{"kind": "none"}]]
     return as_table(pandas.DataFrame(rows, columns=COLUMNS))
 
@@ -242,9 +247,7 @@ def read_runs(args: ReadArgs) -> tuple[pandas.DataFrame, list[str]]:
     Raises:
         SystemExit: code 2, where an argument is wrong or there is no run.
     """
-    parent = next(p for p in [args.output_dir, *args.output_dir.parents] if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        refuse("output_dir", f"'{args.output_dir}', and '{parent}' is no folder that can be written", "another folder")
+    refuse_uncreatable("output_dir", args.output_dir, "win_rate_by_length.csv")
     if (args.csv is not None) != (args.source == "csv"):
         refuse("csv", "nothing" if args.csv is None else f"'{args.csv}' with --source {args.source}",
                "the file that a plot script has written, with --source csv")  # fmt: skip

@@ -18,14 +18,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas
-import tyro
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from read_runs import ReadArgs, read_runs
 from sft_rm_scale import (
     COLOURS,
     LINES,
     MARKERS,
+    STYLE,
     WIDTH,
     arms,
     draw_sizes,
@@ -38,12 +36,11 @@ from sft_rm_scale import (
     print_results,
     read_published,
     seeds_text,
-    set_style,
     size_positions,
     write_all,
 )
 
-from summarize_from_feedback_details.run_folder import refuse
+from summarize_from_feedback_details.run_folder import command_line, drawing, new_figure, refuse
 
 PANELS = {  # metric: label of its panel
     "objective/scores": "score of the reward model",
@@ -107,7 +104,7 @@ def pick_judged(table, judge, metric, by_size=True):
 def draw_win_rates(table, judge, published, places):
     drawn, others = pick_judged(table, judge, "win_rate")
     means = over_seeds(drawn, ["series", "stage", "size", "kl_coef"]).assign(metric="win_rate", judge=judge)
-    figure = Figure(figsize=(WIDTH, 3.8), layout="constrained")
+    figure = new_figure(WIDTH, 3.8)
     axis = figure.subplots()
     names = [n for n in ("SFT", *ppo_names(table).values()) if (drawn["series"] == n).any()] or ["SFT"]
     series = [(n, drawn[drawn["series"] == n], means[means["series"] == n]) for n in names]
@@ -132,12 +129,14 @@ def mean_curve(runs: list[pandas.DataFrame], points: int = 100) -> pandas.DataFr
 
 def draw_curves(table, places):
     """One panel a metric; each run a thin line, the mean of its size and KL coefficient a thick one."""
+    from matplotlib.lines import Line2D  # not before `drawing` has begun
+
     curves = table[(table["kind"] == "curve") & table["value"].notna()]
     runs = table[(table["stage"] == "ppo") | table["stage"].isna()].drop_duplicates("run")
     others = not_drawn(runs, curves, curves, "a training curve")
     sizes = [s for s in [*places, None] if s in set(curves["size"])]
     kl_coefs = sorted(curves["kl_coef"].dropna().unique())
-    figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
+    figure = new_figure(WIDTH, 4.4)
     axes, means, found = figure.subplots(2, 3).flat, [], {}
     for axis, (metric, label) in zip(axes, PANELS.items()):
         axis.set_title(label)
@@ -188,7 +187,7 @@ def draw_overoptimization(table, judge, places):
     proxy = table[(table["kind"] == "curve") & (table["metric"] == "objective/scores") & table["value"].notna()]
     runs = table[(table["stage"] == "ppo") | table["stage"].isna()].drop_duplicates("run")
     kl_coefs, drawn = sorted(runs["kl_coef"].dropna().unique()), []
-    figure = Figure(figsize=(WIDTH, 3.5), layout="constrained")
+    figure = new_figure(WIDTH, 3.5)
     axes = figure.subplots(1, 2)
     sizes = [s for s in places if s in set(runs["size"])]
     label = {"mean_score": "mean score of the judge", "win_rate": "win rate"}[metric] + (f" ({judge})" if judge else "")
@@ -240,7 +239,7 @@ def draw_lengths(table, judge, places):
     sizes = [s for s in places if s in set(drawn["size"])] or [None]
     bins = sorted(set(drawn["at"]), key=lambda b: float(b.split()[0]))
     columns = min(3, len(sizes))
-    figure = Figure(figsize=(WIDTH, 2.2 * math.ceil(len(sizes) / columns) + 1), layout="constrained")
+    figure = new_figure(WIDTH, 2.2 * math.ceil(len(sizes) / columns) + 1)
     axes = figure.subplots(math.ceil(len(sizes) / columns), columns, sharey=True, squeeze=False).flat
     for axis, size in zip(axes, sizes):
         for i, name in enumerate(["SFT", *ppo_names(table).values()]):
@@ -272,9 +271,13 @@ def draw_lengths(table, judge, places):
 
 def main(args: Args) -> dict[str, pandas.DataFrame]:
     """Draw and write everything; returns the rows behind each figure."""
+    with drawing(**STYLE):
+        return draw_all(args)
+
+
+def draw_all(args: Args) -> dict[str, pandas.DataFrame]:
     table, left_out = read_runs(args)
     judge = choose_judge(table, args.judge)
-    set_style()
     published = read_published(args.paper, ["rlhf_scale_plot"])
     places = size_positions(table[table["stage"].isin(["sft", "ppo"])], published)
     own = size_positions(table[table["stage"].isin(["sft", "ppo"])], published.iloc[:0])
@@ -289,4 +292,4 @@ def main(args: Args) -> dict[str, pandas.DataFrame]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, use_underscores=True))
+    command_line(main, Args)

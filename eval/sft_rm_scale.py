@@ -13,29 +13,34 @@ be drawn are listed, with the reason, on the terminal and in the CSV files.
 """
 
 import io
-import os
 import re
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas
-import seaborn
-import tyro
-from matplotlib.figure import Figure
 from PIL import Image
 from read_runs import ACCURACY, COLUMNS, FINAL, ROUGE, RUN_COLUMNS, ReadArgs, read_runs
 from rich.table import Table
 from scipy import stats
 
-from summarize_from_feedback_details.run_folder import print_table
+from summarize_from_feedback_details.run_folder import command_line, drawing, new_figure, print_table, write_whole
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe-Ito, without yellow
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)))
 PUBLISHED_COLOUR = "#777777"
 PUBLISHED_MARKERS = {"SFT": "o", "PPO": "s", "TL;DR": "o", "CNN/DM": "s"}  # as our own
+STYLE = {  # fonts and lines that can be read at the width of an A4 page; fonts embedded in the PDF
+    "font.size": 8, "axes.labelsize": 8, "axes.titlesize": 8.5, "figure.titlesize": 7.5, "legend.fontsize": 7.5,
+    "legend.title_fontsize": 7.5, "xtick.labelsize": 7.5, "ytick.labelsize": 7.5, "text.color": "0.15",
+    "axes.labelcolor": "0.15", "axes.edgecolor": "0.15", "xtick.color": "0.15", "ytick.color": "0.15",
+    "xtick.major.size": 3, "ytick.major.size": 3, "xtick.major.width": 1.25, "ytick.major.width": 1.25,
+    "axes.grid": True, "axes.axisbelow": True, "grid.color": "0.8", "grid.alpha": 0.4, "grid.linewidth": 0.5,
+    "axes.spines.top": False, "axes.spines.right": False, "lines.solid_capstyle": "round", "pdf.fonttype": 42,
+}  # fmt: skip
 WIDTH = 6.3  # inches: the text of an A4 page
 LARGEST_PNG = 300_000  # bytes
 PAIRS_NEEDED = 10  # comparisons of two policies, for a row in the figure
@@ -129,15 +134,6 @@ def read_published(wanted: bool, figures: list[str]) -> pandas.DataFrame:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # drawing (also used by rlhf_scaling_plot.py)
-def set_style() -> None:
-    """Fonts and lines that can be read at the width of an A4 page; fonts embedded in the PDF."""
-    sizes = {"font.size": 8, "axes.labelsize": 8, "axes.titlesize": 8.5, "legend.fontsize": 7.5, "xtick.labelsize": 7.5,
-             "ytick.labelsize": 7.5, "legend.title_fontsize": 7.5, "figure.titlesize": 7.5}  # fmt: skip
-    seaborn.set_theme(style="ticks", rc=sizes | {"pdf.fonttype": 42, "axes.grid": True, "grid.alpha": 0.4,
-                      "grid.linewidth": 0.5, "axes.spines.top": False, "axes.spines.right": False,
-                      "axes.linewidth": 0.8, "xtick.major.size": 3, "ytick.major.size": 3})  # fmt: skip
-
-
 def seeds_text(means: pandas.DataFrame) -> str:
     few, many = int(means["seeds"].min()), int(means["seeds"].max())
     return f"{few} seed{'s' * (few > 1)}" if few == many else f"{few} to {many} seeds"
@@ -192,7 +188,7 @@ def draw_sizes(axis, series: list[tuple], published, places, even: float | None 
         axis.text(0.5, 0.5, "no run to draw", transform=axis.transAxes, ha="center", color="#555555")
 
 
-def finish(figure: Figure, notes: list[str], source: str | None = None) -> None:
+def finish(figure, notes: list[str], source: str | None = None) -> None:
     """One legend below the panels, and the notes above them."""
     found = {}
     for axis in figure.axes:
@@ -215,9 +211,8 @@ def note_on_others(others: pandas.DataFrame, name: str) -> str:
     return f"Not drawn: {', '.join(runs[:3])}{f' and {len(runs) - 3} more' if len(runs) > 3 else ''} (why: {name}.csv)"
 
 
-def write_all(figures: dict[str, tuple[Figure, pandas.DataFrame]], table: pandas.DataFrame, name: str, folder: Path):
+def write_all(figures: dict[str, tuple[Any, pandas.DataFrame]], table: pandas.DataFrame, name: str, folder: Path):
     """Write PNG, PDF and CSV of each figure and the table of all runs, each file whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
     contents = {f"{name}.csv": table.to_csv(index=False, float_format="%.10g").encode()}
     for figure_name, (figure, rows) in figures.items():
         for dpi in (300, 200, 100):
@@ -231,9 +226,7 @@ def write_all(figures: dict[str, tuple[Figure, pandas.DataFrame]], table: pandas
         contents |= {f"{figure_name}.png": png.getvalue(), f"{figure_name}.pdf": pdf.getvalue(),
                      f"{figure_name}.csv": rows.to_csv(index=False, float_format="%.10g").encode()}  # fmt: skip
     for file, content in contents.items():
-        partial = folder / f".{file}.partial-{os.getpid()}"
-        partial.write_bytes(content)
-        partial.replace(folder / file)
+        write_whole(folder / file, content)
     for figure_name in figures:
         print(f"figure: {folder / figure_name}.png, .pdf, .csv")
     print(f"all numbers of all runs: {folder / name}.csv", flush=True)
@@ -259,7 +252,7 @@ def print_results(title: str, means: pandas.DataFrame, others: pandas.DataFrame,
 # ----------------------------------------------------------------------------------------------------------------------
 # the figures
 def draw_rouge(table, published, places):
-    figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
+    figure = new_figure(WIDTH, 4.6)
     published = published[published["figure"] == "rouge_score_plot"]
     all_drawn, all_others, all_means = [], [], []
     for axis, metric in zip(figure.subplots(2, 2, sharex=True).flat, ROUGE):
@@ -280,7 +273,7 @@ def draw_rouge(table, published, places):
 
 
 def draw_accuracy(table, published, places):
-    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
+    figure = new_figure(WIDTH, 3.4)
     axis, series, all_others = figure.subplots(), [], []
     published = published[published["figure"] == "rm_scale_plot"]
     for data, metric in ACCURACY.items():
@@ -316,7 +309,7 @@ def draw_groups(table, group: str, label: str, name: str, places):
         values[split] = found
     upright, rows = group == "confidence", [max(1, len(v)) for v in values.values()]
     height = 2.8 if upright else 1.5 + 0.2 * sum(rows)
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    figure = new_figure(WIDTH, height)
     axes = figure.subplots(1, 2, sharey=True) if upright else figure.subplots(2, 1, height_ratios=rows, sharex=True)
     sizes = [s for s in places if s in set(drawn["size"])]
     lowest = max(0, min(0.5, drawn["value"].min()) - 0.05) - 0.03
@@ -356,8 +349,12 @@ def draw_groups(table, group: str, label: str, name: str, places):
 
 def main(args: Args) -> dict[str, pandas.DataFrame]:
     """Draw and write everything; returns the rows behind each figure."""
+    with drawing(**STYLE):
+        return draw_all(args)
+
+
+def draw_all(args: Args) -> dict[str, pandas.DataFrame]:
     table, left_out = read_runs(args)
-    set_style()
     published = read_published(args.paper, ["rouge_score_plot", "rm_scale_plot"])
     places = size_positions(table[table["stage"].isin(["sft", "reward"])], published)
     figures = {}
@@ -375,4 +372,4 @@ def main(args: Args) -> dict[str, pandas.DataFrame]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, use_underscores=True))
+    command_line(main, Args)

@@ -4,7 +4,8 @@ import time
 from dataclasses import dataclass
 
 import torch
-import tyro
+
+from summarize_from_feedback_details.run_folder import command_line
 
 # calibrated on 2 cores of an AMD EPYC (Zen 5): what the runs took there, and the probe's rate there
 MEASURED_RATE = 39.0  # steps per second
@@ -40,4 +41,4 @@ def main(args: Args) -> float:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, use_underscores=True))
+    command_line(main, Args)

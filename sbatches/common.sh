@@ -4,7 +4,8 @@
 # (site.example.sh); launch.sh reads the settings here, too.
 set -euo pipefail
 if [ -n "${SLURM_JOB_ID:-}" ]; then cd "$SLURM_SUBMIT_DIR"; fi # the root of the project
-if [ -f sbatches/site.sh ]; then source sbatches/site.sh; fi
+# without the carriage returns of an editor on Windows, which bash takes for a part of each word
+if [ -f sbatches/site.sh ]; then source <(tr -d '\r' <sbatches/site.sh); fi
 
 # ------------------------------------------------------------------------------------------------------ what is trained
 MODELS=${MODELS:-EleutherAI/pythia-1b-deduped EleutherAI/pythia-2.8b-deduped EleutherAI/pythia-6.9b-deduped}
@@ -17,9 +18,8 @@ export PROCESSES_PER_NODE=${PROCESSES_PER_NODE:-8}
 export ACCELERATE_ARGS=${ACCELERATE_ARGS:---config_file deepspeed.yaml} # how accelerate launches
 DEEPSPEED=${DEEPSPEED---deepspeed}                              # empty: without
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}                      # compute nodes seldom have a network: launch.sh --prefetch
+export GPU_GB=${GPU_GB:-80}                                     # memory of a GPU
 export TOKENIZERS_PARALLELISM=false
-threads=$((${SLURM_CPUS_ON_NODE:-1} / PROCESSES_PER_NODE))
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600} # seconds that SIGTERM leaves for a checkpoint
 
 STAGE_ORDER=(sft reward ppo_left_padding eval)
@@ -38,6 +38,16 @@ rows_of() {
     esac
     echo "${MICRO:-${rows[0]}} ${PPO_MICRO:-${rows[1]}} ${ROLLOUT:-${rows[2]}}"
 }
+
+# fit STAGE MODEL NODES: two lines, arguments that make a stage fit into GPU_GB, and why; refuses what does not fit
+fit() {
+    local micro rows rollout given=$PPO_ARGS
+    [ -f benchmark/memory.py ] || return 0
+    read -r micro rows rollout <<<"$(rows_of "$2")"
+    case $1 in sft) given=$SFT_ARGS rows=$micro ;; reward) given=$REWARD_ARGS rows=$micro ;; esac
+    "$PYTHON" benchmark/memory.py --fit "$1" --model "$2" --processes $(($3 * PROCESSES_PER_NODE)) --gpu_gb "$GPU_GB" \
+        --rows "$rows" --rollout_rows "$rollout" --launch="$ACCELERATE_ARGS" --given="$given"
+}
 name_of() { echo "$(basename "$1")_$2"; } # MODEL SEED: of a chain: runs/<name>_sft, models/<name>/sft and so on
 
 [ -n "${SLURM_JOB_ID:-}" ] || return 0 # launch.sh needs no more
@@ -54,6 +64,8 @@ NAME=$(name_of "$MODEL" "$SEED")
 read -r MICRO PPO_MICRO ROLLOUT <<<"$(rows_of "$MODEL")"
 
 # ----------------------------------------------------------------------------------------------------------- launching
+threads=$((${SLURM_CPUS_ON_NODE:-1} / PROCESSES_PER_NODE))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 NODES=${SLURM_NNODES:-1}
 JOB=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID} # this element alone
 HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -69,12 +81,15 @@ summary() { # RUN_NAME KEY: an entry of summary.json
 # launch RUN_NAME SCRIPT ARGUMENTS...: one launcher a node, PROCESSES_PER_NODE processes each. When the run says that it was
 # interrupted, by the time limit or a requeue, the job is queued again and goes on where it was.
 launch() {
-    local run=$1 status=0 pid begun reason
+    local run=$1 status=0 pid begun reason fits
     shift
     echo "== $(date '+%F %T') job $JOB restart ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST: $run"
+    fits=$(fit "$(basename "$1" .py)" "$MODEL" "$NODES")
+    [ -z "${fits#*$'\n'}" ] || echo "${fits#*$'\n'}"
     begun=$(mktemp) # what is older than this file was not written by this start
+    # shellcheck disable=SC2086 # what fits are words
     srun --ntasks="$NODES" --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" --kill-on-bad-exit=1 \
-        sbatches/on_node.sh "$NODES" "$HEAD" "$PORT" "$@" &
+        sbatches/on_node.sh "$NODES" "$HEAD" "$PORT" "$@" ${fits%%$'\n'*} &
     pid=$!
     wait "$pid" && status=0 || status=$? # more than 128 where a signal ended the waiting, not srun
     if [ "$INTERRUPTED" = 1 ]; then

@@ -15,7 +15,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 refuse() { echo "error: $1: found $2; expected $3" >&2; exit 2; }
 
-source sbatches/common.sh
+SLURM_JOB_ID="" source sbatches/common.sh # this is no job, also where the shell is one's (salloc)
 STAGES=${STAGE_ORDER[*]} NODES=1 DRY=0 PREFETCH=0
 while [ $# -gt 0 ]; do
     case $1 in
@@ -39,6 +39,7 @@ read -ra stages <<<"$STAGES"
 [ ${#stages[@]} -gt 0 ] || refuse --stages nothing "some of: ${STAGE_ORDER[*]}"
 for seed in "${seeds[@]}"; do [[ $seed =~ ^[0-9]+$ ]] || refuse --seeds "'$seed'" "numbers"; done
 [[ $NODES =~ ^[1-9][0-9]*$ ]] || refuse --nodes "'$NODES'" "a number above 0"
+[[ $GPU_GB =~ ^[1-9][0-9]*$ ]] || refuse GPU_GB "'$GPU_GB'" "a number above 0"
 names=$(for model in "${models[@]}"; do basename "$model"; done | sort | uniq -d)
 [ -z "$names" ] || refuse --models "two that end in '$names'" "different last parts: runs are named after them"
 for model in "${models[@]}"; do
@@ -77,6 +78,14 @@ for model in "${models[@]}"; do
     done
 done
 [ $DRY = 1 ] || command -v sbatch >/dev/null || refuse sbatch "no such command here" "a login node of a Slurm cluster, or --dry-run"
+
+for model in "${models[@]}"; do
+    for stage in "${stages[@]}"; do
+        if [ "$stage" = eval ]; then continue; fi
+        fits=$(fit "$stage" "$model" "$NODES") || exit 2
+        [ -z "${fits#*$'\n'}" ] || echo "${fits#*$'\n'}"
+    done
+done
 
 if [ $PREFETCH = 1 ]; then
     hub=()

@@ -12,6 +12,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from summarize_from_feedback_details.dataset_files import EXPECTED, read_folder, refuse_unwritable_cache
+from summarize_from_feedback_details.dataset_files import reason as _reason
 from summarize_from_feedback_details.run_folder import refuse
 
 PAD_TOKEN = "[PAD]"
@@ -19,16 +21,6 @@ KINDS = {
     "policy": "a causal language model",
     "reward": "a reward model (sequence classification with one label, or the original's ScalarModel)",
 }
-
-
-def _reason(error: Exception) -> str:
-    """The first line of a library's error, and whether the hub could not be reached at all."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-    chain, names = error, ""
-    while chain is not None:
-        names, chain = names + type(chain).__name__ + str(chain), chain.__cause__ or chain.__context__
-    offline = any(w in names for w in ("Connect", "Offline", "Max retries", "couldn't connect", "name resolution"))
-    return f"the hub cannot be reached (offline): {text}" if offline else text
 
 
 def find_on_hub(argument: str, name: str, revision: str | None, kind: str, expected: str) -> None:
@@ -78,12 +70,50 @@ def drop_revisions(args: Any, *models: str) -> None:
             setattr(args, revision, None)
 
 
+def find_rows(argument: str, path: str, revision: str | None = None, data_dir: str = ""):
+    """Read all splits of a dataset from a folder, or from the hub.
+
+    Args:
+        argument: the argument's name, for messages.
+        path: folder, or hub id.
+        revision: hub revision, or None.
+        data_dir: folder inside the hub's dataset.
+
+    Returns:
+        datasets.DatasetDict
+    """
+    import datasets
+
+    here = os.path.isdir(path)
+    if os.path.isfile(path):
+        refuse(argument, f"'{path}', which is a file", EXPECTED)
+    if not here and (path.count("/") != 1 or path.startswith((".", "/", "~"))):
+        refuse(argument, f"'{path}', which does not exist", EXPECTED)
+    if not here:
+        find_on_hub(argument, path, revision, "dataset", EXPECTED)
+        refuse_unwritable_cache()
+    shown, verbosity = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # or it says an error in lines of its own, too
+    try:
+        if here:
+            return read_folder(argument, path)
+        return datasets.load_dataset(path, data_dir=data_dir or None, revision=revision)
+    except Exception as error:
+        where = "that cannot be read" if here else "neither a folder here nor readable on the hub"
+        refuse(argument, f"'{path}', {where}: {_reason(error)}", EXPECTED)
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if shown:
+            datasets.enable_progress_bars()
+
+
 def load_rows(argument: str, path: str, revision: str | None, kind: str, columns: list[str], splits: list[str]):
     """Load a tokenised dataset from a folder or the hub and check its shape.
 
     Args:
         argument: the argument's name, for messages.
-        path: folder that `datasets.load_dataset` reads, or hub id.
+        path: folder, or hub id.
         revision: hub revision, or None.
         kind: "sft" or "comparisons", for a message when the other one is given.
         columns: needed columns; those of token ids are checked by `check_tokens`; those that end in `_len` must hold
@@ -93,28 +123,7 @@ def load_rows(argument: str, path: str, revision: str | None, kind: str, columns
     Returns:
         datasets.DatasetDict
     """
-    import datasets
-
-    if os.path.isfile(path):
-        refuse(argument, f"'{path}', which is a file", "a folder of parquet or jsonl files, or a hub id")
-    if os.path.isdir(path) and not any(f.is_file() for f in Path(path).rglob("*")):
-        refuse(argument, f"'{path}', an empty folder", "a folder of parquet or jsonl files, or a hub id")
-    if not os.path.isdir(path) and (path.count("/") != 1 or path.startswith((".", "/", "~"))):
-        refuse(argument, f"'{path}', which does not exist", "a folder of parquet or jsonl files, or a hub id")
-    if not os.path.isdir(path):
-        find_on_hub(argument, path, revision, "dataset", "a folder of parquet or jsonl files, or a hub id")
-    shown = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        # a relative name alone could also be that of a builder of the library, such as `json`
-        here = os.path.isdir(path)
-        found = datasets.load_dataset(os.path.abspath(path) if here else path, revision=None if here else revision)
-    except Exception as error:
-        where = "that cannot be read" if os.path.isdir(path) else "neither a folder here nor readable on the hub"
-        refuse(argument, f"'{path}', {where}: {_reason(error)}", "a folder of parquet or jsonl files, or a hub id")
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
+    found = find_rows(argument, path, revision)
     other = {"sft": ("query_chosen_token", "comparisons", "SFT rows"),
              "comparisons": ("query_reference_response_token", "SFT rows", "comparisons")}[kind]  # fmt: skip
     first = next(iter(found.values()))
@@ -141,13 +150,16 @@ def load_rows(argument: str, path: str, revision: str | None, kind: str, columns
 
 def _check_type(argument: str, where: str, data, expected: str) -> None:
     """Refuse a column with a hole, or of something else than "whole numbers" or "text"."""
-    from pyarrow import types
+    from pyarrow import compute, types
 
     is_right = (
         types.is_integer if expected == "whole numbers" else lambda t: types.is_string(t) or types.is_large_string(t)
     )
     if len(data) and (data.null_count or not is_right(data.type)):
-        found = f"{data.null_count} rows without a value" if is_right(data.type) else f"type {data.type}"
+        found = f"type {data.type}"
+        if is_right(data.type):
+            first = compute.index(data.is_null(), True)
+            found = f"{data.null_count} rows without a value, the first in row {first} (counted from 0)"
         refuse(argument, f"{where} with {found}", f"{expected} in each row")
 
 
@@ -188,7 +200,7 @@ def check_tokens(argument: str, rows_by_split, columns: list[str], vocab_size: i
                 found = f"{where} with token id {bad[0]}"
                 refuse(argument, found, f"ids below the model's vocabulary size {vocab_size}, or the pad id {pad_id}")
             for chunk in data.chunks:
-                tokens = pc.list_flatten(chunk).to_numpy(zero_copy_only=False).reshape(len(chunk), -1)
+                tokens = pc.list_flatten(chunk).to_numpy(zero_copy_only=False).reshape(len(chunk), lengths["max"])
                 real = (tokens != pad_id).sum(1)
                 if not real.all() and column != "reference_response_token":  # a reference may be empty
                     refuse(argument, f"{where} with {int((real == 0).sum())} rows of pads only", "at least one token")
@@ -205,22 +217,32 @@ def check_same_tokenizer(argument: str, row: dict, text_column: str, token_colum
         refuse(argument, found, "a dataset tokenised with the tokenizer of --base_model")
 
 
+def read_tokenizer(argument: str, path: str, revision: str | None = None):
+    """Load a tokenizer as it is; one without an end-of-text token, or with code of its own, is refused."""
+    from transformers import AutoTokenizer
+
+    expected, revision = "a folder or hub id of a model with its tokenizer", None if os.path.isdir(path) else revision
+    if not os.path.isdir(path):
+        find_on_hub(argument, path, revision, "model", expected)
+    try:
+        # left out, `trust_remote_code` asks at the terminal
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+    except Exception as error:
+        refuse(argument, f"'{path}', whose tokenizer cannot be loaded: {_reason(error)}", expected)
+    if tokenizer.eos_token_id is None:
+        refuse(argument, f"'{path}', whose tokenizer has no end-of-text token", "a tokenizer with an eos_token")
+    if tokenizer.eos_token == PAD_TOKEN:
+        refuse(argument, f"'{path}', whose end-of-text token is {PAD_TOKEN}", "an eos_token that is no pad")
+    return tokenizer
+
+
 def find_tokenizer(argument: str, path: str, revision: str | None = None):
     """Load a tokenizer and give it a pad token of its own.
 
     Detail: pad token - `[PAD]` is not the end-of-text token (or the model would never learn to stop) and is not
     resized into the embedding: pads are masked, and replaced by id 0 before a model sees them.
     """
-    from transformers import AutoTokenizer
-
-    if not os.path.isdir(path):
-        find_on_hub(argument, path, revision, "model", "a folder or hub id of a model")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=None if os.path.isdir(path) else revision)
-    except Exception as error:
-        refuse(argument, f"'{path}' without a readable tokenizer: {_reason(error)}", "a folder or hub id of a model")
-    if tokenizer.eos_token_id is None:
-        refuse(argument, f"'{path}', whose tokenizer has no end-of-text token", "a tokenizer with an eos_token")
+    tokenizer = read_tokenizer(argument, path, revision)
     tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     tokenizer.padding_side = "right"
     return tokenizer
@@ -258,11 +280,19 @@ def _check_weights(argument: str, folder: Path) -> set[str]:
     return names
 
 
-def refuse_missing(argument: str, path: str, missing: set[str]) -> None:
-    """Refuse a checkpoint that lacks weights of its model, which transformers would draw at random with a warning."""
-    if missing:
-        names = ", ".join(sorted(missing)[:3]) + (", ..." if len(missing) > 3 else "")
-        refuse(argument, f"'{path}' without the weights {names}", "a whole checkpoint")
+def refuse_bad_weights(argument: str, path: str, missing: set[str], model=None) -> None:
+    """Refuse a checkpoint that lacks weights of its model, or holds NaN or infinity.
+
+    Args:
+        missing: names of weights that transformers would draw at random, with a warning.
+        model: the loaded model, if it is.
+    """
+    weights = model.named_parameters() if model is not None else ()
+    wrong = [name for name, weight in weights if not all(end.isfinite() for end in weight.detach().aminmax())]
+    for how, names in (("without the weights", missing), ("with numbers that are not finite in", wrong)):
+        if names:
+            shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+            refuse(argument, f"'{path}' {how} {shown}", "a whole checkpoint")
 
 
 def find_model(argument: str, path: str | None, revision: str | None, kind: str):
@@ -302,23 +332,53 @@ def find_model(argument: str, path: str | None, revision: str | None, kind: str)
     is_policy = architecture.endswith(("ForCausalLM", "LMHeadModel"))
     if (kind == "reward" and not is_reward) or (kind == "policy" and not is_policy):
         refuse(argument, f"'{path}', a {architecture}", KINDS[kind])
-    if kind == "policy" and not _samples_from_keys_and_values(architecture):
+    if kind == "policy" and not _samples_from_keys_and_values(architecture, config):
         refuse(
             argument,
             f"'{path}', a {architecture}, which does not sample from keys and values alone",
             "an attention model to sample from",
         )
+    _check_architecture(argument, path, config.get("base_config") or config)
     names = _check_weights(argument, Path(path)) if os.path.isdir(path) else set()
     if kind == "reward" and "base_config" not in config:
         labels = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)  # 2 is not written
         if labels != 1:
             refuse(argument, f"'{path}', a classifier of {labels} labels", KINDS[kind])
         if names:
-            refuse_missing(argument, path, {"score.weight"} - names)
+            refuse_bad_weights(argument, path, {"score.weight"} - names)
     return config
 
 
-def _samples_from_keys_and_values(architecture: str) -> bool:
+def _check_architecture(argument: str, path: str, config: dict) -> None:
+    """Refuse what transformers cannot build here, and what it has no reward model for; nothing is loaded."""
+    import torch
+    from transformers import (
+        CONFIG_MAPPING,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        AutoModelForSequenceClassification,
+    )
+
+    kind, quantised = config.get("model_type"), config.get("quantization_config")
+    if kind not in CONFIG_MAPPING:
+        code = "with code of its own (auto_map), which is not run" if "auto_map" in config else f"of model type {kind}"
+        refuse(argument, f"'{path}' {code}", "an architecture that transformers holds")
+    if quantised:
+        method = quantised.get("quant_method", quantised)
+        refuse(argument, f"'{path}', quantised ({method})", "weights in full, since all of them are trained")
+    try:
+        settings = CONFIG_MAPPING[kind].from_dict(config)
+        known = type(settings) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(settings) if known else None
+    except Exception as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        refuse(argument, f"'{path}', which cannot be built ({why})", "a config.json that works on this machine")
+    if not isinstance(getattr(model, "score", None), torch.nn.Linear):
+        found = f"'{path}', of model type {kind}, of which transformers has no reward model to train next"
+        refuse(argument, found, "GPT-NeoX, GPT-2, OPT, Llama, Mistral, Qwen, Gemma 1 to 3, Phi, OLMo or the like")
+
+
+def _samples_from_keys_and_values(architecture: str, config: dict) -> bool:
     """Whether this class of transformers reads keys and values alone; a state (Mamba) would read the pads, too."""
     import inspect
 
@@ -327,9 +387,9 @@ def _samples_from_keys_and_values(architecture: str) -> bool:
     model = getattr(transformers, architecture, None)
     if model is None:
         return True
-    return not model._is_stateful and not {"past_key_values", "cache"}.isdisjoint(
-        inspect.signature(model.forward).parameters
-    )
+    arguments = inspect.signature(model.forward).parameters
+    stateful = model._is_stateful or "linear_attention" in (config.get("layer_types") or [])
+    return not stateful and not {"past_key_values", "cache"}.isdisjoint(arguments)
 
 
 def check_same_vocabulary(
@@ -359,7 +419,7 @@ def tokenizer_vocabulary(path: str) -> dict[str, int] | None:
 def check_context(argument: str, path: str, config: dict, longest: int, what: str) -> None:
     """Refuse rows that are longer than a model's context."""
     config = config.get("base_config") or config
-    context = config.get("max_position_embeddings") or config.get("n_positions")
+    context = config.get("max_position_embeddings") or config.get("n_positions") or config.get("max_seq_len")
     if context is not None and longest > context:
         refuse(argument, f"'{path}' with a context of {context} tokens", f"at least {longest}: {what}")
 

@@ -31,7 +31,14 @@ from accelerate.utils import gather_object
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from summarize_from_feedback_details.run_folder import REQUEUE_ME, RunFolder, refuse, stop_wanted, sync_folder
+from summarize_from_feedback_details.run_folder import (
+    REQUEUE_ME,
+    RunFolder,
+    follow_umask,
+    refuse,
+    stop_wanted,
+    sync_folder,
+)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam and AdamW keep of each parameter, besides the number of steps
 
@@ -173,6 +180,7 @@ class Checkpoints:
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
         for name in ("state.json", "manifest.json"):
             _sync(partial / name)
+        follow_umask(partial)
         sync_folder(partial)
         partial.rename(final)
         sync_folder(self.folder)
@@ -205,6 +213,7 @@ class Checkpoints:
             self.accelerator.wait_for_everyone()
         if name is None:
             self.run.reset_logs(None)
+            update_masters(self.model)
             return {"found": False, "update": 0, "step": None, "shared": {}, "local": {}}
         state = json.loads((folder / "state.json").read_text())
         for argument, value in self.fixed.items():
@@ -218,6 +227,7 @@ class Checkpoints:
         files = [safe_open(folder / f"rank_{r:05d}.safetensors", "pt") for r in range(state["world_size"])]
         owner = {key: file for file in files for key in file.keys() if not key.startswith("local.")}  # noqa: SIM118
         _set_whole_tensors(self.model, self.optimizer, lambda key: owner[key].get_tensor(key), state["optimizer_steps"])
+        update_masters(self.model)
         own = files[self.rank if self.world == state["world_size"] else 0]
         _set_random_state({key: own.get_tensor(f"local.{key}") for key in _random_state() if f"local.{key}" in own.keys()})  # noqa: E501, SIM118  # fmt: skip
         found = {"found": True, "update": state["update"], "step": state["step"], "shared": {}, "local": {}}
@@ -361,6 +371,22 @@ def _set_zero3(zero, model, value_of, steps: int) -> None:
         zero._reassign_or_swap_out_partitioned_parameters(group)
     if zero.persistent_parameters:
         zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+
+@torch.no_grad()
+def update_masters(model) -> None:
+    """Give parameters that compute in float32 (`packed_rows.exact`) their masters, where DeepSpeed trains in bf16.
+
+    Called by all ranks after each optimiser step.
+
+    Args:
+        model: as `accelerator.prepare` returned it.
+    """
+    for parameter in model.parameters():
+        if hasattr(parameter, "master") and parameter.dtype != torch.float32:
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            parameter.master = safe_get_full_fp32_param(parameter).to(parameter.device)
 
 
 @contextlib.contextmanager

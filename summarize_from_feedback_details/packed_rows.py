@@ -27,6 +27,9 @@ def packed_attention(module, query, key, value, attention_mask, pieces=None, **k
 
     GPUs: this is the one place for a kernel that takes rows of different lengths at once.
 
+    On a CPU, rows attend in float32 in bf16, too: torch's backward pass in bf16 keeps 4 MB for each length that it has
+    ever seen, and takes more time than the conversion.
+
     Args:
         query, key, value: [1, heads, tokens of all pieces, head width].
         pieces: [(tokens, number of the earlier piece that it continues, or None)].
@@ -37,6 +40,11 @@ def packed_attention(module, query, key, value, attention_mask, pieces=None, **k
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
     if pieces is None:
         return sdpa(module, query, key, value, attention_mask, **kwargs)
+    if query.device.type == "cpu" and query.dtype != torch.float32:
+        with torch.autocast("cpu", enabled=False):  # which would convert them back
+            wide = (states.float() for states in (query, key, value))
+            out, weights = packed_attention(module, *wide, attention_mask, pieces, **kwargs)
+        return out.to(query.dtype), weights
     sizes, window = [size for size, _ in pieces], kwargs.get("sliding_window")
     # a copy of its own lets go of a joint query-key-value projection, three times its size, before the backward pass
     queries, keys, values = (states.split(sizes, 2) for states in (query, key, value.contiguous()))
@@ -63,25 +71,36 @@ def packs(model) -> bool:
 def use_packed_attention(model) -> bool:
     """Let a freshly loaded model read packed rows, if its architecture does so exactly; returns whether it does.
 
-    Tried on a few tokens: two rows of different lengths, and two more that continue a third.
+    Tried on a few tokens: two rows of different lengths, and two more that continue a third. A model that reads no
+    padded rows either ends the program.
     """
     ALL_ATTENTION_FUNCTIONS.register(NAME, packed_attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])  # of padded rows
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans each length anew, for tens of milliseconds
     before, was_training = model.config._attn_implementation, model.training
     model.eval()
-    trunk, device = getattr(model, model.base_model_prefix), next(model.parameters()).device
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            # no row holds a pad; the one of the config may be the end-of-text token, whose embedding is trained, too
+            module.padding_idx = None
+    trunk, device = getattr(model, model.base_model_prefix, model), next(model.parameters()).device
     a, b, c = (list(range(1, 1 + n)) for n in (5, 9, 3))
     read = lambda inputs: trunk(**inputs, use_cache=False).last_hidden_state[0]
-    alone = [read(join([(row, None)], device, packed=False)) for row in (c, b, a + b, a + c)]
-    expected = torch.cat([*alone[:3], alone[3][len(a) :]])
     try:
+        alone = [read(join([(row, None)], device, packed=False)) for row in (c, b, a + b, a + c)]
+        expected = torch.cat([*alone[:3], alone[3][len(a) :]])
         model.set_attn_implementation(NAME)
         found = read(join([(c, None), (b, None), (a, None), (b, 2), (c, 2)], device))
-        same = packs(model) and torch.allclose(found, expected, rtol=0, atol=1e-3 * float(expected.abs().max()))
-    except (TypeError, ValueError):  # it takes no `pieces`, or needs more than SDPA can do
+        same = packs(model) and bool((found - expected).abs().max() <= 1e-3 * expected.abs().max())
+    except Exception:  # whatever an architecture raises that takes no `pieces`, or needs more than SDPA can do
         same = False
     if not same:
         model.set_attn_implementation(before)
+        try:
+            trunk(**pack([b, c], False, device)[0], use_cache=False)
+        except Exception as error:
+            why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise SystemExit(f"error: a {type(model).__name__} that cannot read rows of token ids ({why})") from None
     model.train(was_training)
     return same
 
@@ -139,19 +158,44 @@ def hidden_at(model, inputs: dict, at: torch.Tensor) -> torch.Tensor:
     return trunk(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[at]
 
 
+def cast_parameters(model, dtype: torch.dtype) -> None:
+    """Cast a model's parameters in place, as DeepSpeed casts those that it trains; float32 heads stay as they are.
+
+    Never its buffers, as `model.to(dtype)` would: rounded rotary frequencies make another network of it.
+    """
+    for parameter in model.parameters():
+        if not hasattr(parameter, "master"):
+            parameter.data = parameter.data.to(dtype)
+
+
+def keep_exact(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+    """Mark a parameter that computes in float32; where DeepSpeed trains a rounded copy, `exact` takes its master.
+
+    `checkpoints.update_masters` puts it here.
+    """
+    parameter.master = None
+    return parameter
+
+
+def exact(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The value in float32 of a parameter that `keep_exact` marked; the gradient goes to the parameter."""
+    rounded = parameter.float()
+    return rounded if parameter.master is None else rounded + (parameter.master - rounded).detach()
+
+
 class Float32Head(torch.nn.Linear):
     """A linear head in float32, also where the trunk computes in bf16, whose steps are 1/32 between 4 and 8."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         # Deviates: the original's scores and values were rounded to bf16: ties, and steps in what PPO learns from
         with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear(hidden.float(), self.weight.float())
+            return F.linear(hidden.float(), exact(self.weight))
 
 
 def use_float32_head(model) -> None:
     """Let the head of a sequence-classification model compute in float32; weight and checkpoint stay as they are."""
     head = Float32Head(model.score.in_features, model.score.out_features, bias=False, device="meta")
-    head.weight = model.score.weight
+    head.weight = keep_exact(model.score.weight)
     model.score = head
 
 

@@ -20,16 +20,15 @@ whitening and mini-batches are those of the whole batch on any number of process
 import json
 import math
 import os
-import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-import tyro
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from rich.table import Table
@@ -37,7 +36,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    GenerationConfig,
     get_scheduler,
 )
 from transformers.integrations import unset_hf_deepspeed_config
@@ -55,11 +53,14 @@ from summarize_from_feedback_details.check_inputs import (
     find_stop_id,
     find_tokenizer,
     load_rows,
-    refuse_missing,
+    refuse_bad_weights,
 )
-from summarize_from_feedback_details.checkpoints import Checkpoints, fingerprint, gathered
+from summarize_from_feedback_details.checkpoints import Checkpoints, fingerprint, gathered, update_masters
 from summarize_from_feedback_details.packed_rows import (
+    cast_parameters,
+    exact,
     hidden_at,
+    keep_exact,
     logits_at,
     pack,
     packs,
@@ -72,19 +73,21 @@ from summarize_from_feedback_details.run_folder import (
     RunFolder,
     as_typed,
     choose_run_name,
+    command_line,
     finished_before,
     keep_freed_memory,
     leave_group,
     memory_gb,
+    on_gpu,
     print_table,
     push,
     quiet_libraries,
     refuse,
-    refuse_dropped,
     refuse_unwritable,
     save_model,
     stop_if_wanted,
     stop_wanted,
+    warn_of_busy_cores,
 )
 
 STATISTICS = ("loss/policy", "loss/value", "policy/ratio", "policy/clipfrac", "policy/approxkl", "value/clipfrac",
@@ -208,8 +211,8 @@ class Args:
     """episodes of one update on all processes (default: 512, the paper's)"""
     local_rollout_forward_batch_size: int = 64
     """episodes that one process samples at a time"""
-    local_eval_batch_size: int = 16
-    """rows that one process samples at a time in evaluation"""
+    local_eval_batch_size: int | None = None
+    """rows that one process samples at a time in evaluation (default: local_rollout_forward_batch_size)"""
 
     # task
     base_model: str = "EleutherAI/pythia-1b-deduped"
@@ -303,7 +306,7 @@ def check_ppo_batch_sizes(args: Args, world_size: int) -> None:
 
 def choose_precision(wanted: str) -> str:
     """Name of accelerate's mixed precision ("bf16" or "no") for `auto`, `bf16` or `fp32` on this hardware."""
-    if torch.cuda.is_available():
+    if on_gpu():
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -321,9 +324,10 @@ def choose_precision(wanted: str) -> str:
 def make_accelerator(args) -> Accelerator:
     """The processes of this run. Refuses a launch that is not what the arguments say."""
     # without a handler, DeepSpeed on CPU leaves each process believing that it is the only one
-    alone = torch.cuda.is_available() or args.world_size == 1
-    handlers = [] if alone else [InitProcessGroupKwargs(backend="gloo")]
+    handlers = [] if on_gpu() or args.world_size == 1 else [InitProcessGroupKwargs(backend="gloo")]
     accelerator = Accelerator(mixed_precision=choose_precision(args.precision), kwargs_handlers=handlers)
+    if accelerator.is_main_process:
+        warn_of_busy_cores()
     if accelerator.num_processes != args.world_size:
         refuse("world_size", f"{accelerator.num_processes} connected processes", f"{args.world_size}, as launched")
     plugin = accelerator.state.deepspeed_plugin
@@ -335,6 +339,9 @@ def make_accelerator(args) -> Accelerator:
         if plugin.zero_stage == 3:
             unset_hf_deepspeed_config()  # models are loaded whole; the trained ones are sharded when they are prepared
             plugin.deepspeed_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+        if accelerator.mixed_precision == "bf16" and plugin.zero_stage > 1:  # stage 1 would take another optimiser
+            # Deviates: many small gradients are added up in float32, not in bf16
+            plugin.deepspeed_config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
         # the loops accumulate by hand, so that a short last batch is scaled right
         plugin.deepspeed_config["gradient_accumulation_steps"] = 1
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.local_micro_batch_size
@@ -401,6 +408,7 @@ def train_step(accelerator, model, optimizer, micro_batches, loss_of, max_grad_n
     if not math.isfinite(norm):
         on_bad("gradient", sum(micro_batches, []))
     optimizer.step()
+    update_masters(model)
     optimizer.zero_grad(set_to_none=False)
     return norm
 
@@ -552,7 +560,7 @@ class PolicyAndValue(torch.nn.Module):
     def __init__(self, policy, value_model, bias: float):
         super().__init__()
         self.policy, self.value_model = policy, value_model
-        self.value_bias = torch.nn.Parameter(torch.tensor([bias]))
+        self.value_bias = keep_exact(torch.nn.Parameter(torch.tensor([bias])))
 
     def forward(
         self, queries: list[list[int]], responses: list[list[int]], value_counts: list[int], temperature: float
@@ -571,7 +579,7 @@ class PolicyAndValue(torch.nn.Module):
         """values[t] is read at the token BEFORE response token t: it has seen the query and the tokens < t."""
         inputs, before = response_positions(self.value_model, queries, responses, value_counts)
         values = self.value_model.score(hidden_at(self.value_model, inputs, before))[:, 0]
-        return values + self.value_bias.float()
+        return values + exact(self.value_bias)
 
 
 def response_positions(model, queries, responses, counts) -> tuple[dict, torch.Tensor]:
@@ -675,7 +683,7 @@ def load_reward_model(path: str, revision: str | None = None, argument: str = "r
         model, loaded = AutoModelForSequenceClassification.from_pretrained(
             path, revision=revision, num_labels=1, dtype=torch.float32, output_loading_info=True
         )
-        refuse_missing(argument, path, loaded["missing_keys"])
+        refuse_bad_weights(argument, path, loaded["missing_keys"], model)
         use_float32_head(model)
         use_packed_attention(model)
         return model, float(getattr(model.config, "reward_bias", 0.0))
@@ -706,6 +714,7 @@ def load_reward_model(path: str, revision: str | None = None, argument: str = "r
         if name in trunk:  # old checkpoints hold buffers (rotary frequencies, causal masks) that are computed today
             state[f"{model.base_model_prefix}.{name}"] = weight
     model.load_state_dict(state, strict=True)
+    refuse_bad_weights(argument, path, set(), model)
     use_float32_head(model)
     use_packed_attention(model)
     return model, bias
@@ -871,40 +880,69 @@ def micro_batch_loss(model, queries, responses, adv: Advantages, mb, counts, pad
     return pg_loss + args.ppo.vf_coef * vf_loss, statistics, ratio_error
 
 
+@contextmanager
+def lent(model, device) -> Iterator[None]:
+    """A frozen model on this device for one pass. With --offload its weights stay in host memory, too, so that nothing
+    is copied back; elsewhere nothing happens."""
+    home, weights = next(model.parameters()).device, [parameter.data for parameter in model.parameters()]
+    model.to(device)
+    try:
+        yield
+    finally:
+        for parameter, weight in zip(model.parameters(), weights):
+            parameter.data = weight
+        model.to(home)  # its buffers
+
+
 @torch.no_grad()
 def make_rollout(
-    policy_and_value, ref_policy, reward_model, reward_bias, queries, query_rows, episodes, resample, ids, args
-):
-    """Sample a response to each query and compute what PPO needs of it.
+    policy_and_value, ref_policy, reward_model, reward_bias, queries, query_rows, episodes, resample, ids, args,
+    poll=lambda: None,
+):  # fmt: skip
+    """Sample a response to each query and compute what PPO needs of it, --local_rollout_forward_batch_size at a time.
 
     Args:
-        queries: list of B token lists; query_rows, episodes: their rows in the dataset and numbers of episodes.
+        queries: list of B token lists; query_rows, episodes: [B] their rows in the dataset and numbers of episodes.
         resample: compute the policy's log-probs again by the forward pass of training instead of taking those of
             sampling: in bf16 the two differ by rounding, and the first-pass ratio has to be 1.
         ids: (pad, stop, size of the tokenizer).
+        poll: called before each forward pass that samples.
     """
     pad_id, stop_id, tokenizer_size = ids
     device, R = policy_and_value.value_bias.device, args.response_length
-    # Detail: left padding - queries are left-padded, responses right-padded
-    query_tokens = pad_rows(queries, pad_id, "left").to(device)  # [B, Q]
-    noise = episode_noise(args.seed, episodes, device)
-    policy = policy_and_value.policy
-    responses, logprobs = sample_responses(
-        policy, query_tokens, noise, pad_id, stop_id, R, args.temperature, tokenizer_size
-    )
+    policy, at_once = policy_and_value.policy, args.local_rollout_forward_batch_size
+    parts = [slice(start, start + at_once) for start in range(0, len(queries), at_once)]
+    sampled = []
+    for part in parts:
+        poll()
+        # Detail: left padding - queries are left-padded, responses right-padded
+        query_tokens = pad_rows(queries[part], pad_id, "left").to(device)  # [b, Q]
+        noise = episode_noise(args.seed, episodes[part], device)
+        sampled.append(
+            sample_responses(policy, query_tokens, noise, pad_id, stop_id, R, args.temperature, tokenizer_size)
+        )
+    responses, logprobs = map(torch.cat, zip(*sampled))  # [B, R] each
     real = [strip_pads(row, pad_id) for row in responses.cpu()]
     mask = responses != pad_id  # [B, R]
-    ref_logprobs = token_logprobs(*response_logits(ref_policy, queries, real), args.temperature)
+
+    def logprobs_of(model) -> torch.Tensor:
+        read = lambda part: token_logprobs(*response_logits(model, queries[part], real[part]), args.temperature)
+        return spread(torch.cat([read(part) for part in parts]), mask, INVALID_LOGPROB)
+
     if resample:
-        logprobs = token_logprobs(*response_logits(policy, queries, real), args.temperature)
-        logprobs = spread(logprobs, mask, INVALID_LOGPROB)
+        logprobs = logprobs_of(policy)
+    with lent(ref_policy, device):
+        ref_logprobs = logprobs_of(ref_policy)
     # Detail: critic sees the untruncated response - values[t] has seen the tokens < t only, and those that are kept are
     # read at EOS at the latest: what stands after EOS influences nothing, so the truncated one gives the same values
     mask_p1 = torch.arange(R, device=device) <= mask.sum(1)[:, None]  # one more where there is room
-    values = policy_and_value.values(queries, real, mask_p1.sum(1).tolist())
-    scores = read_rewards(reward_model, reward_bias, [q + r for q, r in zip(queries, real)])
-    columns = (logprobs, spread(ref_logprobs, mask, INVALID_LOGPROB), spread(values, mask_p1, 0.0))
-    return Rollout(torch.tensor(query_rows, device=device), responses, *columns, scores)
+    counts = mask_p1.sum(1).tolist()
+    values = torch.cat([policy_and_value.values(queries[part], real[part], counts[part]) for part in parts])
+    with lent(reward_model, device):
+        rows = [q + r for q, r in zip(queries, real)]
+        scores = torch.cat([read_rewards(reward_model, reward_bias, rows[part]) for part in parts])
+    values = spread(values, mask_p1, 0.0)
+    return Rollout(torch.tensor(query_rows, device=device), responses, logprobs, ref_logprobs, values, scores)
 
 
 @torch.no_grad()
@@ -1022,6 +1060,7 @@ def check_args(args: Args):
     check_sizes(args, positive=("keep",), at_least_zero=("save_freq", "save_minutes"))
     check_scheduler(args)
     check_ppo_batch_sizes(args, int(os.environ.get("WORLD_SIZE", 1)))
+    args.local_eval_batch_size = args.local_eval_batch_size or args.local_rollout_forward_batch_size
     refuse_unwritable("output_dir", args.output_dir, args.run_name)
     if args.value_output_dir is not None:
         refuse_unwritable("value_output_dir", args.value_output_dir, args.run_name)
@@ -1097,7 +1136,7 @@ def main(args: Args) -> dict[str, float]:
             args.sft_model_path, revision=revision, dtype=torch.float32, output_loading_info=True
         )
         (policy, loaded), (ref_policy, _) = load(), load()
-        refuse_missing("sft_model_path", args.sft_model_path, loaded["missing_keys"])
+        refuse_bad_weights("sft_model_path", args.sft_model_path, loaded["missing_keys"], policy)
         reward_model, reward_bias = load_reward_model(args.reward_model_path, args.reward_model_revision)
         value_model, _ = load_reward_model(args.reward_model_path, args.reward_model_revision)
         for model in (policy, ref_policy, reward_model, value_model):
@@ -1123,25 +1162,18 @@ def main(args: Args) -> dict[str, float]:
                 parameter.grad = torch.zeros_like(parameter)
         whole = accelerator.unwrap_model(model)
         # the frozen models compute in the precision of the trained ones, so that KL starts at 0
-        frozen = [
-            m.to(next(whole.policy.parameters()).dtype).eval().requires_grad_(False) for m in (ref_policy, reward_model)
-        ]
-        ref_policy, reward_model = (m if args.offload else m.to(device) for m in frozen)
-
-        def move_frozen(to) -> None:
-            if args.offload:
-                for frozen_model in frozen:
-                    frozen_model.to(to)
+        for frozen in (ref_policy, reward_model):
+            cast_parameters(frozen, next(whole.policy.parameters()).dtype)
+            frozen.eval().requires_grad_(False)
+            if not args.offload:
+                frozen.to(device)
 
         def evaluate(rows, what: str):
-            move_frozen(device)
             model.eval()
-            with gathered(model):
-                found = evaluate_policy(
+            with gathered(model), lent(reward_model, device):
+                return evaluate_policy(
                     accelerator, whole, reward_model, reward_bias, rows, tokenizer, stop_id, args, what
                 )
-            move_frozen("cpu")
-            return found
 
         # --------------------------------------------------------------------------------------------------------------
         # loop
@@ -1166,24 +1198,23 @@ def main(args: Args) -> dict[str, float]:
                 ratio_error.copy_(position["shared"]["ratio_error"])
                 position = {"step": None}
             else:
-                move_frozen(device)
                 model.eval()
-                rollouts = []
                 parts = deal(
                     [len(q) for q in queries], args.local_rollout_forward_batch_size, rank, world_size, alike=True
                 )
-                for part in parts:
+                mine = [i for part in parts for i in part]
+
+                def poll() -> None:
                     if checkpoints.stop_asked():
                         checkpoints.stop(update - 1)
-                    with accelerator.autocast(), gathered(model):
-                        rollouts.append(make_rollout(
-                            whole, ref_policy, reward_model, reward_bias, [queries[i] for i in part],
-                            order[episodes[part]], episodes[part], accelerator.mixed_precision == "bf16", ids, args,
-                        ))  # fmt: skip
-                move_frozen("cpu")
-                local = [torch.cat(columns) for columns in zip(*rollouts)]
-                numbers = torch.tensor([i for part in parts for i in part], device=device)
-                back = accelerator.gather(numbers).argsort()  # from the order of ranks to that of episodes
+
+                with accelerator.autocast(), gathered(model):
+                    local = make_rollout(
+                        whole, ref_policy, reward_model, reward_bias, [queries[i] for i in mine],
+                        order[episodes[mine]], episodes[mine], accelerator.mixed_precision == "bf16", ids, args, poll,
+                    )  # fmt: skip
+                # from the order of ranks to that of episodes
+                back = accelerator.gather(torch.tensor(mine, device=device)).argsort()
                 rollout = Rollout(*(accelerator.gather(column)[back] for column in local))
             assert torch.equal(rollout.query_rows.cpu(), torch.from_numpy(order[episodes]))
             adv = compute_advantages(*rollout[1:], pad_id, stop_id, args)
@@ -1264,11 +1295,10 @@ def main(args: Args) -> dict[str, float]:
             final |= report(found)
             table = run.table("validation", found)
             run.log(args.num_updates + 1, report(found))
-        policy.generation_config = GenerationConfig.from_model_config(policy.config)
         save_model(accelerator, run, model, policy, tokenizer, args.output_dir)
         if args.value_output_dir:
             with gathered(model):
-                value_model.config.reward_bias = float(whole.value_bias.detach())
+                value_model.config.reward_bias = float(exact(whole.value_bias).detach())
             save_model(accelerator, run, model, value_model, tokenizer, args.value_output_dir)
         if is_main:
             shown = Table("PPO", "last value")
@@ -1284,6 +1314,5 @@ def main(args: Args) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    refuse_dropped(sys.argv[1:], DROPPED)
-    main(tyro.cli(Args, use_underscores=True))
+    command_line(main, Args, DROPPED)
     leave_group()

@@ -17,7 +17,6 @@ The saved model's `config.reward_bias` makes the mean reward of demonstrations 0
 
 import math
 import os
-import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from rich.table import Table
@@ -47,9 +45,9 @@ from summarize_from_feedback_details.check_inputs import (
     find_model,
     find_tokenizer,
     load_rows,
-    refuse_missing,
+    refuse_bad_weights,
 )
-from summarize_from_feedback_details.checkpoints import Checkpoints, fingerprint, gathered
+from summarize_from_feedback_details.checkpoints import Checkpoints, fingerprint, gathered, update_masters
 from summarize_from_feedback_details.packed_rows import (
     hidden_at,
     join,
@@ -63,19 +61,21 @@ from summarize_from_feedback_details.run_folder import (
     RunFolder,
     as_typed,
     choose_run_name,
+    command_line,
     finished_before,
     keep_freed_memory,
     leave_group,
     memory_gb,
+    on_gpu,
     print_table,
     push,
     quiet_libraries,
     refuse,
-    refuse_dropped,
     refuse_unwritable,
     save_model,
     stop_if_wanted,
     stop_wanted,
+    warn_of_busy_cores,
 )
 
 DROPPED = {
@@ -167,7 +167,7 @@ class Args:
     """pairs of one update on one process"""
     batch_size: int | None = None
     """pairs of one update on all processes (default: 64, the paper's)"""
-    local_eval_batch_size: int = 8
+    local_eval_batch_size: int = 32
     """pairs that one process scores at a time in evaluation"""
 
     # task
@@ -207,7 +207,7 @@ class Args:
 
 def choose_precision(wanted: str) -> str:
     """Name of accelerate's mixed precision ("bf16" or "no") for `auto`, `bf16` or `fp32` on this hardware."""
-    if torch.cuda.is_available():
+    if on_gpu():
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -225,9 +225,10 @@ def choose_precision(wanted: str) -> str:
 def make_accelerator(args) -> Accelerator:
     """The processes of this run. Refuses a launch that is not what the arguments say."""
     # without a handler, DeepSpeed on CPU leaves each process believing that it is the only one
-    alone = torch.cuda.is_available() or args.world_size == 1
-    handlers = [] if alone else [InitProcessGroupKwargs(backend="gloo")]
+    handlers = [] if on_gpu() or args.world_size == 1 else [InitProcessGroupKwargs(backend="gloo")]
     accelerator = Accelerator(mixed_precision=choose_precision(args.precision), kwargs_handlers=handlers)
+    if accelerator.is_main_process:
+        warn_of_busy_cores()
     if accelerator.num_processes != args.world_size:
         refuse("world_size", f"{accelerator.num_processes} connected processes", f"{args.world_size}, as launched")
     plugin = accelerator.state.deepspeed_plugin
@@ -239,6 +240,9 @@ def make_accelerator(args) -> Accelerator:
         if plugin.zero_stage == 3:
             unset_hf_deepspeed_config()  # models are loaded whole; the trained ones are sharded when they are prepared
             plugin.deepspeed_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+        if accelerator.mixed_precision == "bf16" and plugin.zero_stage > 1:  # stage 1 would take another optimiser
+            # Deviates: many small gradients are added up in float32, not in bf16
+            plugin.deepspeed_config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
         # the loops accumulate by hand, so that a short last batch is scaled right
         plugin.deepspeed_config["gradient_accumulation_steps"] = 1
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.local_micro_batch_size
@@ -305,6 +309,7 @@ def train_step(accelerator, model, optimizer, micro_batches, loss_of, max_grad_n
     if not math.isfinite(norm):
         on_bad("gradient", sum(micro_batches, []))
     optimizer.step()
+    update_masters(model)
     optimizer.zero_grad(set_to_none=False)
     return norm
 
@@ -567,7 +572,8 @@ def main(args: Args) -> dict[str, float]:
         scorer, loaded = AutoModelForSequenceClassification.from_pretrained(
             args.sft_model_path, revision=revision, num_labels=1, dtype=torch.float32, output_loading_info=True
         )
-        refuse_missing("sft_model_path", args.sft_model_path, loaded["missing_keys"] - {"score.weight"})
+        missing = loaded["missing_keys"] - {"score.weight"}
+        refuse_bad_weights("sft_model_path", args.sft_model_path, missing, scorer)
         use_float32_head(scorer)
         init_head(scorer)
         disable_dropout(scorer)
@@ -680,8 +686,6 @@ def main(args: Args) -> dict[str, float]:
             for statistic in ("mean", "std", "min", "max"):
                 final[f"eval/rm/demonstrations/{name}/{statistic}"] = float(getattr(values, statistic)())
         run.log(args.num_updates + 1, final)
-        if pad_id < scorer.config.vocab_size:  # where the plain class looks for the last real token
-            scorer.config.pad_token_id = pad_id
         scorer.config.id2label, scorer.config.label2id = {0: "reward"}, {"reward": 0}
         save_model(accelerator, run, model, scorer, tokenizer, args.output_dir)
         if is_main:
@@ -721,6 +725,5 @@ def print_tables(table, before: np.ndarray, after: np.ndarray) -> None:
 
 
 if __name__ == "__main__":
-    refuse_dropped(sys.argv[1:], DROPPED)
-    main(tyro.cli(Args, use_underscores=True))
+    command_line(main, Args, DROPPED)
     leave_group()

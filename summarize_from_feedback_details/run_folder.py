@@ -16,8 +16,10 @@ Nothing here knows about RLHF: this is the plumbing that the stage scripts would
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import hashlib
+import io
 import json
 import math
 import os
@@ -28,11 +30,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -41,6 +44,8 @@ LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "nu
 SECONDS_BETWEEN_LINES = 10.0  # progress in a log file: at most one line in this time
 REQUEUE_ME = 75  # exit code of a run that a signal interrupted and that the same command continues (EX_TEMPFAIL)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # what a disk says that takes no more
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # a launcher sets all of them
 # arguments that may change when a run goes on, since its results do not depend on them
 FREE = {
     *("exp_name", "run_name", "output_dir", "value_output_dir", "track", "wandb_project_name", "wandb_entity"),
@@ -92,13 +97,93 @@ def refuse(argument: str, found: str, expected: str) -> NoReturn:
     """Stop because of a user's mistake: one line on standard error (rank 0 only) and exit code 2.
 
     Args:
-        argument: the argument as it is typed, without dashes, e.g. `sft_model_path`.
+        argument: the argument as it is typed, without dashes, e.g. `sft_model_path`; or a variable, e.g. `HF_HOME`.
         found: what was found there, e.g. `'models/sft' does not exist`.
         expected: what would have been right, e.g. `a folder or hub id of a policy`.
     """
     if os.environ.get("RANK", "0") == "0":
-        print(f"error: --{argument}: found {found}; expected {expected}", file=sys.stderr, flush=True)
+        name = argument if argument.isupper() else f"--{argument}"
+        print(f"error: {name}: found {found}; expected {expected}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def command_line(main: Callable, arguments: type, dropped: dict[str, str] | None = None) -> None:
+    """Start a script from its command line: what all of them do before `main`.
+
+    What the terminal or the log file cannot show is replaced (a curly quote in Latin-1), `~` is written out in every
+    path, variables that another launch left in the environment are refused, and a full disk is said in one line.
+
+    Args:
+        main: takes the arguments.
+        arguments: their dataclass; one with a `world_size` can be started as several processes.
+        dropped: see `refuse_dropped`.
+    """
+    import tyro
+
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")
+    refuse_left_over("world_size" in {field.name for field in fields(arguments)})
+    refuse_dropped(sys.argv[1:], dropped or {})
+    args = tyro.cli(arguments, use_underscores=True)
+    _write_out_home(args)
+    try:
+        main(args)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise SystemExit(f"error: {error.filename or 'a file'} cannot be written: {error.strerror}") from None
+
+
+def _write_out_home(args: Any) -> None:
+    """Put the home directory in the place of `~`, which shells leave alone in `--output_dir=~/x` and in quotes."""
+
+    def written_out(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(written_out, value))
+        if isinstance(value, Path):
+            return Path(os.path.expanduser(value))
+        # also `name=~/x`, as visualize_tokens.py has it
+        return re.sub(r"(?<![^=])~.*", lambda m: os.path.expanduser(m[0]), value) if isinstance(value, str) else value
+
+    for field in fields(args):
+        value = getattr(args, field.name)
+        if is_dataclass(value):
+            _write_out_home(value)
+        elif field.name != "truncate_token":
+            setattr(args, field.name, written_out(value))
+
+
+def refuse_left_over(several: bool) -> None:
+    """Refuse a launcher's variables that make no whole: an export, or another launch, has left them in the environment.
+
+    Args:
+        several: whether this script can be started as several processes.
+    """
+
+    def refuse_variable(name: str, expected: str) -> None:  # on any rank: nobody knows which one this is
+        print(f"error: {name}: found {os.environ[name]!r} in the environment; expected {expected}", file=sys.stderr)
+        sys.exit(2)
+
+    there = {name: os.environ[name] for name in LAUNCHED if name in os.environ}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        if name in there and not re.fullmatch("[0-9]+", there[name]):
+            refuse_variable(name, f"a number, as torchrun and accelerate set it, or `unset {name}`")
+    world = int(there.get("WORLD_SIZE", 1))
+    if world == 0 or (world > 1 and not several):
+        refuse_variable("WORLD_SIZE", ("a number above 0" if several else "one process") + ", or `unset WORLD_SIZE`")
+    if int(there.get("RANK", 0)) >= world:
+        size = f"WORLD_SIZE={world}" if "WORLD_SIZE" in there else "no WORLD_SIZE"
+        refuse_variable("RANK", f"a rank that fits to {size}, or `unset RANK`")
+    missing = [name for name in LAUNCHED if not there.get(name)]
+    for name in ("LOCAL_RANK", "WORLD_SIZE"):
+        if missing and name in there and (name == "LOCAL_RANK" or world > 1):
+            refuse_variable(name, f"{', '.join(missing)} beside it, as torchrun and accelerate do, or `unset {name}`")
+    for name in sorted(name for name in os.environ if name.startswith("ACCELERATE_USE_")):
+        if os.environ[name].lower() not in ("true", "t", "yes", "y", "on", "1", "false", "f", "no", "n", "off", "0"):
+            refuse_variable(name, f"true or false, or `unset {name}`")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true" and missing:
+        expected = "a start by `accelerate launch`, or `unset ACCELERATE_USE_DEEPSPEED`"
+        refuse_variable("ACCELERATE_USE_DEEPSPEED", expected)
 
 
 def refuse_dropped(argv: list[str], dropped: dict[str, str]) -> None:
@@ -122,23 +207,50 @@ def refuse_unwritable(argument: str, path: str, run_name: str | None = None, roo
     """
     folder = Path(path)
     if run_name:
-        run, here = (Path(root) / run_name).resolve(), folder.resolve()
+        run, here = (Path(os.path.realpath(p)) for p in (Path(root) / run_name, folder))
         if here in (run, *run.parents) or run / "checkpoints" in (here, *here.parents):
             refuse(argument, f"'{path}', where the run itself is kept ({Path(root) / run_name})", "another folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (run_name and _wrote(Path(root) / run_name, folder)):
+    if os.path.isdir(folder) and any(folder.iterdir()) and not (run_name and _wrote(Path(root) / run_name, folder)):
         refuse(argument, f"'{path}', which holds another run's results", "a new or empty folder")
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not folder.is_dir():
         refuse(argument, f"'{path}', which is a file", "a folder that can be created")
-    parent = next(p for p in [folder, *folder.absolute().parents] if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        refuse(argument, f"'{path}', and '{parent}' cannot be written", "a folder that can be created")
+    if os.path.ismount(folder):
+        refuse(argument, f"'{path}', where a file system is mounted", "a folder below it: it is written as a whole")
+    refuse_uncreatable(argument, path)
+
+
+def refuse_uncreatable(argument: str, path: str | Path, file: str = "") -> None:
+    """Refuse a file or folder that cannot be made, or a `file` in that folder: it is tried, and nothing is left."""
+    if os.environ.get("RANK", "0") != "0":
+        return  # rank 0 writes
+    expected = "a place where it can be created"
+    if str(path).startswith("~"):  # `command_line` has written out those that it knows
+        refuse(argument, f"'{path}', and no such home directory", expected)
+    typed = Path(path, file).absolute()
+    for part in (typed, *typed.parents):
+        if os.path.islink(part) and not os.path.exists(part):
+            refuse(argument, f"'{path}', and '{part}' is a link to nowhere ('{os.readlink(part)}')", expected)
+    real = Path(os.path.realpath(typed))
+    parent = next(p for p in real.parents if os.path.exists(p))
+    try:  # rights alone do not tell: root may write anywhere, but not in /proc
+        with tempfile.TemporaryDirectory(dir=parent, prefix=".try-") as trial:
+            partial = Path(trial, real.relative_to(parent)).with_name(f".{real.name}.partial-1234567")
+            partial.mkdir(parents=True)
+            (partial / "model-00001-of-00001.safetensors").write_bytes(b"x")
+    except OSError as error:
+        refuse(argument, f"'{path}', and '{_as_typed(parent)}' cannot be written ({error.strerror})", expected)
+
+
+def _as_typed(path: Path) -> Path:
+    """Relative to the present folder where it is below it."""
+    return path.relative_to(here) if path.is_relative_to(here := Path.cwd()) else path
 
 
 def _wrote(run: Path, folder: Path) -> bool:
     """Whether this run has written this folder: it was noted, and still holds the files that were put there."""
     try:
         files = json.loads((run / "written.json").read_text())[os.path.normpath(folder)]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
     return files == _sizes(folder)
 
@@ -160,30 +272,31 @@ def sync_folder(path: Path) -> None:
 def atomic_folder(path: str, run: "RunFolder | None" = None) -> Iterator[Path]:
     """Yield a temporary sibling of `path`, which takes the name `path` when the block ends without an error.
 
-    With `run`, the folder is first noted as this run's: when the run is killed after that and goes on, it may write the
-    folder again; what another run has put there in the meantime stays.
+    Where `path` is a link, its target is written. With `run`, the folder is first noted as this run's: when the run is
+    killed after that and goes on, it may write the folder again; what another run has put there in the meantime stays.
 
     Raises:
         SystemExit: that other run's results are there.
     """
-    final = Path(path)
+    final = Path(os.path.realpath(path))
     final.parent.mkdir(parents=True, exist_ok=True)
     partial, old = (final.with_name(f".{final.name}.{what}") for what in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     partial.mkdir()
     try:
         yield partial
+        follow_umask(partial)
         for file in partial.rglob("*"):
             with open(file, "rb") if file.is_file() else contextlib.nullcontext() as handle:
                 if handle is not None:
                     os.fsync(handle.fileno())
         if run is not None:
-            if final.is_dir() and any(final.iterdir()) and not _wrote(run.path, final):
+            if final.is_dir() and any(final.iterdir()) and not _wrote(run.path, Path(path)):
                 raise SystemExit(
-                    f"error: '{final}' now holds another run's results, and they stay; "
+                    f"error: '{path}' now holds another run's results, and they stay; "
                     "start the same command with a new output folder: it goes on from the last checkpoint"
                 )
-            run.note_written(final, _sizes(partial))
+            run.note_written(Path(path), _sizes(partial))
         shutil.rmtree(old, ignore_errors=True)
         if final.is_dir():  # empty, or its writer's own
             final.rename(old)
@@ -192,6 +305,13 @@ def atomic_folder(path: str, run: "RunFolder | None" = None) -> Iterator[Path]:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def follow_umask(folder: Path) -> None:
+    """Give everything in a new folder the folder's own rights: safetensors and tempfile let the owner alone read."""
+    rights = folder.stat().st_mode
+    for path in folder.rglob("*"):
+        path.chmod(rights & (0o7777 if path.is_dir() else 0o666))
 
 
 def _without_nan(content: Any) -> Any:
@@ -210,9 +330,21 @@ def read_metrics(saved: dict[str, float | None]) -> dict[str, float]:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of one."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(_without_nan(content), indent=2, default=str, allow_nan=False) + "\n")
-    partial.replace(path)
+    write_whole(path, json.dumps(_without_nan(content), indent=2, default=str, allow_nan=False) + "\n")
+
+
+def write_whole(path: str | Path, content: str | bytes) -> None:
+    """Write a file so that a reader sees the old one or the new one, never half of one; a link stays a link."""
+    real = Path(os.path.realpath(path))
+    partial = real.with_name(f".{real.name}.partial")
+    real.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.replace(real)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        error.filename = error.filename or str(path)  # a full disk does not name the file
+        raise
 
 
 def _commit() -> str:
@@ -239,11 +371,12 @@ def _flat(args: dict, prefix: str = "") -> dict[str, Any]:
 
 
 def _read_run(path: Path) -> tuple[dict, dict] | None:
-    """Summary and arguments of a run, or None where they are not there or unreadable."""
+    """Summary and arguments of a run, or None where they are not there, unreadable or of another form."""
     try:
-        return json.loads((path / "summary.json").read_text()), json.loads((path / "args.json").read_text())
+        summary, args = (json.loads((path / f"{name}.json").read_text()) for name in ("summary", "args"))
     except (OSError, ValueError):
         return None
+    return (summary, args) if isinstance(args, dict) and isinstance(summary, dict) and "state" in summary else None
 
 
 def differences(saved: dict, now: dict) -> dict[str, tuple]:
@@ -279,7 +412,8 @@ def choose_run_name(args: Any, stage: str, root: str = "runs") -> str:
     if args.run_name:
         return args.run_name
     typed = as_typed(args)
-    for path in sorted(Path(root).glob("*/summary.json"), key=lambda p: p.stat().st_mtime, reverse=True):
+    there = [path for path in Path(root).glob("*/summary.json") if path.exists()]  # not links to nowhere
+    for path in sorted(there, key=lambda p: p.stat().st_mtime, reverse=True):
         found = _read_run(path.parent)
         unfinished = found is not None and found[0].get("state") != "finished" and found[0].get("stage") == stage
         if unfinished and not differences(_read_typed(path.parent), typed) and not _held(path.parent):
@@ -307,14 +441,14 @@ def finished_before(args: Any, stage: str, stamp: int, root: str = "runs") -> di
             print(f"hub:    pushed before: {' @ '.join(json.loads(pushed.read_text()).values())}", flush=True)
         elif args.push_to_hub:
             push(args, stage, stamp)
-    return read_metrics(found[0]["metrics"])
+    return read_metrics(found[0].get("metrics", {}))
 
 
 def _read_typed(path: Path) -> dict:
-    try:
-        return json.loads((path / "typed.json").read_text())
-    except (OSError, ValueError):
-        return {}
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads((path / "typed.json").read_text())
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def _held(path: Path) -> bool:
@@ -351,7 +485,7 @@ class RunFolder:
         self.path, self.typed = Path(root) / args.run_name, typed or asdict(args)
         self.args, self.stage, self.is_main = args, stage, is_main
         self.start, self.seconds_before, self.metrics = time.monotonic(), 0.0, {}
-        self.wandb = None
+        self.wandb, self.held = None, 0
         self.parameters: int | None = None  # of the trained model, once it is there
 
     @staticmethod
@@ -362,11 +496,11 @@ class RunFolder:
             refuse("run_name", repr(args.run_name), "a plain folder name")
         found = _read_run(path)
         if found is None:
-            if (path / "summary.json").exists():
+            if os.path.exists(path / "summary.json"):
                 refuse("run_name", f"'{path}', whose summary.json or args.json is unreadable", "a new run name")
-            if path.exists() and (not path.is_dir() or {p.name for p in path.iterdir()} - BEGUN):
+            if os.path.exists(path) and (not path.is_dir() or {p.name for p in path.iterdir()} - BEGUN):
                 refuse("run_name", f"'{path}', which is not the folder of a run", "a new run name")
-            return refuse_unwritable("run_name", str(path)) if not path.exists() else None
+            return refuse_unwritable("run_name", str(path)) if not os.path.exists(path) else None
         summary, saved = found
         if summary["state"] == "finished":
             refuse("run_name", f"'{path}', which holds a finished run", "a new run name")
@@ -451,6 +585,7 @@ class RunFolder:
     def log(self, update: int, metrics: dict[str, float]) -> None:
         """Append one line to `metrics.jsonl`, and the same numbers to TensorBoard and W&B."""
         self.metrics.update(metrics)
+        self.held = give_back_fragments(self.held)
         if not self.is_main:
             return
         line = {"update": update, **{k: v if math.isfinite(v) else None for k, v in metrics.items()}}
@@ -639,11 +774,22 @@ def save_model(accelerator, run: RunFolder, wrapped, model, tokenizer, path: str
         run: the run that writes it.
         wrapped: what `accelerator.prepare` returned; `model`, or a module that holds it as an attribute.
     """
+    from transformers import GenerationConfig
+
     state = accelerator.get_state_dict(wrapped) or {}  # ZeRO-3 puts it together on rank 0 only
     prefix = next(
         (f"{name}." for name, child in accelerator.unwrap_model(wrapped).named_children() if child is model), ""
     )
     state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    if state:  # DeepSpeed lists tied weights twice, and rounds the heads that compute in float32
+        state = {k: v for k, v in state.items() if k in dict([*model.named_parameters(), *model.named_buffers()])}
+        exact = {name: getattr(p, "master", None) for name, p in model.named_parameters()}
+        state |= {name: master for name, master in exact.items() if master is not None}
+    # the plain class reads a row's reward at its last token that is not this one, so the end-of-text token cannot be it
+    inside = tokenizer.pad_token_id < model.config.vocab_size
+    model.config.pad_token_id = tokenizer.pad_token_id if inside else None
+    if model.can_generate():  # with the ids of the config, and without the base model's habits of sampling
+        model.generation_config = GenerationConfig.from_model_config(model.config)
     if accelerator.is_main_process:
         with run.one_line_for_a_full_disk(), atomic_folder(path, run) as folder:
             model.save_pretrained(folder, state_dict=state)
@@ -683,6 +829,33 @@ def _push_to(api, args, stage: str, stamp: int) -> tuple[str, str]:
     return revision, repo
 
 
+@contextlib.contextmanager
+def drawing(**settings: Any) -> Iterator[None]:
+    """matplotlib with its own defaults and these settings, whatever MPLBACKEND and a matplotlibrc say."""
+    os.environ["MPLBACKEND"] = "agg"  # one that is not installed (a notebook's) would refuse the import
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(settings)
+        yield
+
+
+def new_figure(width: float, height: float):
+    """A figure of so many inches with a canvas of its own; inside `drawing`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    return FigureCanvasAgg(Figure(figsize=(width, height), layout="constrained")).figure
+
+
+def save_figure(figure, path: str | Path, dpi: int) -> None:
+    """Write a PNG, whole or not at all."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=dpi)
+    write_whole(path, image.getvalue())
+
+
 def print_table(table) -> None:
     """Print a `rich.table.Table`; in a log file as wide as its words need, so that none is cut."""
     from rich.console import Console
@@ -696,21 +869,74 @@ def print_table(table) -> None:
     Console(width=120).print(table, crop=False)
 
 
+def on_gpu() -> bool:
+    """Whether the scripts compute on a GPU: there is one, and ACCELERATE_USE_CPU does not say otherwise."""
+    import torch
+    from accelerate.utils import parse_flag_from_env
+
+    return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+
+
+def warn_of_busy_cores() -> None:
+    """Say that other processes need the cores on which this one has threads: threads that wait for a core spin."""
+    import psutil
+    import torch
+
+    threads, mine = torch.get_num_threads(), os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    if threads == 1 or on_gpu():
+        return
+    busy = [share / 100 for i, share in enumerate(psutil.cpu_percent(0.2, percpu=True)) if mine is None or i in mine]
+    idle = len(busy) - sum(busy)
+    if idle < threads - 0.5:
+        print(
+            f"warning: other processes leave {idle:.1f} of {len(busy)} cores to {threads} threads, which slows all of "
+            f"them down many times: start with OMP_NUM_THREADS={max(1, int(idle))}",
+            flush=True,
+        )
+
+
 def keep_freed_memory() -> None:
     """Let the C library keep what is freed: else each large tensor is mapped, zeroed and faulted in again.
 
     glibc's M_MMAP_MAX = 0 and M_TRIM_THRESHOLD = 2 GiB (mallopt(3)), unless the environment sets one of them;
-    elsewhere, and where there are GPUs, nothing happens.
-    """
-    import torch
+    elsewhere, and where a GPU computes, nothing happens. `RunFolder.log` gives back what fragments.
 
+    Also limits what oneDNN, and torch's layer above it, keep of every shape that a product in bf16 ever had: rows of
+    other lengths make new ones all the time, some MB each.
+    """
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(cache, "32")  # read at the first product; a layer's forward and backward pass need 12
     own = os.environ.keys() & {"MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"}
-    if own or torch.cuda.is_available():  # beside GPUs, the memory in which models are loaded is wanted back
+    if own or on_gpu():  # beside GPUs, the memory in which models are loaded is wanted back
         return
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)
         libc.mallopt(-1, 2**31 - 1)
+
+
+def resident_bytes() -> int:
+    """Memory that this process holds now; 0 where Linux's /proc is not there."""
+    with contextlib.suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
+def give_back_fragments(held: int) -> int:
+    """Give free memory back once it has grown by a twentieth, since rows of ever new lengths fragment it.
+
+    Args:
+        held: what the last call returned; 0 at first.
+
+    Returns:
+        Resident bytes to grow from; 0 where memory was given back.
+    """
+    resident = resident_bytes()
+    if not held or resident <= 1.05 * held:
+        return held or resident
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    return 0
 
 
 def quiet_libraries() -> None:

@@ -14,7 +14,6 @@ Dimensions: B rows, Q query tokens, R response tokens, T = Q + R, V vocabulary.
 
 import math
 import os
-import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,11 +22,10 @@ from typing import Literal
 
 import numpy as np
 import torch
-import tyro
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from rich.table import Table
-from transformers import AutoModelForCausalLM, GenerationConfig, get_scheduler
+from transformers import AutoModelForCausalLM, get_scheduler
 from transformers.integrations import unset_hf_deepspeed_config
 
 from summarize_from_feedback_details.check_inputs import (
@@ -43,28 +41,30 @@ from summarize_from_feedback_details.check_inputs import (
     find_stop_id,
     find_tokenizer,
     load_rows,
-    refuse_missing,
+    refuse_bad_weights,
 )
-from summarize_from_feedback_details.checkpoints import Checkpoints, fingerprint, gathered
+from summarize_from_feedback_details.checkpoints import Checkpoints, fingerprint, gathered, update_masters
 from summarize_from_feedback_details.packed_rows import logits_at, pack, packs, read_queries, use_packed_attention
 from summarize_from_feedback_details.run_folder import (
     Progress,
     RunFolder,
     as_typed,
     choose_run_name,
+    command_line,
     finished_before,
     keep_freed_memory,
     leave_group,
     memory_gb,
+    on_gpu,
     print_table,
     push,
     quiet_libraries,
     refuse,
-    refuse_dropped,
     refuse_unwritable,
     save_model,
     stop_if_wanted,
     stop_wanted,
+    warn_of_busy_cores,
 )
 
 INVALID_LOGPROB = 1.0  # stands at positions without a real token; masked wherever numbers are taken
@@ -153,7 +153,7 @@ class Args:
     """rows of one update on one process"""
     batch_size: int | None = None
     """rows of one update on all processes (default: 128, the paper's)"""
-    local_eval_batch_size: int = 8
+    local_eval_batch_size: int = 64
     """rows that one process samples at a time in evaluation"""
 
     # task
@@ -191,7 +191,7 @@ class Args:
 
 def choose_precision(wanted: str) -> str:
     """Name of accelerate's mixed precision ("bf16" or "no") for `auto`, `bf16` or `fp32` on this hardware."""
-    if torch.cuda.is_available():
+    if on_gpu():
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -209,9 +209,10 @@ def choose_precision(wanted: str) -> str:
 def make_accelerator(args) -> Accelerator:
     """The processes of this run. Refuses a launch that is not what the arguments say."""
     # without a handler, DeepSpeed on CPU leaves each process believing that it is the only one
-    alone = torch.cuda.is_available() or args.world_size == 1
-    handlers = [] if alone else [InitProcessGroupKwargs(backend="gloo")]
+    handlers = [] if on_gpu() or args.world_size == 1 else [InitProcessGroupKwargs(backend="gloo")]
     accelerator = Accelerator(mixed_precision=choose_precision(args.precision), kwargs_handlers=handlers)
+    if accelerator.is_main_process:
+        warn_of_busy_cores()
     if accelerator.num_processes != args.world_size:
         refuse("world_size", f"{accelerator.num_processes} connected processes", f"{args.world_size}, as launched")
     plugin = accelerator.state.deepspeed_plugin
@@ -223,6 +224,9 @@ def make_accelerator(args) -> Accelerator:
         if plugin.zero_stage == 3:
             unset_hf_deepspeed_config()  # models are loaded whole; the trained ones are sharded when they are prepared
             plugin.deepspeed_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+        if accelerator.mixed_precision == "bf16" and plugin.zero_stage > 1:  # stage 1 would take another optimiser
+            # Deviates: many small gradients are added up in float32, not in bf16
+            plugin.deepspeed_config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
         # the loops accumulate by hand, so that a short last batch is scaled right
         plugin.deepspeed_config["gradient_accumulation_steps"] = 1
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.local_micro_batch_size
@@ -289,6 +293,7 @@ def train_step(accelerator, model, optimizer, micro_batches, loss_of, max_grad_n
     if not math.isfinite(norm):
         on_bad("gradient", sum(micro_batches, []))
     optimizer.step()
+    update_masters(model)
     optimizer.zero_grad(set_to_none=False)
     return norm
 
@@ -537,7 +542,12 @@ def evaluate_policy(accelerator, model, rows, tokenizer, args, stop_id: int, wha
             queries = pad_rows([strip_pads(q, pad_id) for q in batch["query_token"]], pad_id, "left").to(device)
             noise = episode_noise(args.seed, chosen, device)
             with accelerator.autocast():
-                losses = batch_losses(model, read_rows(batch, pad_id), args.query_loss_weight, packed, device)
+                # as many at a time as in training: logits of all positions need more room than sampling does
+                at_once, given = args.local_micro_batch_size, read_rows(batch, pad_id)
+                losses = torch.cat([
+                    batch_losses(model, given[i : i + at_once], args.query_loss_weight, packed, device)
+                    for i in range(0, len(given), at_once)
+                ])  # fmt: skip
                 responses, _ = sample_responses(
                     model.model, queries, noise, pad_id, stop_id, args.response_length, args.temperature, len(tokenizer)
                 )
@@ -638,7 +648,7 @@ def main(args: Args) -> dict[str, float]:
         policy, loaded = AutoModelForCausalLM.from_pretrained(
             args.base_model, revision=args.base_model_revision, dtype=torch.float32, output_loading_info=True
         )
-        refuse_missing("base_model", args.base_model, loaded["missing_keys"])
+        refuse_bad_weights("base_model", args.base_model, loaded["missing_keys"], policy)
         disable_dropout(policy)
         packed = use_packed_attention(policy)
         if is_main:
@@ -736,7 +746,6 @@ def main(args: Args) -> dict[str, float]:
                 paths.append(run.table(split, found))
                 references[split] = rouge_means(found["reference"], found["reference"])
             run.log(args.num_updates + 1, final)
-        policy.generation_config = GenerationConfig.from_model_config(policy.config)
         save_model(accelerator, run, model, policy, tokenizer, args.output_dir)
         if is_main:
             if args.run_eval:
@@ -771,6 +780,5 @@ def closing_table(metrics: dict[str, float], references: dict[str, dict[str, flo
 
 
 if __name__ == "__main__":
-    refuse_dropped(sys.argv[1:], DROPPED)
-    main(tyro.cli(Args, use_underscores=True))
+    command_line(main, Args, DROPPED)
     leave_group()

@@ -18,7 +18,6 @@ Paper: Huang et al. 2024, section on dataset preprocessing; Stiennon et al. 2020
 """
 
 import copy
-import gzip
 import json
 import os
 import shlex
@@ -34,7 +33,6 @@ from typing import Any, Literal, NamedTuple
 import huggingface_hub
 import numpy as np
 import pyarrow as pa
-import tyro
 from datasets import (
     Dataset,
     DatasetDict,
@@ -43,16 +41,24 @@ from datasets import (
     Value,
     concatenate_datasets,
     disable_progress_bars,
-    load_dataset,
 )
 from datasets.utils import logging as datasets_logging
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer
 
-from summarize_from_feedback_details.check_inputs import find_on_hub
-from summarize_from_feedback_details.run_folder import atomic_folder, refuse, refuse_unwritable, write_json
+from summarize_from_feedback_details.check_inputs import PAD_TOKEN, find_rows, read_tokenizer
+from summarize_from_feedback_details.dataset_files import reason
+from summarize_from_feedback_details.run_folder import (
+    atomic_folder,
+    command_line,
+    drawing,
+    new_figure,
+    refuse,
+    refuse_uncreatable,
+    refuse_unwritable,
+    save_figure,
+    write_json,
+)
 
 CNNDM_BATCHES = ("batch0_cnndm", "cnndm0", "cnndm2")
 SFT_COLUMNS = ("id", "subreddit", "title", "post", "summary")
@@ -107,9 +113,9 @@ class Args:
     base_model: str = "EleutherAI/pythia-1b-deduped"
     """model whose tokenizer is used: hub id or local folder"""
     sft_dataset: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"
-    """posts with reference summaries: hub id, or folder of jsonl or parquet files"""
+    """posts with reference summaries: hub id, or folder of parquet, jsonl or csv files or of `save_to_disk`"""
     preference_dataset: str = "openai/summarize_from_feedback"
-    """human comparisons: hub id, or folder of jsonl or parquet files"""
+    """human comparisons: hub id, or folder of parquet or jsonl files or of `save_to_disk`"""
     preference_config: str = "comparisons"
     """folder inside the hub's `preference_dataset` ("" for its root)"""
     preference_revision: str = "refs/convert/parquet"
@@ -122,6 +128,8 @@ class Args:
     """queries and lengths of CNN/DM"""
     check_length_correctness: bool = True
     """refuse to save unless the longest rows are exactly as long as declared (true for Pythia on the full data)"""
+    allow_empty: bool = False
+    """also take posts whose reference summary is empty or blank, which teach a policy to end at once"""
     debug: bool = False
     """take only the first 100 rows of each split, without that check"""
 
@@ -366,68 +374,19 @@ def features(responses: tuple[str, ...]) -> Features:
 
 
 # --------------------------------------------------------------------------------------------------------- reading
-def reason(error: BaseException) -> str:
-    """An error in one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
 def load_tokenizer(argument: str, name: str) -> tuple[Any, int]:
     """The tokenizer of a model, and the id of the pad token that the stages give it."""
-    expected = "a hub id or folder of a model with its tokenizer"
-    if not os.path.isdir(name):
-        find_on_hub(argument, name, None, "model", expected)
-    try:
-        encoder = AutoTokenizer.from_pretrained(name)
-    except Exception as error:
-        refuse(argument, f"'{name}', whose tokenizer cannot be loaded ({reason(error)})", expected)
-    if encoder.eos_token is None:
-        refuse(argument, f"'{name}', whose tokenizer has no end-of-text token", expected)
+    encoder = read_tokenizer(argument, name)
     # Detail: pad token - a [PAD] of its own, never the end-of-text token
     # Deviates: texts are tokenised without it, so that a post which says "[PAD]" is not full of holes
     padded = copy.deepcopy(encoder)
-    padded.add_special_tokens({"pad_token": "[PAD]"})
+    padded.add_special_tokens({"pad_token": PAD_TOKEN})
     return encoder, padded.pad_token_id
-
-
-def read_jsonl_features(argument: str, folder: str) -> Features | None:
-    """Check the jsonl files of a folder line by line; the columns of all of them together, None without any."""
-    rows = []
-    for path in sorted([*Path(folder).rglob("*.jsonl"), *Path(folder).rglob("*.jsonl.gz")]):
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    refuse(argument, f"{path} line {number}: {reason(error)}", "one JSON object on each line")
-                if not isinstance(row, dict):
-                    refuse(argument, f"{path} line {number}: a {type(row).__name__}", "one JSON object on each line")
-                rows.append(row)
-    names = {name: None for row in rows for name in row}
-    try:
-        # `from_pylist` takes the columns of its first row only: give that one all of them
-        return Features.from_arrow_schema(pa.Table.from_pylist([names, *rows]).schema) if rows else None
-    except (pa.ArrowException, UnicodeError, OverflowError) as error:
-        refuse(argument, f"rows in '{folder}' that differ in type ({reason(error)})", "the same types in each row")
 
 
 def load_raw(argument: str, name: str, data_dir: str = "", revision: str | None = None) -> DatasetDict:
     """Read raw rows from a local folder or the hub."""
-    expected = "a hub id, or a folder of jsonl or parquet files"
-    if os.path.isdir(name):
-        options = {"features": read_jsonl_features(argument, name)}
-    else:
-        if os.path.exists(name):
-            refuse(argument, f"'{name}', which is a file", expected)
-        options = {"data_dir": data_dir or None, "revision": revision}
-        find_on_hub(argument, name, revision, "dataset", expected)
-    try:
-        # a relative name alone could also be that of a builder of the library, such as `json`
-        raw = load_dataset(os.path.abspath(name) if os.path.isdir(name) else name, **options)
-    except Exception as error:
-        offline = " offline" if huggingface_hub.constants.HF_HUB_OFFLINE and not os.path.isdir(name) else ""
-        refuse(argument, f"'{name}', which cannot be read{offline} ({reason(error)})", expected)
+    raw = find_rows(argument, name, revision, data_dir)
     for split, rows in raw.items():
         if len(rows) == 0:
             refuse(argument, f"no rows in the split '{split}' of '{name}'", "at least one row in each split")
@@ -470,6 +429,9 @@ def check_sft_rows(args: Args, raw: DatasetDict) -> None:
     for split, rows in raw.items():
         for where, row in each_row(rows, needed, split):
             check_text("sft_dataset", where, row, [*fields_of(args.tldr_params), "summary"])
+            # Deviates: an empty reference teaches to end at once; the original trains on it
+            if not args.allow_empty and not row["summary"].strip():
+                refuse("sft_dataset", f"an empty or blank `summary` in {where}", "a text, or --allow_empty")
 
 
 def check_comparison_rows(args: Args, raw: DatasetDict) -> None:
@@ -485,7 +447,7 @@ def check_comparison_rows(args: Args, raw: DatasetDict) -> None:
                 refuse(name, f"{found} in `summaries` of {where}", "two")
             for summary in row["summaries"]:
                 check_text(name, f"`summaries` of {where}", summary, ["text", "policy"])
-            if type(row["choice"]) is not int or row["choice"] not in (0, 1):
+            if row["choice"] not in (0, 1):
                 refuse(name, f"choice {row['choice']!r} in {where}", "0 or 1")
             if not isinstance(row["extra"], dict | None):
                 refuse(name, f"{type(row['extra']).__name__} in `extra` of {where}", "an object, or none")
@@ -493,6 +455,9 @@ def check_comparison_rows(args: Args, raw: DatasetDict) -> None:
             confidence = (row["extra"] or {}).get("confidence")
             if confidence is not None and confidence not in range(1, 10):
                 refuse(name, f"confidence {confidence!r} in {where}", "1 to 9, or none")
+        # last: one 0.5 makes fractions of all choices, and is itself what to name
+        if not pa.types.is_integer(rows.data.schema.field("choice").type):
+            refuse(name, f"choice {rows[0]['choice']!r} in row 0 of the split '{split}'", "0 or 1")
 
 
 # --------------------------------------------------------------------------------------------------------- reporting
@@ -508,16 +473,51 @@ class Lengths(NamedTuple):
     response: np.ndarray
     joined: np.ndarray
     declared: tuple[int, int, int]  # query, response, joined
+    doubtful: dict[str, int]  # see count_doubtful
 
 
-def measure_lengths(split: str, rows: Dataset, kind: str, prefix: str, hparams: TaskQueryHParams) -> Lengths:
+def plain(text: str) -> str:
+    """A text with runs of white space as one space, and none around it."""
+    return " ".join(text.split())
+
+
+def posts_of(rows: Dataset, kind: str, name: str) -> list[str]:
+    """The post of each row; `name` is the field that gives way when it is too long."""
+    return [plain(post) for post in (rows[name][:] if kind == "sft" else (info[name] for info in rows["info"][:]))]
+
+
+def count_doubtful(rows: Dataset, kind: str, posts: list[str], trained_on: set[str] | None) -> dict[str, int]:
+    """Rows that are valid but worth a look: texts without a word, pairs without a difference, posts of `train`.
+
+    Args:
+        rows: raw rows of one split.
+        kind: sft, rm.
+        posts: see `posts_of`.
+        trained_on: posts of the split `train`; None for that split itself.
+    """
+    if kind == "sft":
+        texts = [[plain(text)] for text in rows["summary"][:]]
+    else:
+        texts = [[plain(summary["text"]) for summary in pair] for pair in rows["summaries"][:]]
+    found = {"empty_posts": posts.count(""), "empty_summaries": sum(row.count("") for row in texts)}
+    if kind == "rm":
+        found["equal_summaries"] = sum(one == other for one, other in texts)
+    if trained_on is not None:
+        found["posts_of_train"] = sum(post in trained_on for post in posts)
+    return found
+
+
+def measure_lengths(
+    split: str, rows: Dataset, kind: str, prefix: str, hparams: TaskQueryHParams, doubtful: dict[str, int]
+) -> Lengths:
     column = lambda name: np.asarray(rows.data.column(name))
     names = ["reference_response"] if kind == "sft" else ["chosen", "rejected"]
     limits = (getattr(hparams, f"max_{kind}_{what}_length") for what in ("response", "query_response"))
     response = np.concatenate([column(f"{name}_token_len") for name in names])
     joined = np.concatenate([column(f"query_{name}_token_len") for name in names])
     query, truncated = column("query_token_len"), int(column("truncated").sum())
-    return Lengths(split, kind, prefix, len(rows), truncated, query, response, joined, (hparams.length, *limits))
+    declared = (hparams.length, *limits)
+    return Lengths(split, kind, prefix, len(rows), truncated, query, response, joined, declared, doubtful)
 
 
 def summarise(lengths: Lengths) -> dict[str, Any]:
@@ -526,7 +526,7 @@ def summarise(lengths: Lengths) -> dict[str, Any]:
     for name, values, declared in zip(("query", "response", "query_response"), lengths[5:8], lengths.declared):
         found |= {f"{name}_mean": float(values.mean()), f"{name}_max": int(values.max())}
         found[f"{name}_overlong"] = int((values > declared).sum())
-    return found
+    return found | lengths.doubtful
 
 
 def check_lengths(measured: list[Lengths]) -> None:
@@ -547,7 +547,7 @@ def check_lengths(measured: list[Lengths]) -> None:
 def draw_lengths(title: str, measured: list[Lengths], path: Path) -> None:
     """One row of histograms per task, splits on top of each other as densities, the declared maximum as a line."""
     tasks = list(dict.fromkeys(m.prefix for m in measured))
-    figure = Figure(figsize=(14, 4 * len(tasks)), layout="constrained")
+    figure = new_figure(14, 4 * len(tasks))
     grid = figure.subplots(len(tasks), 3, squeeze=False)
     for axes, prefix in zip(grid, tasks):
         group = [m for m in measured if m.prefix == prefix]
@@ -563,7 +563,7 @@ def draw_lengths(title: str, measured: list[Lengths], path: Path) -> None:
         task = {"tldr_params": "Reddit TL;DR", "cnndm_params": "CNN/DM"}[prefix]
         axes[0].set_ylabel(f"{task}\ndensity [1/token]")
     figure.suptitle(title)
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path, dpi=100)
 
 
 def print_table(measured: list[Lengths]) -> None:
@@ -576,8 +576,16 @@ def print_table(measured: list[Lengths]) -> None:
         means = [f"{s[f'{name}_mean']:.1f} / {s[f'{name}_max']}" for name in ("query", "response", "query_response")]
         counts = [s["truncated_queries"], s["response_overlong"], s["query_response_overlong"]]
         table.add_row("sft" if m.kind == "sft" else "comparisons", m.split, f"{m.rows:,}", *means, *map(str, counts))
+    rule = "empty: nothing but white space; equal, in train: the same text but for white space"
+    doubtful = Table(title="rows to look at", caption=rule)
+    for i, name in enumerate(("dataset", "split", "rows", "empty posts", "empty summaries", "equal pairs", "in train")):
+        doubtful.add_column(name, justify="left" if i < 2 else "right", no_wrap=True)
+    for m in measured:
+        names = ("empty_posts", "empty_summaries", "equal_summaries", "posts_of_train")
+        counts = [f"{m.doubtful[name]:,}" if name in m.doubtful else "-" for name in names]
+        doubtful.add_row("sft" if m.kind == "sft" else "comparisons", m.split, f"{m.rows:,}", *counts)
     console = Console()
-    Console(width=None if console.is_terminal else 130).print(table)
+    Console(width=None if console.is_terminal else 130).print(table, doubtful)
 
 
 # ------------------------------------------------------------------------------------------------------------- main
@@ -621,10 +629,7 @@ def check_args(args: Args) -> None:
         refuse("output_dir", f"'{args.output_dir}', which is not empty", f"a new folder{hint}")
     if not ours:
         refuse_unwritable("output_dir", args.output_dir)
-    visuals = Path(args.visuals_dir)
-    blocker = next(p for p in (visuals, *visuals.absolute().parents) if p.exists())
-    if not blocker.is_dir() or not os.access(blocker, os.W_OK):
-        refuse("visuals_dir", f"'{blocker}', which is not a folder to write in", "a folder that can be created")
+    refuse_uncreatable("visuals_dir", args.visuals_dir, "comparisons_token_lengths.png")
 
 
 def tokenise(args: Args, kind: str, raw: DatasetDict, encoder, pad_id: int) -> tuple[DatasetDict, list[Lengths]]:
@@ -635,11 +640,15 @@ def tokenise(args: Args, kind: str, raw: DatasetDict, encoder, pad_id: int) -> t
     }[kind]
     kept = features(("reference_response",) if kind == "sft" else ("chosen", "rejected"))
     done, measured = DatasetDict(), []
+    if args.debug:
+        raw = DatasetDict({split: rows.select(range(min(DEBUG_ROWS, len(rows)))) for split, rows in raw.items()})
+    prefixes = {split: "cnndm_params" if split == "validation_cnndm" else "tldr_params" for split in raw}
+    posts = {s: posts_of(rows, kind, getattr(args, prefixes[s]).truncate_field) for s, rows in raw.items()}
+    trained_on = set(posts.get("train", ())) - {""}
     for split, rows in raw.items():
-        prefix = "cnndm_params" if split == "validation_cnndm" else "tldr_params"
+        prefix = prefixes[split]
         hparams = getattr(args, prefix)
-        if args.debug:
-            rows = rows.select(range(min(DEBUG_ROWS, len(rows))))
+        doubtful = count_doubtful(rows, kind, posts[split], None if split == "train" else trained_on)
         wanted = (*SFT_COLUMNS, *fields_of(hparams)) if kind == "sft" else COMPARISON_COLUMNS
         rows = rows.select_columns(list(dict.fromkeys(wanted)))
         try:
@@ -657,7 +666,7 @@ def tokenise(args: Args, kind: str, raw: DatasetDict, encoder, pad_id: int) -> t
         except ValueError as error:
             where = f"the split '{split}' of --{name} {' '.join(getattr(error, '__notes__', ()))}"
             refuse(f"{prefix}.length", f"{reason(error)} {where}", f"room for more than {hparams.length} tokens")
-        measured.append(measure_lengths(split, rows, kind, prefix, hparams))
+        measured.append(measure_lengths(split, rows, kind, prefix, hparams, doubtful))
         done[split] = rows.remove_columns(["truncated", "query_token_len"] if kind == "sft" else ["truncated"])
     return done, measured
 
@@ -752,10 +761,10 @@ def main(args: Args) -> dict[str, Any]:
         **{name: {m.split: summarise(m) for m in group} for name, group in measured.items()},
     }
     paths = save(args, done, summary)
-    os.makedirs(args.visuals_dir, exist_ok=True)
     for name, group in measured.items():
         paths.append(os.path.join(args.visuals_dir, f"{name}_token_lengths.png"))
-        draw_lengths(f"{name}: token lengths", group, Path(paths[-1]))
+        with drawing():
+            draw_lengths(f"{name}: token lengths", group, Path(paths[-1]))
     if args.push_to_hub:
         paths += push(args, done, entity)
     print("written:", *paths, sep="\n  ")
@@ -763,4 +772,4 @@ def main(args: Args) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    command_line(main, Args)

@@ -17,6 +17,7 @@ The schemas are those of Stiennon et al. (2020); everything after this script is
 import contextlib
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -29,7 +30,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, trainers
@@ -37,7 +37,7 @@ from tokenizers.models import BPE
 from torch.nn import functional as F
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast, set_seed
 
-from summarize_from_feedback_details.run_folder import atomic_folder, refuse, refuse_unwritable
+from summarize_from_feedback_details.run_folder import atomic_folder, command_line, refuse, refuse_unwritable
 
 # ----------------------------------------------------------------------------------------------------------- lengths
 # Tokens, EOS included: what to pass to `tldr_dataset.py` and to the stages. Every row fits; `main` checks it.
@@ -541,7 +541,7 @@ def check(args: Args) -> None:
 
 def is_there(folder: Path, argument: str, made_with: dict[str, Any], overwrite: bool) -> bool:
     """Whether a folder holds just what would be written. Refuses a folder that holds anything else."""
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not os.path.isdir(folder) or not any(folder.iterdir()):
         refuse_unwritable(argument, str(folder))
         return False
     try:
@@ -667,4 +667,4 @@ def main(args: Args) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    command_line(main, Args)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import datasets
@@ -29,6 +30,17 @@ READ = {
     ("reward", "query_dataset"): ("query_token", ROWS),
     ("ppo", "query_dataset"): ("query_token", "reference_response_token"),
 }
+# what a config.json may ask for: changes, and what is said
+CONFIGS = {
+    "custom": ({"model_type": "xyz", "auto_map": {"AutoConfig": "xyz.XyzConfig"}}, "with code of its own (auto_map)"),
+    "unknown": ({"model_type": "xyz"}, "of model type xyz; expected an architecture that transformers holds"),
+    "four_bits": ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+                  "quantised (bitsandbytes); expected weights in full"),
+    "attention": ({"attn_implementation": "flash_attention_9"}, "which cannot be built (ValueError: Specified `attn_"),
+    "heads": ({"num_attention_heads": 5}, "divisible by the number of attention heads"),
+}  # fmt: skip
+if find_spec("flash_attn") is None:
+    CONFIGS["flash"] = ({"attn_implementation": "flash_attention_2"}, "package for FlashAttention2 doesn't seem to be")
 
 
 def rewrite(source: str, folder: Path, change, drop: str | None = None) -> str:
@@ -123,6 +135,14 @@ def bad(world, tmp_path_factory):
                 tokenizer.add_tokens(["zebra"])
                 tokenizer.save_pretrained(folder)
             found[f"{name}_{fault}"] = str(folder)
+        for fault, (change, _) in CONFIGS.items():
+            shutil.copytree(source, root / f"{name}_{fault}")
+            config = root / f"{name}_{fault}" / "config.json"
+            config.write_text(json.dumps(json.loads(config.read_text()) | change))
+            found[f"{name}_{fault}"] = str(config.parent)
+    shutil.copytree(world.sft, root / "pad_is_eos")
+    AutoTokenizer.from_pretrained(world.sft, eos_token="[PAD]").save_pretrained(root / "pad_is_eos")
+    found["pad_is_eos"] = str(root / "pad_is_eos")
     for name, change in (("scalar", {}), ("scalar_vocabulary", {"vocab_size": 77})):  # as the original wrote them
         shutil.copytree(world.reward, root / name)
         base = json.loads((root / name / "config.json").read_text()) | change
@@ -176,6 +196,8 @@ def checkpoint_cases(stage: str, argument: str, kind: str):
         yield stage, argument, lambda w, b: b["Mamba"], "does not sample from keys and values alone"
         yield stage, argument, lambda w, b: b["RecurrentGemma"], "does not sample from keys and values alone"
         yield stage, argument, lambda w, b: b["scalar"], "a ScalarModel"
+        if argument == "base_model":
+            yield stage, argument, lambda w, b: b["pad_is_eos"], "whose end-of-text token is [PAD]"
     else:
         yield stage, argument, lambda w, b: b["scalar_vocabulary"], "vocabulary of 77"
     if argument != "base_model" or stage == "sft":  # which reads no row otherwise
@@ -188,7 +210,7 @@ def checkpoint_cases(stage: str, argument: str, kind: str):
         "shard": "without",
         "lone_shard": "without model.safetensors, with model-00001-of-00002.safetensors alone",
         "adapter": "without model.safetensors, with adapter_model.safetensors alone",
-    }
+    } | {fault: words for fault, (_, words) in CONFIGS.items()}
     if kind == "reward":
         expected |= {"two_labels": "a classifier of 2 labels", "no_head": "without the weights score.weight"}
     if argument != "base_model":
@@ -372,6 +394,25 @@ def test_a_checkpoint_without_some_weights(stage, argument, world, workdir, caps
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert stopped.value.code == 2 and not (workdir / "model").exists()
     assert error.startswith(f"error: --{argument}: found 'partial' without the weights gpt_neox.layers.0.mlp"), error
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "stage, argument",
+    [("sft", "base_model"), ("reward", "sft_model_path"), ("ppo", "sft_model_path"), ("ppo", "reward_model_path")],
+)
+def test_a_checkpoint_with_a_weight_that_is_not_finite(stage, argument, number, world, workdir, capsys):
+    """One number of a token that no row may hold is enough; known when the model is read, before training."""
+    shutil.copytree(world.reward if argument == "reward_model_path" else world.sft, "broken")
+    weights = load_file("broken/model.safetensors")
+    weights["gpt_neox.embed_in.weight"][-1, -1] = number
+    save_file(weights, "broken/model.safetensors", {"format": "pt"})
+    with pytest.raises(SystemExit) as stopped:
+        MODULES[stage].main(getattr(world, f"{stage}_args")(workdir / "model", **{argument: "broken"}))
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stopped.value.code == 2 and not (workdir / "model").exists()
+    found = "found 'broken' with numbers that are not finite in gpt_neox.embed_in.weight; expected"
+    assert error.startswith(f"error: --{argument}: {found}"), error
 
 
 # what the original's command lines may hold (its Args of 2024) and these scripts do not

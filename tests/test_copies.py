@@ -11,7 +11,7 @@ import pytest
 from conftest import OFFLINE, ROOT, STAGES
 
 SCRIPTS = ["tldr_dataset.py", "toy_tldr.py", "sft.py", "reward.py", "ppo_left_padding.py"]
-PLUMBING = {"run_folder", "checkpoints", "check_inputs", "packed_rows"}  # nothing of RLHF
+PLUMBING = {"run_folder", "checkpoints", "check_inputs", "packed_rows", "dataset_files"}  # nothing of RLHF
 OWN = {"main", "check_args", "report", "evaluate_policy", "Args", "read_rows"}  # each stage's own
 
 

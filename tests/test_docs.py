@@ -265,10 +265,23 @@ def test_every_departure_of_the_code_has_a_row():
     assert [row[0] for row in DEPARTURES] == [str(i) for i in range(1, len(DEPARTURES) + 1)] and len(DEPARTURES) >= 14
 
 
-def test_tests_named_in_the_text_exist():
+@pytest.mark.parametrize("document", ["README.md", "docs/testing.md"])
+def test_tests_named_in_the_text_exist(document):
     defined = set(re.findall(r"^def (test_\w+)", "".join(p.read_text() for p in (ROOT / "tests").glob("*.py")), re.M))
-    named = {word for word in ticked(README) if re.fullmatch(r"test_\w+", word)}
+    text = (ROOT / document).read_text()
+    named = {word for word in ticked(text) if re.fullmatch(r"test_\w+", word)}
     assert len(named) > 30 and named <= defined, named - defined
+    assert all((ROOT / word).exists() for word in ticked(text) if re.fullmatch(r"tests/[\w.]+", word))
+
+
+def test_every_mutation_names_its_file_and_the_tests_that_notice_it():
+    """The table of docs/testing.md, whose length the text says."""
+    text = (ROOT / "docs/testing.md").read_text()
+    rows = table(text.split("## Mutations")[1])
+    assert f"{len(rows)} mutations" in text and len(rows) > 50
+    for file, what, tests in rows:
+        assert all((STAGES / name).exists() for name in ticked(file)) and ticked(file), file
+        assert what and ticked(tests), what
 
 
 # ----------------------------------------------------------------------------------------------------------- metrics

@@ -47,7 +47,8 @@ def hello(folder, timeout=400, **variables):
 @pytest.mark.slow
 def test_smoke_run_then_another_ppo_killed_on_its_way(copy):
     """All stages for real; which of them run again, and when, is asked below of the script alone."""
-    done = hello(copy, SMOKE="1")
+    # as a notebook's terminal has it: matplotlib itself would refuse a backend that is not installed
+    done = hello(copy, SMOKE="1", MPLBACKEND="module://matplotlib_inline.backend_inline")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "will take about" in done.stdout and "What each stage reached" in done.stdout
     numbers = pandas.read_csv(copy / "eval/reports/smoke_seed1.csv", index_col="metric")["smoke_seed1"]
@@ -80,6 +81,11 @@ def test_smoke_run_then_another_ppo_killed_on_its_way(copy):
     report = pandas.read_csv(copy / "eval/reports/smoke_seed1_kl0.2_ppo.csv", index_col="metric")["smoke_seed1"]
     assert report["ppo/win_rate_gain_low"] <= report["ppo/win_rate_gain"] <= report["ppo/win_rate_gain_high"]
     assert (copy / "models/smoke_seed1/ppo/model.safetensors").read_bytes() == weights
+    umask = os.umask(0o022)
+    os.umask(umask)
+    made = [p for top in ("runs", "models", "data", "eval/reports", "dataset_visuals") for p in (copy / top).rglob("*")]
+    rights = {p: p.stat().st_mode & 0o666 for p in made if p.is_file()}
+    assert len(rights) > 50 and set(rights.values()) == {0o666 & ~umask}
     # the tables in the log are whole
     assert all(f"smoke_seed1_{name}" in done.stdout for name in ("sft", "ppo")) and "…" not in done.stdout
 
@@ -308,6 +314,34 @@ def test_a_batch_that_does_not_divide_is_refused(project, gpus, variables, messa
     done, calls = project.hello(gpus, **{"MODEL": "EleutherAI/pythia-1b-deduped"} | variables)
     assert done.returncode == 2 and calls == [] and project.tree() == {}
     assert done.stderr.startswith(message) and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "gpus, size, gpu_gb, added",
+    [
+        (8, "6.9b", "80", {"ppo": "--offload"}),
+        (8, "6.9b", "800", {}),
+        (1, "1b", "80", {"ppo": "--offload"}),
+        (0, "6.9b", "80", {}),  # host memory is not looked at
+        (8, "12b", "80", None),
+    ],
+)
+def test_what_the_gpus_hold(project, gpus, size, gpu_gb, added):
+    """PPO gets --offload where it does not fit without, in a line; what does not fit at all is refused before SFT."""
+    shutil.copytree(ROOT / "benchmark", project.folder / "benchmark")
+    shutil.copy(ROOT / "deepspeed.yaml", project.folder)
+    stub = (project.folder / "python").read_text().split("\n", 1)
+    real = f'if [ "$1" = benchmark/memory.py ]; then exec {sys.executable} "$@"; fi'
+    (project.folder / "python").write_text(f"{stub[0]}\n{real}\n{stub[1]}")
+    done, calls = project.hello(gpus, MODEL=f"EleutherAI/pythia-{size}", REPORT="0", GPU_GB=gpu_gb)
+    if added is None:
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and calls == [] and project.tree() == {}
+        assert done.stderr.startswith(f"error: GPU_GB: found {gpu_gb}, and ppo with pythia-{size} takes 149 GB")
+        return
+    assert done.returncode == 0 and stages_of(calls) == list(PAPER), done.stderr
+    found = {stage: call[-1] for stage, call in zip(PAPER, calls) if not call[-1].isdigit()}
+    assert found == added
+    assert ("so it is added" in done.stdout) == bool(added)
 
 
 @pytest.mark.parametrize("gpus", [8, 2])

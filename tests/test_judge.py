@@ -24,6 +24,8 @@ import pandas
 import pytest
 from conftest import OFFLINE, ROOT
 from scipy.special import expit
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
 sys.path.insert(0, str(ROOT / "eval"))
 import judge
@@ -392,20 +394,19 @@ def test_a_thousand_questions_killed_twice(server, tmp_path):
 
 def test_unreadable_answers_are_counted_apart(server, tmp_path):
     table = make_table(tmp_path / "policy.jsonl.parquet", 12)
-    for fault, asks in (("both", 3), ("too long", 1)):
-        server.always = fault
-        done = run_judge(table, server, tmp_path, name=fault.replace(" ", "_"), model=fault)
-        assert done.returncode == 0, done.stderr[-2000:]
-        report = json.loads(next(tmp_path.glob(f"*/judge/{fault.replace(' ', '_')}/report.json")).read_text())
-        assert report["unreadable"] == 12 and report["win_rate"]["mean"] is None
-        assert set(server.log["asked"].values()) == {asks}
-        server.log["asked"].clear()
+    server.always = "both"
+    done = run_judge(table, server, tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads(next(tmp_path.glob("*/judge/judge/report.json")).read_text())
+    assert report["unreadable"] == 12 and report["failed"] == 0 and report["win_rate"]["mean"] is None
+    assert set(server.log["asked"].values()) == {3}
 
 
 def test_two_processes_share_a_cache(server, tmp_path):
     table = make_table(tmp_path / "policy.parquet", 60)
     server.never, server.delay = FAULTS, 0.02
-    start = [command(table, server, tmp_path, output_dir=tmp_path / f"out{i}", concurrency=4) for i in range(2)]
+    settings = {"concurrency": 4, "timeout": 60}
+    start = [command(table, server, tmp_path, output_dir=tmp_path / f"out{i}", **settings) for i in range(2)]
     processes = [subprocess.Popen(c, env=os.environ | OFFLINE, stdout=subprocess.PIPE, text=True) for c in start]
     sent = [int(p.communicate(timeout=120)[0].split(" requests sent")[0].split("\n")[-1]) for p in processes]
     assert [p.returncode for p in processes] == [0, 0]
@@ -456,11 +457,11 @@ def test_claims_of_the_dead_are_free(tmp_path):
 def test_the_budget_is_kept_and_the_rest_goes_on(server, tmp_path):
     table = make_table(tmp_path / "policy.parquet", 30)
     server.never = FAULTS
-    first = run_judge(table, server, tmp_path, max_requests=25, concurrency=8, price_in=0.5, price_out=1.5)
+    first = run_judge(table, server, tmp_path, max_requests=25, concurrency=8, price_in=0.5, price_out=1.5, timeout=60)
     assert first.returncode == 1 and "US dollars" in first.stdout
     assert first.stderr.startswith("error: --max_requests: the 25 requests are spent; 25 of 60 questions are answered")
     assert sum(server.log["asked"].values()) == 25 and not (tmp_path / "policy").exists()
-    second = run_judge(table, server, tmp_path)
+    second = run_judge(table, server, tmp_path, timeout=60)
     assert second.returncode == 0 and "\n35 requests sent" in second.stdout
     assert set(server.log["asked"].values()) == {1}
 
@@ -471,7 +472,7 @@ def test_a_server_that_stays_broken_stops_everything(server, tmp_path):
     done = run_judge(table, server, tmp_path, max_attempts=3)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "3 attempts failed" in done.stderr and "0 of 60 questions" in done.stderr
-    assert sum(server.log["asked"].values()) == 3  # one question only
+    assert sum(server.log["asked"].values()) == 3  # one attempt at each of three questions
 
 
 def test_retry_after_is_obeyed_by_all(server):
@@ -506,8 +507,6 @@ def test_transformers_serve(world, tmp_path):
         port = s.getsockname()[1]
     serve = [str(Path(sys.executable).parent / "transformers"), "serve", "--host", "127.0.0.1", "--port", str(port)]
     log = open(tmp_path / "serve.log", "w")  # noqa: SIM115
-    from transformers import AutoTokenizer
-
     chat = shutil.copytree(world.sft, tmp_path / "chat")
     tokenizer = AutoTokenizer.from_pretrained(chat)
     tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
@@ -617,6 +616,50 @@ def test_reward_model_as_judge(world, runs, tmp_path):
     assert report["agreement"]["share"]["mean"] == 1.0
 
 
+ADDED = {
+    "BOS": "<|endoftext|> $A",
+    "EOS": "$A <|endoftext|>",
+    "both": "<|endoftext|> $A <|endoftext|>",
+    "neither": "$A",
+}
+
+
+@pytest.mark.parametrize("added", ADDED)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_reward_judge_adds_no_tokens_of_the_tokenizers_own(added, side, world, runs, tmp_path):
+    """Llama's adds BOS, others EOS: the judge reads the tokens that PPO's table, the data and the viewer hold."""
+    folder = shutil.copytree(world.reward, tmp_path / "reward")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = " it says [PAD] here"  # no hole in a text
+    plain = [AutoTokenizer.from_pretrained(world.base)(text)["input_ids"]]
+    assert plain != [tokenizer(text)["input_ids"]]
+    eos = [("<|endoftext|>", tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=ADDED[added], special_tokens=eos)
+    tokenizer.padding_side = side
+    tokenizer.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert len(tokenizer("")["input_ids"]) == ADDED[added].count("<")
+    assert judge.tokenise(tokenizer, [text]) == plain
+    args = judge.Args(run=("chain_ppo",), judge="reward", reward_model=str(folder), runs_dir=str(runs),
+                      output_dir=str(tmp_path), bootstrap=50, num_rows=20)  # fmt: skip
+    judge.main(args)
+    verdicts = pandas.read_parquet(next(tmp_path.rglob("verdicts.parquet")))
+    assert np.abs(verdicts["score"] - verdicts["rm_score"]).max() < 1e-4
+    assert np.abs(verdicts["reference_score"] - verdicts["rm_reference_score"]).max() < 1e-4
+
+
+def test_a_response_that_was_cut_off_has_no_end_in_any_container(world, tmp_path):
+    """`False` in a csv with a hole is text, and still false."""
+    from summarize_from_feedback_details.ppo_left_padding import load_reward_model
+
+    tokenizer = AutoTokenizer.from_pretrained(world.reward)
+    pairs = pandas.DataFrame({"query": ["q", "q"], "response": ["my vase"] * 2, "reference": ["a"] * 2})
+    model, bias = load_reward_model(world.reward)
+    typed = judge.judge_by_reward(pairs.assign(has_eos=[False, True]), model, bias, tokenizer, 4)
+    text = judge.judge_by_reward(pairs.assign(has_eos=["False", ""]), model, bias, tokenizer, 4)
+    assert typed.equals(text) and typed["score"][0] != typed["score"][1]
+
+
 @pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl"])
 def test_tables_of_any_kind(suffix, tmp_path):
     rows = pandas.read_parquet(make_table(tmp_path / "source.parquet", 4))
@@ -627,6 +670,33 @@ def test_tables_of_any_kind(suffix, tmp_path):
     write(path)
     found = judge.read_table("run", path)
     assert found[["query", "response", "reference"]].equals(rows) and found["copy"].tolist() == [0] * 4
+
+
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+def test_texts_stay_texts(bom, tmp_path):
+    """What looks like a number, a date or a truth value is none; a BOM is no part of the first name."""
+    texts = ["12", "0012", "1e5", "true", "NaN", "", "2020-01-01", "a\u2028b\x85c", "[PAD]", "12345678901234567890123"]
+    rows = [{"query": "7", "response": text, "reference": text, "date": "1", "id": 2**80} for text in texts]
+    (tmp_path / "t.jsonl").write_bytes(bom + "\r\n".join(json.dumps(r, ensure_ascii=False) for r in rows).encode())
+    (tmp_path / "t.csv").write_bytes(bom + pandas.DataFrame(rows).to_csv(index=False).encode())
+    for name in ("t.jsonl", "t.csv"):
+        found = judge.read_table("run", tmp_path / name)
+        assert found["response"].tolist() == found["reference"].tolist() == texts and set(found["query"]) == {"7"}
+
+
+@pytest.mark.parametrize("line, words", [
+    (b'{"query": "q", "response": "\\ud83d", "reference": "r"}', "line 2 holds half a character"),
+    (b'{"query": "q", "response": 12, "reference": "r"}', "row 1 has no text"), (b'{"query": "q", "res', "line 2: "),
+    (b'{"query": "q", "response": "\xff", "reference": "r"}', "cannot be read"), (b"12", "line 2: "),
+])  # fmt: skip
+def test_lines_that_are_no_rows(line, words, tmp_path, capsys):
+    """Half a character was an empty text for pandas' reader."""
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(b'{"query": "q", "response": "r", "reference": "r"}\n' + line + b"\n")
+    with pytest.raises(SystemExit) as stop:
+        judge.read_table("run", path)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and words in error and str(path) in error and error.count("\n") == 1, error
 
 
 def test_csv_of_numbers_and_holes(tmp_path):

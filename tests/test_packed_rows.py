@@ -75,6 +75,44 @@ def test_an_architecture_that_ignores_positions_is_noticed():
     assert not use_packed_attention(model) and model.config._attn_implementation == "sdpa"
 
 
+class Fails(torch.nn.Module):
+    """A trunk that raises an error: where rows are packed, where one row stands alone, or always."""
+
+    def __init__(self, trunk, error: Exception, fails_on):
+        super().__init__()
+        self.trunk, self.error, self.fails_on = trunk, error, fails_on
+
+    def forward(self, input_ids, **inputs):
+        if self.fails_on(inputs | {"input_ids": input_ids}):
+            raise self.error
+        return self.trunk(input_ids, **inputs)
+
+
+@pytest.mark.parametrize("error", [AttributeError, RuntimeError, NotImplementedError, KeyError, TypeError])
+@pytest.mark.parametrize(
+    "fails_on", [lambda i: "pieces" in i, lambda i: len(i["input_ids"]) == 1], ids=["packed", "alone"]
+)
+def test_an_architecture_that_fails_falls_back_to_padded_rows(error, fails_on):
+    from test_ppo_left_padding import tiny_policy
+
+    model = tiny_policy("gpt2").train()
+    model.transformer = Fails(model.transformer, error("no"), fails_on)
+    assert not use_packed_attention(model) and model.config._attn_implementation == "sdpa" and model.training
+    inputs, _ = pack(ROWS, packs(model), "cpu")
+    assert logits_at(model, inputs, torch.tensor([4])).isfinite().all()
+
+
+def test_an_architecture_that_reads_nothing_says_so():
+    from test_ppo_left_padding import tiny_policy
+
+    model = tiny_policy("gpt2")
+    model.transformer = Fails(model.transformer, RuntimeError("sizes\ndo not match"), lambda i: True)
+    with pytest.raises(
+        SystemExit, match=r"^error: a GPT2LMHeadModel that cannot read .* \(RuntimeError: sizes do not match\)$"
+    ):
+        use_packed_attention(model)
+
+
 @pytest.mark.parametrize("kind", ["mistral", "gemma3"])
 def test_a_sliding_window_is_kept_in_packed_rows(kind):
     """Rows, and a piece that continues another, beyond the window: what each row gives by itself, gradients too."""

@@ -16,9 +16,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 sys.path.insert(0, str(ROOT / "eval"))
+import hello_report
 import read_runs
 import rlhf_scaling_plot
 import sft_rm_scale
+
+from summarize_from_feedback_details.run_folder import command_line
 
 T_3 = 4.302652729911275  # Student's t, 97.5 %, 2 degrees of freedom: three seeds
 STAGE_OF = {"sft": "sft", "reward": "reward", "ppo": "ppo_left_padding"}
@@ -475,9 +478,13 @@ def project(tmp_path):
 
 
 @pytest.mark.parametrize("script, where", [("sft_rm_scale.py", "eval"), ("rlhf_scaling_plot.py", ".")])
-def test_the_readme_s_commands(project, script, where):
+def test_the_readme_s_commands(project, script, where, tmp_path_factory):
+    """Whatever a notebook's environment and a matplotlibrc that wants LaTeX say."""
+    settings = tmp_path_factory.mktemp("matplotlib")
+    (settings / "matplotlibrc").write_text("text.usetex: True\nbackend: tkagg\nfont.family: no such font\n")
+    env = {"MPLCONFIGDIR": str(settings), "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     cwd = project / where
-    done = start(script if where == "eval" else f"eval/{script}", cwd=cwd)
+    done = start(script if where == "eval" else f"eval/{script}", cwd=cwd, **env)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert (project / "eval/images" / script.replace(".py", ".csv")).exists()
@@ -491,6 +498,89 @@ def test_importing_does_nothing(tmp_path):
         [sys.executable, "-c", code, str(ROOT / "eval")], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0 and done.stdout == done.stderr == "", done.stderr
+
+
+def break_run(folder: Path, how: str) -> None:
+    """What an older version, a kill, or a full disk leaves of a run."""
+    metrics, lines = folder / "metrics.jsonl", (folder / "metrics.jsonl").read_text().splitlines()
+    edit = lambda name, change: (folder / name).write_text(json.dumps(change(json.loads((folder / name).read_text()))))
+    if how == "half a last line":
+        metrics.write_text("\n".join(lines)[:-20])
+    elif how == "zeros at the end":
+        metrics.write_bytes(metrics.read_bytes() + bytes(100))
+    elif how == "no lines":
+        metrics.write_text("")
+    elif how == "no metrics.jsonl":
+        metrics.unlink()
+    elif how == "KL all null":
+        metrics.write_text("".join(json.dumps(json.loads(s) | {"objective/kl": None}) + "\n" for s in lines))
+    elif how == "names of an older version":
+        metrics.write_text("".join(json.dumps({"step": 1, "objective/kl": 1.0}) + "\n" for _ in lines))
+        edit("summary.json", lambda s: {"stage": s["stage"], "state": s["state"]})
+        edit("args.json", lambda a: {"seed": "1", "base_model": None})
+    elif how == "words for numbers":
+        metrics.write_text("".join(json.dumps({"update": "x", "objective/kl": "y"}) + "\n7\n" for _ in lines))
+    elif how == "no summary":
+        (folder / "summary.json").write_text('{"stage": ')
+    elif how == "another form":
+        (folder / "args.json").write_text("[]")
+
+
+UNREADABLE = ("no summary", "another form")
+
+
+@pytest.mark.parametrize("how", ["half a last line", "zeros at the end", "no lines", "no metrics.jsonl", "KL all null",
+                                 "names of an older version", "words for numbers", *UNREADABLE])  # fmt: skip
+def test_broken_and_older_runs(runs, workdir, capsys, how):
+    """The report says "-" for what is not there, or in one line what it cannot read; the figures list the run."""
+    write_run(runs, "a_sft", "sft", final=sft_final(0.2), lines=[{"update": 1, "train/sft/loss": 2.0}] * 9)
+    write_run(runs, "a_reward", "reward", lines=[{"update": 1, "train/rm/accuracy": 0.6}] * 9)
+    for name in ("a_ppo", "whole_ppo"):
+        ppo_run(runs, name)
+    for name in ("a_sft", "a_reward", "a_ppo"):
+        break_run(runs / name, how)
+    report = hello_report.Args(chains=("a",), runs_dir=str(runs), output_dir=str(workdir / "out"))
+    if how in UNREADABLE:
+        with pytest.raises(SystemExit) as stopped:
+            hello_report.main(report)
+        said = capsys.readouterr().err
+        assert stopped.value.code == 2 and said.count("\n") == 1 and not (workdir / "out").exists()
+        assert said.startswith(f"error: --chains: found '{runs}/a_sft', which cannot be read (")
+    else:
+        numbers = hello_report.main(report)["a"]
+        kept = how in ("half a last line", "zeros at the end", "names of an older version")
+        assert numbers["ppo/kl_last"] > 0 if kept else math.isnan(numbers["ppo/kl_last"])
+        assert (workdir / "out/a.md").exists() and (workdir / "out/a.png").exists()
+    for script in (sft_rm_scale, rlhf_scaling_plot):
+        rows, _ = draw(script, runs)
+    assert "whole_ppo" in set(rows["training_curves"]["run"].dropna())
+    listed = rows["training_curves"].query("run == 'a_ppo'")
+    assert len(listed) and (how not in UNREADABLE or listed["reason"].str.startswith("unreadable").all())
+
+
+def test_a_full_disk_is_one_line(runs, tmp_path, monkeypatch):
+    """Of a figure: what was there before stays whole, and nothing half-written lies beside it."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(disk)]
+    if (done := subprocess.run(mount, capture_output=True, text=True)).returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+    try:
+        ppo_run(runs, "a_ppo")
+        words = ["--runs_dir", str(runs), "--output_dir", str(disk / "images")]
+        monkeypatch.setattr(sys, "argv", ["rlhf_scaling_plot.py", *words])
+        command_line(rlhf_scaling_plot.main, rlhf_scaling_plot.Args)
+        before = {p.name: p.read_bytes() for p in (disk / "images").iterdir()}
+        free = os.statvfs(disk)
+        (disk / "filler").write_bytes(bytes((free.f_bavail - 2) * free.f_frsize))  # room for the try before, no more
+        ppo_run(runs, "b_ppo", n=300)
+        with pytest.raises(SystemExit) as stopped:
+            command_line(rlhf_scaling_plot.main, rlhf_scaling_plot.Args)
+        said = str(stopped.value.code)
+        assert said.startswith(f"error: {disk}/images/rlhf_scaling_plot.csv cannot be written: No space left on device")
+        assert {p.name: p.read_bytes() for p in (disk / "images").iterdir()} == before
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 BAD = {

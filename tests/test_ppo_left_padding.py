@@ -77,7 +77,7 @@ def tiny_config(name: str):
             vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_range=0.2
         ),
         "opt": lambda: OPTConfig(
-            **sizes, ffn_dim=64, max_position_embeddings=128, word_embed_proj_dim=32, init_std=0.2
+            **sizes, ffn_dim=64, max_position_embeddings=128, word_embed_proj_dim=32, init_std=0.2, pad_token_id=None
         ),
     }[name]()
 
@@ -318,6 +318,62 @@ def test_generalised_advantages_by_hand():
     assert generalised_advantages(rewards, values, 1.0, 0.5).tolist() == [[0.0 + 0.25 - 0.5 + 0.5 * last, last]]
 
 
+@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.8), (0.8, 0.9), (0.9, 0.0), (0.5, 1.0)])
+def test_discounted_advantages_by_hand(gamma, lam):
+    """A[t] is the sum over k of (gamma lambda)^k delta[t + k]; at lambda 1, A + V is the discounted sum of rewards."""
+    torch.manual_seed(0)
+    responses, values = torch.tensor([[5, 6, 7, EOS]]), torch.randn(1, 4)
+    args = SimpleNamespace(
+        ppo=PpoHParams(gamma=gamma, lam=lam, kl_coef=1.0), non_eos_penalty=True, penalty_reward_value=-1.0
+    )
+    adv = compute_advantages(responses, *torch.randn(2, 1, 4), values, torch.tensor([3.0]), PAD, EOS, args)
+    r, v = adv.rewards[0].tolist(), [*values[0].tolist(), 0.0]  # after the last token nothing is worth anything
+    deltas = [r[t] + gamma * v[t + 1] - v[t] for t in range(4)]
+    expected = [sum((gamma * lam) ** k * deltas[t + k] for k in range(4 - t)) for t in range(4)]
+    found = adv.returns - adv.values  # before whitening
+    torch.testing.assert_close(found[0], torch.tensor(expected), rtol=0, atol=1e-5)
+    if lam == 1.0:
+        sums = [sum(gamma**k * r[t + k] for k in range(4 - t)) for t in range(4)]
+        torch.testing.assert_close(adv.returns[0], torch.tensor(sums), rtol=0, atol=1e-5)
+
+
+def test_metrics_of_a_rollout_by_hand():
+    """Two episodes, one of them ended: sums over real tokens, and over the position after EOS where values count."""
+    responses = torch.tensor([[5, EOS, PAD, PAD], [5, 6, 7, 8]])
+    logprobs = torch.tensor([[-1.0, -2.0, -9.0, -9.0], [-1.0, -1.0, -1.0, -3.0]])
+    ref = torch.tensor([[-1.5, -2.5, -7.0, -7.0], [-2.0, -1.0, -2.0, -3.0]])
+    values = torch.tensor([[1.0, 2.0, 4.0, 9.0], [0.0, 0.0, 1.0, 2.0]])
+    args = SimpleNamespace(ppo=PpoHParams(kl_coef=0.5), non_eos_penalty=True, penalty_reward_value=-1.0)
+    adv = compute_advantages(responses, logprobs, ref, values, torch.tensor([3.0, 8.0]), PAD, EOS, args)
+    found = ppo.rollout_metrics(adv)
+    expected = {
+        "scores": 1.0, "scores_std": 2.0,  # 3, and -1 without EOS
+        "kl": 1.5, "kl_standard_error": 0.5 / math.sqrt(2),  # 1 and 2 nats
+        "entropy": 4.5, "non_score_reward": -0.75, "score_total": 0.25, "eos_rate": 0.5, "response_length": 3.0,
+    }  # fmt: skip
+    assert {name: found[f"objective/{name}"] for name in expected} == pytest.approx(expected)
+    kept = [0, 1, 2, 4, 5, 6, 7]  # the first episode's third position is the one after EOS
+    returns, values = adv.returns.flatten()[kept].numpy(), adv.values.flatten()[kept].numpy()
+    assert found["value/mean"] == pytest.approx(10 / 7) and found["value/returns"] == pytest.approx(returns.mean())
+    assert found["value/error"] == pytest.approx(np.abs(returns - values).mean())
+    assert found["value/explained_variance"] == pytest.approx(1 - (returns - values).var() / returns.var())
+
+
+def test_metrics_of_the_passes_by_hand():
+    """Means over passes, but the entropy of the policy that sampled, and the KL of the last pass apart."""
+    passes = torch.arange(21.0).view(3, 7)  # statistic i of pass p is 7p + i
+    found = ppo.training_metrics(passes, 0.25)
+    expected = {name: 7.0 + i for i, name in enumerate(ppo.STATISTICS)} | {"policy/entropy": 6.0}
+    assert found == expected | {"policy/approxkl_last_pass": 14.0 + 4.0, "policy/first_pass_ratio_error": 0.25}
+
+
+def test_report_by_hand():
+    rows = {"score": [1.0, 2.0, 0.5, 4.0], "reference_score": [1.0, 1.0, 1.0, 1.0]}  # the first one is a tie
+    found = ppo.report(rows | {"response_length": [3, 5, 1, 1], "has_eos": [True, False, True, True]})
+    names = {"score": 1.875, "reference_score": 1.0, "scores_above_reference": 0.5, "response_length": 2.5}
+    assert found == {f"eval/ppo/validation/{name}": value for name, value in (names | {"eos_rate": 0.75}).items()}
+
+
 def test_advantages_are_whitened_over_real_tokens_of_the_whole_batch():
     torch.manual_seed(0)
     responses = torch.randint(1, 50, (16, 6))
@@ -517,7 +573,7 @@ def test_a_rollout_along_plain_forward_passes():
     model, R, T = PolicyAndValue(policy, value, 0.3), 8, 0.7
     queries = some_queries((3, 9, 5, 1, 7, 2))
     numbers = np.arange(6)
-    args = SimpleNamespace(seed=3, response_length=R, temperature=T)
+    args = SimpleNamespace(seed=3, response_length=R, temperature=T, local_rollout_forward_batch_size=4)
     stop = int(draw(policy, queries, T, R=R, seed=3, stop=-1)[0][0, 3])  # so that at least one response ends early
     found = ppo.make_rollout(model, ref, reward, -0.2, queries, numbers, numbers, False, (PAD, stop, PAD), args)
     assert torch.equal(found.query_rows, torch.arange(6))
@@ -577,7 +633,7 @@ def test_the_kl_is_an_estimate_of_the_exact_one(capsys):
 
 
 def test_the_loss_is_policy_and_value_loss_and_nothing_else():
-    """By hand from per-token losses, at the temperature of sampling; entropies change nothing."""
+    """By hand from per-token losses, at the temperature of sampling; entropies change nothing; statistics, too."""
     torch.manual_seed(0)
     responses = torch.tensor([[5, 6, EOS, PAD], [7, 8, 9, 3]])
     args = SimpleNamespace(
@@ -594,15 +650,22 @@ def test_the_loss_is_policy_and_value_loss_and_nothing_else():
             return new, entropies, vpreds
 
         counts = [len(new), len(vpreds)]
-        losses.append(micro_batch_loss(model, [[1], [2]], responses, adv, torch.arange(2), counts, PAD, args)[0])
+        losses.append(micro_batch_loss(model, [[1], [2]], responses, adv, torch.arange(2), counts, PAD, args))
     assert asked[0] == ([[5, 6, EOS], [7, 8, 9, 3]], [4, 4], 0.7)
     ratio = torch.exp(new - adv.logprobs[mask])
     advantages, values, returns = adv.advantages[mask], adv.values[mask_p1], adv.returns[mask_p1]
     policy = torch.max(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2)).mean()
-    near = values + (vpreds - values).clamp(-0.2, 0.2)
+    near = torch.minimum(torch.maximum(vpreds, values - 0.2), values + 0.2)
     value = 0.5 * torch.max((vpreds - returns) ** 2, (near - returns) ** 2).mean()
-    for loss in losses:
+    for loss, _, error in losses:
         torch.testing.assert_close(loss, policy + 0.3 * value, rtol=0, atol=1e-5)
+        torch.testing.assert_close(error, (ratio - 1).abs().max())
+    better = -advantages * ratio.clamp(0.8, 1.2) > -advantages * ratio
+    nearer = (near - returns) ** 2 > (vpreds - returns) ** 2
+    assert better.any() and nearer.any() and not better.all() and not nearer.all()
+    kl = 0.5 * (new - adv.logprobs[mask]) ** 2
+    means = (policy, value, ratio.mean(), better.float().mean(), kl.mean(), nearer.float().mean(), entropies.mean())
+    torch.testing.assert_close(losses[1][1], torch.stack(means), rtol=1e-5, atol=1e-5)
 
 
 def test_whitened_rewards_keep_their_mean():
@@ -640,6 +703,9 @@ def test_padding_and_packing_change_nothing(name):
         ends = np.cumsum([0, *map(len, written)]), np.cumsum([0, *counts])
         for i, row in enumerate(queries):
             alone = model([row], [written[i]], [counts[i]], 0.7)
+            logits = model.policy(torch.tensor([row + written[i]])).logits[0, len(row) - 1 : -1] / 0.7
+            expected = torch.distributions.Categorical(logits=logits).entropy()
+            torch.testing.assert_close(alone[1], expected, rtol=0, atol=1e-5)
             for ours, whole, end in zip(alone, (logprobs, entropies, values), (ends[0], ends[0], ends[1])):
                 torch.testing.assert_close(ours, whole[end[i] : end[i + 1]], rtol=0, atol=1e-5)
     for ours, theirs in zip(results[0][0], results[1][0]):
@@ -819,6 +885,7 @@ def test_every_argument_of_ppo_changes_something(world, workdir):
         "no penalty": {"non_eos_penalty": False}, "adam": {"optimizer": "adam", "weight_decay": 0.5},
         "truncate": {"truncate_token": " the"}, "warm up": {"warm_up_steps": 2},
         "clip value": {"ppo": PpoHParams(cliprange_value=1e-3)}, "length": {"response_length": 12},
+        "norm": {"max_grad_norm": 0.01},
     }  # fmt: skip
     weights = {}
     for name, change in changes.items():
@@ -902,7 +969,7 @@ def test_precision_follows_the_hardware(native, monkeypatch, capsys):
 
 def test_stops_on_numbers_that_are_not_finite(world, workdir):
     model, _ = load_reward_model(world.reward)
-    model.score.weight.data.fill_(math.nan)
+    model.score.weight.data.fill_(3e38)  # finite, unlike what comes of it
     model.save_pretrained("bad")
     AutoTokenizer.from_pretrained(world.reward).save_pretrained("bad")
     with pytest.raises(SystemExit, match="update 1 is not finite; the batch is saved as"):

@@ -8,7 +8,7 @@ import pandas
 import pytest
 import torch
 from conftest import SHARED
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 from test_ppo_left_padding import ARCHITECTURES, EOS, PAD, golden, needs_golden, tiny_reward
 from transformers import (
     AutoModelForCausalLM,
@@ -71,6 +71,21 @@ def test_golden_dpo_losses():
 def test_loss_by_hand():
     losses = preference_losses(torch.tensor([1.0, 0.0, -1.0]), torch.tensor([0.0, 0.0, 1.0]))
     assert losses.tolist() == pytest.approx([math.log(1 + math.exp(-1)), math.log(2), math.log(1 + math.exp(2))])
+
+
+def test_report_by_hand():
+    """Right by 2, a tie, and wrong by 1: the tie is not right, in all and in its groups."""
+    confidence = [{"confidence": c} for c in (9, 9, None)]
+    policies = {"chosen_policy": ["ref", "sup", "sup"], "rejected_policy": ["sup", "ref", "sup"]}
+    rows = Dataset.from_dict({"batch": ["1", "1", "2"], "extra": confidence, **policies})
+    metrics, table = reward.report("validation", rows, np.array([1.0, 0.5, -1.0]), np.array([-1.0, 0.5, 0.0]))
+    losses = [math.log(1 + math.exp(-margin)) for margin in (2.0, 0.0, -1.0)]
+    expected = {"accuracy": 1 / 3, "loss": np.mean(losses), "margin": 1 / 3, "pairs": 3}
+    assert metrics == pytest.approx({f"eval/rm/validation/{name}": value for name, value in expected.items()})
+    groups = [("all", "", 3, 1 / 3), ("batch", "1", 2, 0.5), ("batch", "2", 1, 0.0)]
+    groups += [("confidence", "9", 2, 0.5), ("confidence", "?", 1, 0.0)]
+    groups += [("policies", "ref--sup", 2, 0.5), ("policies", "sup--sup", 1, 0.0)]
+    assert table == [("validation", *group) for group in groups]
 
 
 def test_head_initialisation():

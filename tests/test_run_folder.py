@@ -1,26 +1,370 @@
-"""What a run shows while it works: progress, tables, warnings, samples and evaluations on the way."""
+"""How a script starts, what a run shows while it works (progress, tables, samples), and what it leaves on the disk."""
 
+import ast
 import contextlib
 import json
 import math
 import os
 import pty
 import re
+import stat
+import subprocess
+import sys
 import termios
 import time
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pandas
 import pytest
 import torch
+from conftest import ROOT
 from rich.table import Table
 
+from summarize_from_feedback_details import checkpoints, reward, run_folder, sft, tldr_dataset, toy_tldr
 from summarize_from_feedback_details import ppo_left_padding as ppo
-from summarize_from_feedback_details import reward, run_folder, sft
-from summarize_from_feedback_details.run_folder import Progress, print_table
+from summarize_from_feedback_details.run_folder import (
+    Progress,
+    atomic_folder,
+    command_line,
+    print_table,
+    refuse_left_over,
+    refuse_unwritable,
+    write_whole,
+)
 
 CONTROLS = re.compile(r"[\r\x1b]")
+
+# ---------------------------------------------------------------------------------------------- how every script starts
+
+SCRIPTS = [
+    p for folder in ("summarize_from_feedback_details", "eval", ".") for p in sorted((ROOT / folder).glob("*.py"))
+]
+SCRIPTS = [p for p in [*SCRIPTS, *(ROOT / "benchmark" / f"{n}.py" for n in ("bench", "memory"))]
+           if 'if __name__ == "__main__":' in p.read_text()]  # fmt: skip
+
+
+@dataclass
+class Inner:
+    folder: str = "x"
+    """nested"""
+
+
+@dataclass
+class Arguments:
+    """Of a small script."""
+
+    output_dir: str = "x"
+    """a folder"""
+    data_dir: Path = Path("x")
+    """a folder"""
+    models: tuple[str, ...] = ()
+    """folders, or name=folder"""
+    truncate_token: str = "eos"
+    """a word, no path"""
+    world_size: int | None = None
+    """it can be started as several processes"""
+    inner: Inner = field(default_factory=Inner)
+    """settings"""
+
+
+def test_there_are_scripts():
+    assert len(SCRIPTS) >= 12
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
+def test_every_script_starts_the_same_way(script):
+    """Through `command_line`: what is tested below for a small script holds for all."""
+    start = ast.parse(script.read_text()).body[-1]
+    calls = [n for n in ast.walk(start) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "command_line"]
+    assert [ast.unparse(call.args[0]) for call in calls] == ["main"] and "tyro.cli" not in script.read_text()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
+def test_figures_are_drawn_with_a_canvas_of_their_own(script):
+    """No pyplot, no backend; matplotlib is first imported inside `drawing`, where MPLBACKEND is overruled."""
+    source = script.read_text()
+    assert "pyplot" not in source and "seaborn" not in source and ".use(" not in source
+    names = [ast.unparse(n) for n in ast.parse(source).body if isinstance(n, ast.Import | ast.ImportFrom)]
+    assert not [name for name in names if "matplotlib" in name]
+
+
+def start(monkeypatch, *words: str, main=lambda args: None) -> Arguments:
+    """What a small script's `main` is given."""
+    found = []
+    monkeypatch.setattr(sys, "argv", ["script.py", *words])
+    command_line(lambda args: (found.append(args), main(args)), Arguments)
+    return found[0]
+
+
+def test_home_is_written_out_in_every_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/my/home")
+    args = start(monkeypatch, "--output_dir=~/x", "--data_dir", "~", "--models", "sft=~/a", "~/b", "c~d", "e=f~",
+                 "g/~/h", "--truncate_token", "~", "--inner.folder", "~/y")  # fmt: skip
+    assert (args.output_dir, args.data_dir) == ("/my/home/x", Path("/my/home"))
+    assert args.models == ("sft=/my/home/a", "/my/home/b", "c~d", "e=f~", "g/~/h")
+    assert args.truncate_token == "~" and args.inner.folder == "/my/home/y"
+
+
+LAUNCHED = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    "left, named",
+    [
+        ({"RANK": "3"}, "RANK"),
+        ({"RANK": "3", "WORLD_SIZE": "2"}, "RANK"),
+        ({"RANK": ""}, "RANK"),
+        ({"RANK": "-1"}, "RANK"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE"),
+        ({"LOCAL_RANK": "0"}, "LOCAL_RANK"),
+        ({"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}, "LOCAL_RANK"),
+        (LAUNCHED | {"MASTER_PORT": ""}, "LOCAL_RANK"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "ACCELERATE_USE_DEEPSPEED"),
+        ({"ACCELERATE_USE_DEEPSPEED": "True", "RANK": "0"}, "ACCELERATE_USE_DEEPSPEED"),
+        ({"ACCELERATE_USE_CPU": "maybe"}, "ACCELERATE_USE_CPU"),
+        ({"ACCELERATE_USE_CPU": ""}, "ACCELERATE_USE_CPU"),
+        # what makes a whole, or does no harm
+        ({}, None),
+        (LAUNCHED, None),
+        (LAUNCHED | {"ACCELERATE_USE_DEEPSPEED": "true"}, None),
+        (ALONE, None),
+        ({"RANK": "0"}, None),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, None),
+        ({"ACCELERATE_USE_DEEPSPEED": "false"}, None),
+        ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}, None),
+    ],
+)
+def test_variables_of_another_launch(monkeypatch, capsys, left, named):
+    for name in (*LAUNCHED, "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_CPU"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    if named is None:
+        refuse_left_over(several=True)
+        if left.get("WORLD_SIZE") != "2":
+            return refuse_left_over(several=False)
+        named = "WORLD_SIZE"  # a script of one process is not started as several
+        with pytest.raises(SystemExit) as stopped:
+            refuse_left_over(several=False)
+    else:
+        with pytest.raises(SystemExit) as stopped:
+            start(monkeypatch)
+    out, said = capsys.readouterr()
+    assert stopped.value.code == 2 and out == "" and said.count("\n") == 1
+    assert said.startswith(f"error: {named}: found '{left[named]}' in the environment; expected ")
+    assert f"`unset {named}`" in said
+
+
+def test_what_cannot_be_shown_is_replaced(tmp_path):
+    """A sample with a curly quote, on both streams, in a locale that has none; a full disk; in one start."""
+    (tmp_path / "script.py").write_text(
+        "import errno, sys\n"
+        "from dataclasses import dataclass\n"
+        "from summarize_from_feedback_details.run_folder import command_line\n"
+        "@dataclass\nclass Args:\n    pass\n"
+        "def main(args):\n"
+        "    print('it\u2019s', 'na\u00efve', '\U0001f600')\n"
+        "    print('\u201cquoted\u201d', file=sys.stderr)\n"
+        "    raise OSError(errno.ENOSPC, 'No space left on device', 'some/file')\n"
+        "command_line(main, Args)\n",
+        encoding="utf-8",
+    )
+    env = os.environ | {"PYTHONIOENCODING": "latin-1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=env, capture_output=True)
+    assert done.stdout == b"it?s na\xefve ?\n"
+    assert done.stderr == b"?quoted?\nerror: some/file cannot be written: No space left on device\n"
+    assert done.returncode == 1
+
+
+# ---------------------------------------------------------------------------------------------------- what is written
+
+
+def test_behind_a_link(tmp_path):
+    """A folder is written as a whole, a file as well; the link stays one, and the results are behind it."""
+    (tmp_path / "disk/there").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("disk/there")
+    for content in ("first", "second"):
+        with atomic_folder(str(tmp_path / "link")) as partial:
+            (partial / "x.txt").write_text(content)
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "disk/there/x.txt").read_text() == content
+    (tmp_path / "file").symlink_to("disk/there/x.txt")
+    write_whole(tmp_path / "file", "third")
+    assert (tmp_path / "file").is_symlink() and (tmp_path / "disk/there/x.txt").read_text() == "third"
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["disk", "file", "link", "there", "x.txt"]
+
+
+def test_a_run_writes_behind_a_link(world, workdir, capsys):
+    """Its results are its own: started again, there is nothing to do; another run does not write there."""
+    (workdir / "disk").mkdir()
+    (workdir / "link").symlink_to("disk")
+    args = world.sft_args("link", run_eval=False, run_name="first")
+    sft.main(replace(args))
+    assert (workdir / "link").is_symlink() and (workdir / "disk/model.safetensors").exists()
+    capsys.readouterr()
+    sft.main(replace(args))
+    assert "nothing to do" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        sft.main(replace(args, run_name="second"))
+    assert "error: --output_dir: found 'link', which holds another run's results" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "path, reason",
+    [
+        ("nowhere/x", "is a link to nowhere ('/not/there')"),
+        ("nowhere", "is a link to nowhere ('/not/there')"),
+        ("inside/nowhere/x/y", "is a link to nowhere ('../nowhere')"),
+        ("loop/x", "is a link to nowhere ('loop')"),
+        ("x" * 300, "cannot be written (File name too long)"),
+        ("new/" + "x" * 300 + "/y", "cannot be written (File name too long)"),
+        (
+            "x" * 250,
+            "cannot be written (File name too long)",
+        ),  # it fits, what it is called while it is written does not
+        ("file/x", "and 'file' cannot be written (Not a directory)"),
+        ("file", "which is a file"),
+        ("/proc/x", "and '/proc' cannot be written"),
+        ("/proc/self/fd", "which holds another run's results"),
+        ("/dev/shm", "where a file system is mounted"),
+        ("~nobody-of-this-name/x", "and no such home directory"),
+        ("new/folders", None),
+        ("x" * 200, None),
+        ("link", None),
+        ("link/x", None),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_found_out_before(workdir, capsys, path, reason):
+    (workdir / "file").write_text("x")
+    (workdir / "nowhere").symlink_to("/not/there")
+    (workdir / "loop").symlink_to("loop")
+    (workdir / "inside").mkdir()
+    (workdir / "inside/nowhere").symlink_to("../nowhere")
+    (workdir / "empty").mkdir()
+    (workdir / "link").symlink_to("empty")
+    if path == "/dev/shm" and (not os.path.ismount(path) or os.listdir(path)):
+        pytest.skip("no empty mounted folder")
+    before = sorted(workdir.rglob("*"))
+    if reason is None:
+        refuse_unwritable("output_dir", path)
+    else:
+        with pytest.raises(SystemExit) as stopped:
+            refuse_unwritable("output_dir", path)
+        said = capsys.readouterr().err
+        assert stopped.value.code == 2 and said.count("\n") == 1 and "; expected " in said
+        assert said.startswith(f"error: --output_dir: found '{path}', ") and reason in said
+    assert sorted(workdir.rglob("*")) == before
+
+
+@pytest.fixture
+def scripts_that_write(world, workdir):
+    """Script -> its `main` with an output of that name; everything else is right."""
+    import hello_report
+    import judge
+    import rlhf_scaling_plot
+    import sft_rm_scale
+
+    import visualize_tokens
+
+    runs = workdir / "runs_there"
+    runs.mkdir()
+    for name in ("sft", "reward"):
+        (runs / f"a_{name}").symlink_to(world.folder / f"runs/{name}")
+    (runs / "a_ppo").symlink_to(world.folder / "runs/sft")
+    (workdir / "table.csv").write_text("query,response,reference\na,b,c\n")
+    raw, here = world.folder / "raw", Path("unused")
+    return {
+        "sft": lambda out: sft.main(world.sft_args(out, run_name="r")),
+        "reward": lambda out: reward.main(world.reward_args(out, run_name="r")),
+        "ppo": lambda out: ppo.main(world.ppo_args(out, run_name="r")),
+        "ppo value": lambda out: ppo.main(world.ppo_args(here, run_name="r", value_output_dir=out)),
+        "run name": lambda out: sft.main(world.sft_args(here, run_name=out.replace("/", "_"))),
+        "dataset": lambda out: tldr_dataset.main(tldr_dataset.Args(
+            base_model=world.base, sft_dataset=str(raw / "sft"), preference_dataset=str(raw / "comparisons"),
+            output_dir=out, check_length_correctness=False)),
+        "dataset's figures": lambda out: tldr_dataset.main(tldr_dataset.Args(
+            base_model=world.base, sft_dataset=str(raw / "sft"), preference_dataset=str(raw / "comparisons"),
+            output_dir=str(here), visuals_dir=out, check_length_correctness=False)),
+        "toy rows": lambda out: toy_tldr.main(toy_tldr.Args(data_dir=Path(out), models_dir=here)),
+        "toy models": lambda out: toy_tldr.main(toy_tldr.Args(data_dir=here, models_dir=Path(out))),
+        "judge": lambda out: judge.main(judge.Args(run=("table.csv",), judge="gold", output_dir=out)),
+        "sft_rm_scale": lambda out: sft_rm_scale.main(sft_rm_scale.Args(runs_dir=runs, output_dir=Path(out))),
+        "rlhf_scaling_plot": lambda out: rlhf_scaling_plot.main(
+            rlhf_scaling_plot.Args(runs_dir=runs, output_dir=Path(out))),
+        "hello_report": lambda out: hello_report.main(
+            hello_report.Args(chains=("a",), runs_dir=str(runs), output_dir=out)),
+        "page": lambda out: visualize_tokens.main(visualize_tokens.Args(
+            models=(f"sft={world.sft}",), base_model=world.base, query_dataset=world.sft_rows, num=1, html=out)),
+    }  # fmt: skip
+
+
+def test_every_script_finds_it_out_before_any_work(scripts_that_write, workdir, capsys, monkeypatch):
+    """Below a link to nowhere, with too long a name, and in a home that is not there."""
+    (workdir / "nowhere").symlink_to("/not/there")
+    before = sorted(workdir.rglob("*"))
+    for name, main in scripts_that_write.items():
+        for out in ("nowhere/x", "x" * 300, "~nobody-of-this-name/x"):
+            if name == "run name" and out != "x" * 300:
+                continue  # a plain name
+            with pytest.raises(SystemExit) as stopped:
+                main(out)
+            said = capsys.readouterr().err
+            assert stopped.value.code == 2 and said.count("\n") == 1 and said.startswith("error: --"), (name, out, said)
+            assert "link to nowhere" in said or "name too long" in said or "no such home" in said, (name, out, said)
+            assert sorted(workdir.rglob("*")) == before, (name, out)
+
+
+def rights_that_differ(folder: Path, umask: int) -> list[str]:
+    """Files and folders whose rights are not what the umask says."""
+    wanted = lambda p: (0o777 if p.is_dir() else 0o666) & ~umask
+    found = {p: stat.S_IMODE(p.stat().st_mode) for p in folder.rglob("*") if not p.is_symlink()}
+    # who may run a file is the copied file's own
+    return [f"{p} {mode:o}" for p, mode in found.items() if mode & (0o777 if p.is_dir() else 0o666) != wanted(p)]
+
+
+def test_the_world_follows_the_umask(world):
+    """Rows, models, datasets, runs, policies: what each stage of the session's world has written."""
+    umask = os.umask(0o022)
+    os.umask(umask)
+    assert (world.folder / "sft/model.safetensors").exists() and (world.folder / "tokenised/sft").exists()
+    assert not rights_that_differ(world.folder, umask)
+
+
+def test_checkpoints_and_value_networks_follow_the_umask(world, workdir, monkeypatch):
+    monkeypatch.setattr(checkpoints.Checkpoints, "remove", lambda self: None)
+    before = os.umask(0o027)
+    try:
+        ppo.main(world.ppo_args("policy", value_output_dir="value", num_updates=1, num_eval_rows=4, save_freq=1))
+    finally:
+        os.umask(before)
+    names = {p.name for p in workdir.rglob("*")}
+    assert {"rank_00000.safetensors", "model.safetensors", "manifest.json", "events.out.tfevents.0"} <= names
+    assert not rights_that_differ(workdir, 0o027)
+
+
+@pytest.mark.parametrize("content", ["null", "[]", "{}", "7", '{"state": "failed"}', "", "{"])
+def test_runs_of_another_form_do_not_stop_a_new_one(world, workdir, content):
+    """What stands in another run's summary.json, args.json, typed.json; and a run whose link leads nowhere."""
+    for name in ("summary", "args", "typed"):
+        (workdir / f"runs/{name}").mkdir(parents=True)
+        for file in ("summary", "args", "typed"):
+            text = content if file == name else '{"state": "failed", "stage": "sft"}'
+            (workdir / f"runs/{name}/{file}.json").write_text(text)
+    (workdir / "runs/gone").mkdir()
+    (workdir / "runs/gone/summary.json").symlink_to("/not/there")
+    args = replace(world.sft_args("policy"), run_name=None)
+    assert run_folder.choose_run_name(args, "sft").startswith("sft__")
+    for name in ("summary", "args", "typed"):
+        assert run_folder.finished_before(replace(args, run_name=name), "sft", 0) is None
+        with pytest.raises(SystemExit):
+            run_folder.RunFolder.refuse_taken(replace(args, run_name=name))
+
 
 # ------------------------------------------------------------------------------------------------------------- progress
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -27,6 +28,9 @@ def test_the_chain():
     for line, before in zip(submitted[1:3], ("sft", "reward")):
         assert f"--dependency=aftercorr:<{before}> --kill-on-invalid-dep=yes" in line
     assert "--dependency=afterany:<ppo_left_padding>" in submitted[3]
+    # the largest PPO does not fit on GPUs of 80 GB as it is: --offload is added, and a line says so
+    said = "memory of ppo with pythia-6.9b-deduped: 87 GB on each of 8 GPUs, 62 with --offload; GPU_GB is 80"
+    assert done.stdout.startswith(said) and done.stdout.count("memory of ") == 1
     for word in ("watch:", "cancel:", "resume:", "requeue:"):
         assert word in done.stdout
 
@@ -66,6 +70,71 @@ def test_what_does_not_fit_is_refused(words, message):
     done = dry_run(*words)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith(f"error: {message}")
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """What the job scripts need, in a folder of their own; the package itself is installed."""
+    for name in ("sbatches", "benchmark", "deepspeed.yaml", "eval"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def test_in_an_allocation_that_was_opened_elsewhere(tmp_path):
+    """salloc's shell has a job's variables: launch.sh is no job; each model is checked with its own rows."""
+    shell = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_NODELIST": "n1", "SLURM_NNODES": "1"}
+    small = ("--models", "a/pythia-2.8b", "--stages", "sft", "--nodes", "4")
+    inside, outside = dry_run(*small, **shell), dry_run(*small)
+    assert inside.returncode == 0 and (inside.stdout, inside.stderr) == (outside.stdout, outside.stderr)
+    # 16 rows x 64 processes do not divide 512; the 1 row of the second model does
+    for models in ("a/pythia-1b b/pythia-6.9b", "b/pythia-6.9b a/pythia-1b"):
+        done = dry_run("--models", models, "--nodes", "8", "--stages", "sft reward ppo_left_padding", **shell)
+        assert done.returncode == 2 and done.stderr.startswith(
+            "error: --nodes: found 8, that is 64 processes x 16 rows"
+        )
+        assert "for ppo_left_padding of a/pythia-1b;" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_site_sh_from_windows(checkout):
+    site = "# ours\nexport SITE_PARTITION=gpu\nSEEDS=${SEEDS:-5}\nif true; then\n    PROCESSES_PER_NODE=4\nfi\n"
+    (checkout / "sbatches/site.sh").write_bytes(site.replace("\n", "\r\n").encode())
+    show = 'source sbatches/common.sh; echo "$SITE_PARTITION|$SEEDS|$PROCESSES_PER_NODE"'
+    done = subprocess.run(["bash", "-c", show], cwd=checkout, env={"PATH": os.environ["PATH"]}, capture_output=True)
+    assert (done.stdout, done.stderr) == (b"gpu|5|4\n", b"")
+
+
+def test_what_no_gpu_holds_is_refused():
+    done = dry_run("--models", "a/pythia-12b", "--stages", "sft reward ppo_left_padding")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith(
+        "error: GPU_GB: found 80, and ppo with pythia-12b takes 149 GB on each of 8 GPUs, 107"
+    )
+    assert dry_run(GPU_GB="much").stderr.startswith("error: GPU_GB: found 'much'; expected a number")
+
+
+def test_a_job_passes_what_fits(checkout):
+    """The launch line of a job, with an srun that only shows its words."""
+    (checkout / "bin").mkdir()
+    stubs = {"srun": 'echo srun; printf "%s\\n" "$@"', "scontrol": "echo node1 NodeAddr=127.0.0.1"}
+    for name, body in stubs.items():
+        (checkout / "bin" / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (checkout / "bin" / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(checkout), "SLURM_JOB_NODELIST": "node1", "SEEDS": "1",
+           "MODELS": "a/pythia-6.9b-deduped", "PATH": f"{checkout}/bin:{os.environ['PATH']}", "PYTHON": sys.executable}  # noqa: E501  # fmt: skip
+    run = lambda **more: subprocess.run(
+        ["bash", "sbatches/ppo_left_padding.sbatch"], cwd=checkout, env=job | more, capture_output=True, text=True
+    )
+    done = run()
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "--offload", done.stderr
+    assert "memory of ppo with pythia-6.9b-deduped: 87 GB" in done.stdout
+    done = run(PPO_ARGS="--offload")
+    assert done.stdout.count("--offload\n") == 1 and "memory of " not in done.stdout  # it fits with what is given
+    done = run(MODELS="a/pythia-12b")
+    assert (
+        done.returncode == 2 and done.stderr.startswith("error: GPU_GB: found 80") and "--offload\n" not in done.stdout
+    )
 
 
 def test_without_slurm_it_says_so(tmp_path):

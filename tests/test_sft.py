@@ -4,7 +4,6 @@ import json
 import math
 from types import SimpleNamespace
 
-import numpy as np
 import pandas
 import pytest
 import torch
@@ -121,6 +120,10 @@ def test_rouge_by_hand():
     # first row: 3 of 3 and 3 of 4 unigrams, F = 6/7; bigrams 2 of 2 and 2 of 3, F = 4/5; second row: nothing
     assert found["rouge1"] == pytest.approx(3 / 7) and found["rouge2"] == pytest.approx(2 / 5)
     assert found["rougeL"] == pytest.approx(3 / 7) and found["rougeLsum"] == pytest.approx(3 / 7)
+    # words are not stemmed, and their order does not matter to ROUGE-1 alone
+    assert rouge_means(["cats running"], ["cat runs"])["rouge1"] == 0.0
+    turned = rouge_means(["b a"], ["a b"])
+    assert (turned["rouge1"], turned["rouge2"], turned["rougeL"]) == (1.0, 0.0, 0.5)
 
 
 def test_main_learns_and_writes_a_standard_checkpoint(world, workdir, capsys):
@@ -143,15 +146,6 @@ def test_main_learns_and_writes_a_standard_checkpoint(world, workdir, capsys):
     writer = pipeline("text-generation", model="policy", tokenizer=tokenizer, device="cpu")
     text = writer(tables["query"][0], max_new_tokens=24, do_sample=False, return_full_text=False)[0]["generated_text"]
     assert text.strip() == tables["response"][0]  # greedy, and the stage's own sample at temperature 0.01
-
-
-def test_the_short_last_batch_is_scaled_by_its_own_rows(world, workdir):
-    """A last batch of 4 in micro batches of 4 steps as a batch of 4 would, not as half a batch of 8."""
-    sft.main(world.sft_args(workdir / "a", total_episodes=4, batch_size=4, run_eval=False))
-    sft.main(world.sft_args(workdir / "b", total_episodes=4, batch_size=8, run_eval=False))
-    a, b = (AutoModelForCausalLM.from_pretrained(n).state_dict() for n in ("a", "b"))
-    for key in a:
-        torch.testing.assert_close(a[key], b[key], rtol=0, atol=1e-6)
 
 
 def test_layout_does_not_change_the_result(world, workdir):
@@ -198,7 +192,7 @@ def test_stops_on_numbers_that_are_not_finite(world, workdir):
 
     shutil.copytree(world.base, "bad")
     model = AutoModelForCausalLM.from_pretrained("bad")
-    model.gpt_neox.final_layer_norm.weight.data.fill_(np.inf)
+    model.gpt_neox.final_layer_norm.weight.data.fill_(3e38)  # finite, unlike what comes of it
     model.save_pretrained("bad")
     with pytest.raises(SystemExit, match="error: loss at update 1 is not finite"):
         sft.main(world.sft_args(workdir / "policy", base_model="bad", run_eval=False))

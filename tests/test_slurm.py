@@ -167,7 +167,7 @@ def cluster(tmp_path_factory):
 @pytest.fixture
 def project(world, tmp_path):
     """The job scripts and the package in a folder of their own, as a checkout on the cluster."""
-    for name in ("sbatches", "summarize_from_feedback_details", "eval", "deepspeed.yaml", "slurm"):
+    for name in ("sbatches", "summarize_from_feedback_details", "eval", "benchmark", "deepspeed.yaml", "slurm"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
     shutil.rmtree(tmp_path / "eval/images", ignore_errors=True)
@@ -240,6 +240,16 @@ def test_a_chain_with_a_failure_inside(cluster, project, world):
     assert set(states.values()) == {"COMPLETED 0:0"}, (states, logs(project))
     models = {p: p.stat().st_mtime_ns for p in (project / "models").glob("*/*/model.safetensors")}
     assert len(models) == 12 and before.items() <= models.items()
+
+
+def test_launched_in_an_allocation_that_was_opened_elsewhere(cluster, project, world, tmp_path_factory):
+    """salloc's shell: its variables are another job's, and its folder is another one."""
+    elsewhere, env = tmp_path_factory.mktemp("elsewhere"), settings(world, SEEDS="1", MODELS=world.base)
+    (project / "sbatches/site.sh").write_bytes(b"if true; then\r\n    export SITE=read\r\nfi\r\n")
+    command = ("salloc", "--quiet", "--nodes=1", f"{project}/sbatches/launch.sh", "--stages", "sft")
+    job = re.search(r"^sft: job (\d+), 1 elements", cluster.run(*command, cwd=elsewhere, env=env), re.M)[1]
+    assert set(cluster.wait(job).values()) == {"COMPLETED 0:0"}, logs(project)
+    assert (project / "models/small_1/sft/model.safetensors").exists() and not list(elsewhere.iterdir())
 
 
 def test_the_three_lines_of_the_paper(cluster, project, world):

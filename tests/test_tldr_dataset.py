@@ -401,6 +401,79 @@ def test_text_of_the_pad_token_is_only_text(args, tmp_path):
     assert pad not in row["query_reference_response_token"][: row["query_reference_response_token_len"]]
 
 
+def test_what_is_doubtful_is_counted(args, tmp_path, capsys, monkeypatch):
+    """Texts without a word, pairs without a difference, and posts of the training split in another one."""
+    same = [{"text": text, "policy": "sup1", "note": ""} for text in (" the same", "the  same\n")]
+    blank = [{"text": text, "policy": "sup1", "note": ""} for text in (" ", "")]
+    posts = write(
+        tmp_path / "raw/doubtful",
+        train=[sft_row(), sft_row(post=""), sft_row(post=" \n "), sft_row(summary=" "), sft_row(post="Two  words")],
+        validation=[sft_row(), sft_row(post="two words"), sft_row(post="\nTwo\nwords "), sft_row(post="")],
+        test=[sft_row(post="other")],
+    )
+    pairs = write(
+        tmp_path / "raw/doubtful_pairs",
+        train=[comparison(summaries=same), comparison(), comparison(summaries=blank), cnndm(summaries=same)],
+        validation=[comparison(), comparison(info=comparison()["info"] | {"post": "other"})],
+    )
+    args = replace(args, sft_dataset=posts, preference_dataset=pairs, allow_empty=True)
+    found = main(args)
+    expected = {
+        "sft": {
+            "train": {"empty_posts": 2, "empty_summaries": 1},
+            "validation": {"empty_posts": 1, "empty_summaries": 0, "posts_of_train": 2},
+            "test": {"empty_posts": 0, "empty_summaries": 0, "posts_of_train": 0},
+        },
+        "comparisons": {
+            "train": {"empty_posts": 0, "empty_summaries": 2, "equal_summaries": 2},
+            "validation": {"empty_posts": 0, "empty_summaries": 0, "equal_summaries": 0, "posts_of_train": 1},
+            "validation_cnndm": {"empty_posts": 0, "empty_summaries": 0, "equal_summaries": 1, "posts_of_train": 0},
+        },
+    }
+    saved = json.loads(Path(args.output_dir, "summary.json").read_text())
+    shown = [line.replace(",", "").split() for line in capsys.readouterr().out.replace("│", " ").splitlines()]
+    for kind, splits in expected.items():
+        assert set(splits) == set(found[kind])
+        for split, counts in splits.items():
+            assert counts.items() <= found[kind][split].items() and counts.items() <= saved[kind][split].items()
+            names = ("empty_posts", "empty_summaries", "equal_summaries", "posts_of_train")
+            row = [kind, split, str(found[kind][split]["rows"]), *(str(counts.get(name, "-")) for name in names)]
+            assert row in shown, row
+    monkeypatch.setattr(tldr_dataset, "DEBUG_ROWS", 2)  # which counts what it takes
+    assert main(replace(args, debug=True, overwrite=True))["sft"]["train"]["empty_posts"] == 1
+
+
+FAILING = {  # folder of ../shared/failing: (the other argument's rows, what the line must say; None: it is read)
+    "null_in_one_split": ("preference_dataset", None),
+    "silent_comparisons": ("preference_dataset", None),
+    "choice_in_row_5": ("preference_dataset", "choice 0.5 in row 4"),
+    "run[1]": ("sft_dataset", None),
+    "editor_leftovers": ("sft_dataset", None),
+    "torn_gz": ("sft_dataset", "train.jsonl.gz, which cannot be read"),
+    "lone_surrogate": ("sft_dataset", "`post` of"),
+    "silent_posts": ("sft_dataset", "blank `summary` in row 2"),
+}
+
+
+@needs_shared
+@pytest.mark.parametrize("name", FAILING)
+def test_files_that_fail_elsewhere(args, capfd, name):
+    argument, said = FAILING[name]
+    args = replace(args, **{argument: str(SHARED / "failing" / name)})
+    if said is None:
+        main(args)
+        return
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    error = capfd.readouterr().err
+    assert stop.value.code == 2 and error.startswith(f"error: --{argument}: found ") and said in error
+    assert error.count("\n") == 1
+    if name == "silent_posts":
+        found = main(replace(args, allow_empty=True))["sft"]
+        assert (found["train"]["empty_posts"], found["train"]["empty_summaries"]) == (1, 1)
+        assert found["validation"]["posts_of_train"] == 1
+
+
 @needs_shared
 def test_real_rows_at_the_real_lengths(tmp_path, tokenizer, capsys):
     args = Args(
@@ -488,7 +561,9 @@ BAD = {  # name: (changed arguments, raw posts, raw pairs, what the line must sa
     "empty split": ({}, [], None, [POSTS]),
     "malformed": ({}, [sft_row(), '{"id": 3,'], None, [POSTS, "train.jsonl line 2"]),
     "not an object": ({}, None, [comparison(), "[1]"], [PAIRS, "train.jsonl line 2"]),
-    "mixed types": ({}, [sft_row(), sft_row(post=[1])], None, [POSTS]),
+    "mixed types": ({}, [sft_row(), sft_row(post=[1])], None, [POSTS, "`post`", "train.jsonl in row 1"]),
+    "empty summary": ({}, [sft_row(), sft_row(summary="")], None, [POSTS, "`summary` in row 1", "--allow_empty"]),
+    "blank summary": ({}, [sft_row(summary=" \n\u00a0")], None, [POSTS, "`summary` in row 0", "--allow_empty"]),
     "no post": ({}, [sft_row(), {k: v for k, v in sft_row().items() if k != "post"}], None, [POSTS, "`post`", "row 1"]),
     "null post": ({}, [sft_row(post=None), sft_row()], None, [POSTS, "`post`", "row 0"]),
     "null summary": ({}, [sft_row(summary=None), sft_row()], None, [POSTS, "`summary`"]),
@@ -497,6 +572,8 @@ BAD = {  # name: (changed arguments, raw posts, raw pairs, what the line must sa
     "no article": ({}, None, [cnndm(), comparison(batch="cnndm2")], [PAIRS, "`article`", "row 1"]),
     "choice": ({}, None, [comparison(), comparison(choice=2)], [PAIRS, "choice 2", "row 1"]),
     "fractional choice": ({}, None, [comparison(choice=1.0)], [PAIRS, "choice 1.0"]),
+    "half a choice": ({}, None, [comparison(), comparison(choice=0.5)], [PAIRS, "choice 0.5", "row 1"]),
+    "yes and no": ({}, None, [comparison(choice=True)], [PAIRS, "choice True"]),
     "null choice": ({}, None, [comparison(), comparison(choice=None)], [PAIRS, "choice None"]),
     "confidence": ({}, None, [comparison(extra={"confidence": 10})], [PAIRS, "confidence 10"]),
     "confidence 0": ({}, None, [comparison(extra={"confidence": 0})], [PAIRS, "confidence 0"]),
@@ -511,9 +588,10 @@ BAD = {  # name: (changed arguments, raw posts, raw pairs, what the line must sa
         {},
         ['{"id": "1", "subreddit": "a", "title": "b", "post": "\\ud800", "summary": "c"}'],
         None,
-        [POSTS],
+        [POSTS, "`post`", "train.jsonl in row 0", "surrogates"],
     ),
-    "a huge number": ({}, None, [comparison(choice=10**30)], [PAIRS]),
+    "a huge number": ({}, None, [comparison(choice=10**30)], [PAIRS, "`choice`", "train.jsonl in row 0"]),
+    "half a confidence": ({}, None, [comparison(), comparison(extra={"confidence": 6.5})], [PAIRS, "6.5", "row 1"]),
     "one summary": ({}, None, [comparison(summaries=comparison()["summaries"][:1])], [PAIRS, "1 summaries"]),
     "zero length": (tldr(length=0), None, None, ["--tldr_params.length", "0"]),
     "negative length": (tldr(max_sft_response_length=-1), None, None, ["--tldr_params.max_sft_response_length", "-1"]),

@@ -21,6 +21,7 @@ import pandas
 import pytest
 import torch
 from conftest import OFFLINE, ROOT
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from summarize_from_feedback_details import ppo_left_padding
@@ -196,6 +197,12 @@ def test_an_sft_run_with_and_without_a_reward_model(world, workdir, monkeypatch,
     run("sft", "a_sft", output_dir="models/sft", base_model=world.base, query_dataset=world.sft_rows, seed=5,
         response_length=6, temperature=0.5, base_model_revision=None, dataset_revision=None)  # fmt: skip
     run("ppo_left_padding", "broken_ppo", state="failed")
+    run("ppo_left_padding", "older_ppo", state="finished")  # without what this version reads
+    for name, summary in (("torn", '{"stage": '), ("other", "null"), ("short", "{}")):
+        run("ppo_left_padding", name)
+        (workdir / f"there/runs/{name}/summary.json").write_text(summary)
+    (workdir / "there/runs/gone").mkdir()
+    (workdir / "there/runs/gone/summary.json").symlink_to("/not/there")
     (workdir / "there/runs/a_file").write_text("x")
     if with_reward:
         run("reward", "a_reward", output_dir=world.reward, sft_model_path="models/sft")
@@ -255,6 +262,22 @@ def test_more_posts_than_one_forward_pass_holds(args, outputs, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------- text
+
+
+def test_what_a_tokenizer_adds_of_its_own_changes_nothing(args, outputs, tmp_path):
+    """BOS and EOS, as Llama's and others add them: the texts are tokenised already."""
+    base = shutil.copytree(args.base_model, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    eos = [("<|endoftext|>", tokenizer.eos_token_id)]
+    adds = TemplateProcessing(single="<|endoftext|> $A <|endoftext|>", special_tokens=eos)
+    tokenizer.backend_tokenizer.post_processor = adds
+    tokenizer.save_pretrained(base)
+    assert len(AutoTokenizer.from_pretrained(base)("")["input_ids"]) == 2
+    page = vt.main(replace(args, models=(args.models[0],), base_model=str(base), json=str(tmp_path / "x.json"), num=2))
+    for found, expected in zip(page["posts"], outputs[0]["posts"]):
+        for mine, plain in zip(found["responses"], expected["responses"]):
+            assert [token["id"] for token in mine["tokens"]] == [token["id"] for token in plain["tokens"]]
+            assert math.isclose(mine["score"], plain["score"], abs_tol=1e-5)
 
 
 def test_every_byte_of_every_token_is_shown(world):
