@@ -108,7 +108,10 @@ def find_rows(argument: str, path: str, revision: str | None = None, data_dir: s
             datasets.enable_progress_bars()
 
 
-def load_rows(argument: str, path: str, revision: str | None, kind: str, columns: list[str], splits: list[str]):
+def load_rows(
+    argument: str, path: str, revision: str | None, kind: str, columns: list[str], splits: list[str],
+    optional: tuple[str, ...] = (),
+):  # fmt: skip
     """Load a tokenised dataset from a folder or the hub and check its shape.
 
     Args:
@@ -119,9 +122,10 @@ def load_rows(argument: str, path: str, revision: str | None, kind: str, columns
         columns: needed columns; those of token ids are checked by `check_tokens`; those that end in `_len` must hold
             whole numbers, the others text.
         splits: splits that must exist and hold rows.
+        optional: splits that are read, too, where they exist and hold rows.
 
     Returns:
-        datasets.DatasetDict
+        split -> datasets.Dataset; other splits are not looked at.
     """
     found = find_rows(argument, path, revision)
     other = {"sft": ("query_chosen_token", "comparisons", "SFT rows"),
@@ -133,13 +137,14 @@ def load_rows(argument: str, path: str, revision: str | None, kind: str, columns
     for split in splits:
         if split not in found:
             refuse(argument, f"'{path}' with the splits {', '.join(found)}", f"a split '{split}'")
+    found = {s: found[s] for s in (*splits, *optional) if s in splits or (s in found and len(found[s]))}
     for split, rows in found.items():
         missing = [c for c in columns if c not in rows.column_names]
         if missing:
             refuse(
                 argument, f"'{path}' whose split '{split}' has no column {', '.join(missing)}", "a tokenised dataset"
             )
-        if split in splits and len(rows) == 0:
+        if len(rows) == 0:
             refuse(argument, f"'{path}' whose split '{split}' is empty", "at least one row")
         for column in columns:
             if not column.endswith(("_token", "_label")):
@@ -168,7 +173,7 @@ def check_tokens(argument: str, rows_by_split, columns: list[str], vocab_size: i
 
     Args:
         argument: the argument's name, for messages.
-        rows_by_split: datasets.DatasetDict.
+        rows_by_split: split -> datasets.Dataset.
         columns: columns of token ids.
         vocab_size: rows of the model's embedding; ids must be below (the pad id may be any).
         pad_id: id of the pad token in the dataset.
@@ -416,11 +421,17 @@ def tokenizer_vocabulary(path: str) -> dict[str, int] | None:
     return vocabulary
 
 
+def context_of(config: dict) -> float:
+    """Tokens that a model reads at most; infinite where its configuration names no limit."""
+    config = config.get("base_config") or config
+    names = ("max_position_embeddings", "n_positions", "max_seq_len")
+    return next((config[name] for name in names if config.get(name)), math.inf)
+
+
 def check_context(argument: str, path: str, config: dict, longest: int, what: str) -> None:
     """Refuse rows that are longer than a model's context."""
-    config = config.get("base_config") or config
-    context = config.get("max_position_embeddings") or config.get("n_positions") or config.get("max_seq_len")
-    if context is not None and longest > context:
+    context = context_of(config)
+    if longest > context:
         refuse(argument, f"'{path}' with a context of {context} tokens", f"at least {longest}: {what}")
 
 

@@ -213,7 +213,7 @@ class Checkpoints:
             self.accelerator.wait_for_everyone()
         if name is None:
             self.run.reset_logs(None)
-            update_masters(self.model)
+            _set_masters(self.model, self.optimizer)
             return {"found": False, "update": 0, "step": None, "shared": {}, "local": {}}
         state = json.loads((folder / "state.json").read_text())
         for argument, value in self.fixed.items():
@@ -341,30 +341,24 @@ def _set_whole_tensors(model, optimizer, value_of: Callable[[str], torch.Tensor]
     if hasattr(zero, "fp32_partitioned_groups_flat"):
         _set_zero3(zero, model, value_of, steps)
         return
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+    from deepspeed.utils import safe_set_full_optimizer_state
 
     if steps:
         zero._lazy_init_hp_params_optimizer_state()  # links each parameter to its part of that state
     for name, parameter in _parameters(model):
-        safe_set_full_fp32_param(parameter, value_of(f"weight.{name}"))
+        _set_master(zero, parameter, value_of(f"weight.{name}"))
         for moment in MOMENTS if steps else ():
             safe_set_full_optimizer_state(parameter, value_of(f"{moment}.{name}"), moment)
     zero.update_lp_params()  # the weights that the model computes with, from their float32 masters
 
 
 def _set_zero3(zero, model, value_of, steps: int) -> None:
-    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+    from deepspeed.utils import safe_set_local_optimizer_state
 
     for name, parameter in _parameters(model):
-        n, rank = parameter.ds_tensor.numel(), zero._get_param_partition_rank(parameter)
-
-        def mine(key, n=n, rank=rank):
-            part = value_of(key).flatten()[n * rank : n * (rank + 1)]
-            return torch.nn.functional.pad(part, (0, n - part.numel()))  # the last rank's part may be short
-
-        safe_set_local_fp32_param(parameter, mine(f"weight.{name}"))
+        _set_master(zero, parameter, value_of(f"weight.{name}"))
         for moment in MOMENTS if steps else ():
-            safe_set_local_optimizer_state(parameter, mine(f"{moment}.{name}"), moment)
+            safe_set_local_optimizer_state(parameter, _own_part(zero, parameter, value_of(f"{moment}.{name}")), moment)
     if zero.persistent_parameters:  # small ones are whole on every rank: give them back before they change
         zero.persistent_parameters[0].partition(zero.persistent_parameters)
     for group in range(len(zero.fp16_groups)):
@@ -373,20 +367,47 @@ def _set_zero3(zero, model, value_of, steps: int) -> None:
         zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
 
+def _with_masters(model) -> list[torch.nn.Parameter]:
+    """Parameters that compute in float32 (`packed_rows.exact`) while DeepSpeed trains a copy in bf16."""
+    return [p for p in model.parameters() if hasattr(p, "master") and p.dtype != torch.float32]
+
+
 @torch.no_grad()
 def update_masters(model) -> None:
-    """Give parameters that compute in float32 (`packed_rows.exact`) their masters, where DeepSpeed trains in bf16.
-
-    Called by all ranks after each optimiser step.
+    """Look up the float32 masters of parameters that compute in float32; call on all ranks after each optimiser step.
 
     Args:
         model: as `accelerator.prepare` returned it.
     """
-    for parameter in model.parameters():
-        if hasattr(parameter, "master") and parameter.dtype != torch.float32:
-            from deepspeed.utils import safe_get_full_fp32_param
+    for parameter in _with_masters(model):
+        from deepspeed.utils import safe_get_full_fp32_param
 
-            parameter.master = safe_get_full_fp32_param(parameter).to(parameter.device)
+        parameter.master = safe_get_full_fp32_param(parameter).to(parameter.device)
+
+
+@torch.no_grad()
+def _set_masters(model, optimizer) -> None:
+    """The other way round, at the beginning: DeepSpeed makes its masters of weights that it has rounded."""
+    for parameter in _with_masters(model):
+        parameter.master = parameter.master.to(parameter.device)
+        _set_master(_zero_optimizer(optimizer), parameter, parameter.master)
+
+
+def _set_master(zero, parameter, value: torch.Tensor) -> None:
+    """Write a whole parameter's float32 master; of ZeRO-3, this rank's part."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+    if hasattr(zero, "fp32_partitioned_groups_flat"):
+        safe_set_local_fp32_param(parameter, _own_part(zero, parameter, value))
+    else:
+        safe_set_full_fp32_param(parameter, value)
+
+
+def _own_part(zero, parameter, value: torch.Tensor) -> torch.Tensor:
+    """Of a whole tensor, what ZeRO-3 keeps on this rank."""
+    n, rank = parameter.ds_tensor.numel(), zero._get_param_partition_rank(parameter)
+    part = value.flatten()[n * rank : n * (rank + 1)]
+    return torch.nn.functional.pad(part, (0, n - part.numel()))  # the last rank's part may be short
 
 
 @contextlib.contextmanager

@@ -169,18 +169,20 @@ def cast_parameters(model, dtype: torch.dtype) -> None:
 
 
 def keep_exact(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
-    """Mark a parameter that computes in float32; where DeepSpeed trains a rounded copy, `exact` takes its master.
+    """Mark a parameter, whose value is final, to compute in float32 where DeepSpeed trains a copy in bf16, too.
 
-    `checkpoints.update_masters` puts it here.
+    Its master then stands in `parameter.master`; `checkpoints.update_masters` keeps it up to date.
     """
-    parameter.master = None
+    parameter.master = parameter.detach().float().clone()
     return parameter
 
 
 def exact(parameter: torch.nn.Parameter) -> torch.Tensor:
     """The value in float32 of a parameter that `keep_exact` marked; the gradient goes to the parameter."""
+    if parameter.dtype == torch.float32:
+        return parameter
     rounded = parameter.float()
-    return rounded if parameter.master is None else rounded + (parameter.master - rounded).detach()
+    return rounded + (parameter.master - rounded).detach()
 
 
 class Float32Head(torch.nn.Linear):

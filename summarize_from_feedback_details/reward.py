@@ -40,6 +40,7 @@ from summarize_from_feedback_details.check_inputs import (
     check_scheduler,
     check_sizes,
     check_tokens,
+    context_of,
     drop_revisions,
     fill_episodes,
     find_model,
@@ -113,6 +114,8 @@ class Args:
     """print a few scored pairs every so many updates (0: never)"""
     run_eval: bool = True
     """evaluate on validation and validation_cnndm, before and after training"""
+    eval_cnndm: bool = True
+    """evaluate on validation_cnndm, too; left out where its articles are longer than the model's context"""
     eval_freq: int = 0
     """also evaluate every so many updates (0: only before and after training)"""
     num_eval_rows: int | None = None
@@ -522,8 +525,19 @@ def check_args(args: Args):
     tokens = ["query_token", "query_chosen_token", "query_rejected_token"]
     columns = [*tokens, "query", "query_chosen_token_len", "query_rejected_token_len"]
     splits = ["train", "validation"] if args.run_eval else ["train"]
-    pairs = load_rows("label_dataset", args.label_dataset, args.dataset_revision, "comparisons", columns, splits)
-    longest = check_tokens("label_dataset", pairs, tokens, base["vocab_size"], tokenizer.pad_token_id)
+    optional = ("validation_cnndm",) if args.run_eval and args.eval_cnndm else ()
+    pairs = load_rows(
+        "label_dataset", args.label_dataset, args.dataset_revision, "comparisons", columns, splits, optional
+    )
+    longest = {}
+    for split, rows in pairs.items():
+        found = check_tokens("label_dataset", {split: rows}, tokens, base["vocab_size"], tokenizer.pad_token_id)
+        longest[split] = max(found.values())
+    if longest.get("validation_cnndm", 0) > context_of(sft):
+        if os.environ.get("RANK", "0") == "0":
+            found = f"{longest['validation_cnndm']} tokens, the model's context {context_of(sft)}"
+            print(f"validation_cnndm is left out: its longest row has {found}", flush=True)
+        del pairs["validation_cnndm"], longest["validation_cnndm"]
     check_context("sft_model_path", args.sft_model_path, sft, max(longest.values()), "the longest query and response")
     check_same_tokenizer("label_dataset", pairs["train"][0], "query", "query_token", tokenizer)
     tokens = ["query_token", "query_reference_response_token"]
@@ -574,8 +588,8 @@ def main(args: Args) -> dict[str, float]:
         )
         missing = loaded["missing_keys"] - {"score.weight"}
         refuse_bad_weights("sft_model_path", args.sft_model_path, missing, scorer)
-        use_float32_head(scorer)
         init_head(scorer)
+        use_float32_head(scorer)
         disable_dropout(scorer)
         packed = use_packed_attention(scorer)
         shared = args.shared_prefix and packed
@@ -596,7 +610,7 @@ def main(args: Args) -> dict[str, float]:
         if accelerator.state.deepspeed_plugin is None:
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter)
-        splits = {s: dataset[s] for s in ("validation", "validation_cnndm") if s in dataset and len(dataset[s])}
+        splits = {split: rows for split, rows in dataset.items() if split != "train"}
         splits = {s: rows.select(range(min(len(rows), args.num_eval_rows or len(rows)))) for s, rows in splits.items()}
 
         def evaluate_splits(when: str):

@@ -774,6 +774,7 @@ def save_model(accelerator, run: RunFolder, wrapped, model, tokenizer, path: str
         run: the run that writes it.
         wrapped: what `accelerator.prepare` returned; `model`, or a module that holds it as an attribute.
     """
+    import torch
     from transformers import GenerationConfig
 
     state = accelerator.get_state_dict(wrapped) or {}  # ZeRO-3 puts it together on rank 0 only
@@ -782,9 +783,10 @@ def save_model(accelerator, run: RunFolder, wrapped, model, tokenizer, path: str
     )
     state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     if state:  # DeepSpeed lists tied weights twice, and rounds the heads that compute in float32
-        state = {k: v for k, v in state.items() if k in dict([*model.named_parameters(), *model.named_buffers()])}
-        exact = {name: getattr(p, "master", None) for name, p in model.named_parameters()}
-        state |= {name: master for name, master in exact.items() if master is not None}
+        parameters = dict(model.named_parameters())
+        state = {k: v for k, v in state.items() if k in parameters or k in dict(model.named_buffers())}
+        rounded = {k: p for k, p in parameters.items() if hasattr(p, "master") and p.dtype != torch.float32}
+        state |= {name: parameter.master for name, parameter in rounded.items()}
     # the plain class reads a row's reward at its last token that is not this one, so the end-of-text token cannot be it
     inside = tokenizer.pad_token_id < model.config.vocab_size
     model.config.pad_token_id = tokenizer.pad_token_id if inside else None

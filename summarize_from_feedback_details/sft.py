@@ -605,7 +605,8 @@ def check_args(args: Args):
     tokens = ["query_token", "query_reference_response_token", "query_reference_response_token_response_label"]
     columns = [*tokens, "query", "reference_response", "query_reference_response_token_len"]
     splits = ["train", "validation", "test"] if args.run_eval else ["train"]
-    dataset = load_rows("query_dataset", args.query_dataset, args.dataset_revision, "sft", columns, splits)
+    optional = ("validation", "test")
+    dataset = load_rows("query_dataset", args.query_dataset, args.dataset_revision, "sft", columns, splits, optional)
     longest = check_tokens("query_dataset", dataset, tokens, config["vocab_size"], tokenizer.pad_token_id)
     check_same_tokenizer("query_dataset", dataset["train"][0], "query", "query_token", tokenizer)
     longest = max(longest["query_token"] + args.response_length, longest["query_reference_response_token"])

@@ -1,17 +1,27 @@
 """One process, two plain processes, and DeepSpeed ZeRO-2 and 3 on two: the same responses and the same weights."""
 
+import json
 import runpy
+import shutil
+import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pandas
 import pytest
 import torch
-from conftest import STAGES, launch, to_flags
+from conftest import STAGES, launch, launch_command, to_flags
 from datasets import Dataset, load_dataset
 from safetensors.torch import load_file
 from test_resume import lines, stage_args
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from summarize_from_feedback_details import ppo_left_padding, reward, sft
 from summarize_from_feedback_details.check_inputs import find_tokenizer
@@ -93,8 +103,11 @@ def test_bf16(world, workdir, long_rows, zero):
     if choose_precision("auto") != "bf16":
         pytest.skip("this CPU does not multiply in bf16")
     launched = {"world_size": 2, "deepspeed": True, "local_micro_batch_size": 2} if zero else {}
-    args = world.ppo_args(workdir / "bf16", lr=1e-4, query_dataset=long_rows, value_output_dir="value", num_eval_rows=4)
-    args = replace(args, precision="bf16", **launched)
+    shutil.copytree(world.reward, "reward")
+    config = json.loads(Path("reward/config.json").read_text()) | {"reward_bias": 5.01}
+    Path("reward/config.json").write_text(json.dumps(config))
+    task = {"query_dataset": long_rows, "reward_model_path": "reward", "value_output_dir": "value", "num_eval_rows": 4}
+    args = world.ppo_args(workdir / "bf16", lr=1e-4, precision="bf16", **task, **launched)
     done = launch("ppo_left_padding", args, workdir, 2 if zero else 1, zero)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "precision bf16" in done.stdout and "WARNING: update" not in done.stdout
@@ -108,6 +121,54 @@ def test_bf16(world, workdir, long_rows, zero):
     trained = load_file("value/model.safetensors")["score.weight"]
     assert trained.dtype == torch.float32 and not torch.equal(trained, trained.bfloat16().float())
     assert 0 < (trained - head).abs().max() < 1e-3  # two steps of 1e-4
+    # bf16 has nothing between 5 and 5.03
+    assert json.loads(Path("value/config.json").read_text())["reward_bias"] == pytest.approx(5.01, abs=1e-3)
+    scores = pandas.read_parquet("runs/bf16/tables/validation.parquet")["score"]
+    assert 3 < scores.mean() < 7 and scores.nunique() == len(scores)
+
+
+ADDS_UP = """
+import torch
+from summarize_from_feedback_details import sft
+
+args = sft.Args(precision="bf16", world_size=1, deepspeed=True)
+accelerator = sft.make_accelerator(args)
+model = torch.nn.Linear(1, 1, bias=False)
+model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+one = torch.ones(1, 1, dtype=torch.bfloat16)
+norm = sft.train_step(accelerator, model, optimizer, [[i] for i in range(300)], lambda part: model(one).sum(), None,
+                      None, lambda: False)
+print("norm", norm)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [2, 3])
+def test_many_gradients_are_added_up_in_float32(world, workdir, zero):
+    """300 gradients of 1 are 300; in bf16 they would stay at 256, where the next number is 258."""
+    Path("adds_up.py").write_text(ADDS_UP)
+    command, env = launch_command("sft", world.sft_args("unused"), workdir, 1, zero)
+    command = command[: command.index(str(STAGES / "sft.py"))]
+    done = subprocess.run([*command, "adds_up.py"], cwd=workdir, env=env, capture_output=True, text=True, timeout=100)
+    assert "norm 300.0" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_tied_weights_are_written_once(world, workdir):
+    """Under ZeRO-2, too, whose list of weights has them twice; what is written is read again."""
+    tokenizer = find_tokenizer("base_model", world.base)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=True, max_position_embeddings=128,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained("base")
+    AutoTokenizer.from_pretrained(world.base).save_pretrained("base")
+    args = world.sft_args(workdir / "tied", base_model="base", run_eval=False, total_episodes=8, deepspeed=True)
+    done = launch("sft", args, workdir, 1, 2)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert set(load_file("tied/model.safetensors")) == set(load_file("base/model.safetensors"))
+    model = AutoModelForCausalLM.from_pretrained("tied")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def unsorted(deal):

@@ -7,9 +7,11 @@ from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, Gemma3
 from summarize_from_feedback_details import ppo_left_padding, reward, sft
 from summarize_from_feedback_details.packed_rows import (
     RoomyLayer,
+    cast_parameters,
     join,
     logits_at,
     pack,
+    packed_attention,
     packs,
     use_float32_head,
     use_packed_attention,
@@ -214,7 +216,45 @@ def test_a_head_in_float32():
     model.bfloat16()  # as under DeepSpeed
     found = model.score(hidden.bfloat16())
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found, hidden.bfloat16().float() @ weight.bfloat16().float().T, rtol=0, atol=1e-4)
+    assert not torch.equal(weight.float(), weight.master)
+    torch.testing.assert_close(found, hidden.bfloat16().float() @ weight.master.T, rtol=0, atol=1e-4)  # never rounded
+    found.sum().backward()  # the gradient goes to what DeepSpeed trains
+    torch.testing.assert_close(weight.grad[0], hidden.bfloat16().float().sum(0).bfloat16(), rtol=1e-2, atol=1e-2)
+
+
+def test_only_parameters_are_cast():
+    """`model.bfloat16()` would round the rotary frequencies, too: another network at large positions."""
+    from test_ppo_left_padding import tiny_reward
+
+    model, rounded = tiny_reward(), tiny_reward()
+    use_float32_head(model)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    assert any(buffer.is_floating_point() for buffer in buffers.values())
+    cast_parameters(model, torch.bfloat16)
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
+    assert {p.dtype for name, p in model.named_parameters() if name != "score.weight"} == {torch.bfloat16}
+    assert torch.equal(model.score.weight, rounded.score.weight)
+    with torch.no_grad():  # otherwise the same as a float32 model of rounded weights
+        for name, p in rounded.named_parameters():
+            if name != "score.weight":
+                p.copy_(p.bfloat16())
+        tokens = torch.arange(1, 60)[None]
+        ours, theirs = (m.gpt_neox(tokens).last_hidden_state.float() for m in (model, rounded))
+    assert (ours - theirs).abs().max() < 0.05 * theirs.abs().max()
+
+
+def test_packed_rows_attend_in_float32_on_a_cpu():
+    """Also where all else is bf16; what comes out is rounded once, gradients flow."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 12, 8).bfloat16().requires_grad_() for _ in range(3))
+    pieces = [(5, None), (4, None), (3, 0)]
+    module = torch.nn.Module()
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = packed_attention(module, q, k, v, None, pieces=pieces)
+    wide, _ = packed_attention(module, q.float(), k.float(), v.float(), None, pieces=pieces)
+    assert found.dtype == torch.bfloat16 and torch.equal(found, wide.bfloat16())
+    found.float().sum().backward()
+    assert all(states.grad is not None and states.grad.dtype == torch.bfloat16 for states in (q, k, v))
 
 
 def test_only_what_is_needed_is_computed():

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,7 +27,7 @@ from transformers import (
 )
 
 from summarize_from_feedback_details import ppo_left_padding as ppo
-from summarize_from_feedback_details import reward, sft
+from summarize_from_feedback_details import reward, run_folder, sft
 from summarize_from_feedback_details.check_inputs import fill_episodes
 from summarize_from_feedback_details.packed_rows import use_packed_attention
 from summarize_from_feedback_details.ppo_left_padding import (
@@ -594,6 +595,42 @@ def test_a_rollout_along_plain_forward_passes():
         torch.testing.assert_close(found.scores[i], heads[reward][-1] - 0.2, rtol=0, atol=1e-5)
 
 
+def test_a_frozen_network_is_on_the_gpu_for_its_own_pass_only(monkeypatch):
+    """With --offload: reference and reward model one after the other; their weights also stay where they were."""
+
+    class Moves(torch.nn.Linear):
+        def to(self, device):  # there is no second device here: the weights go to other places
+            for parameter in self.parameters():
+                parameter.data = parameter.data.clone()
+            return self
+
+    model = Moves(3, 2)
+    before, places = model.weight.clone(), [p.data_ptr() for p in model.parameters()]
+    with ppo.lent(model, torch.device("cpu")):
+        inside = [p.data_ptr() for p in model.parameters()]
+    assert [p.data_ptr() for p in model.parameters()] == places and not set(inside) & set(places)
+    assert torch.equal(model.weight, before)
+    networks = {"policy": tiny_policy(), "ref": tiny_policy(seed=5), "reward": tiny_reward()}
+    networks["value"] = tiny_reward(seed=6)
+    events, lent = [], ppo.lent
+
+    @contextmanager
+    def watch(model, device):
+        name = next(name for name, network in networks.items() if network is model)
+        with lent(model, device):
+            events.append(f"{name} comes")
+            yield
+            events.append(f"{name} goes")
+
+    monkeypatch.setattr(ppo, "lent", watch)
+    model = PolicyAndValue(networks["policy"], networks["value"], 0.3)
+    args = SimpleNamespace(seed=3, response_length=4, temperature=0.7, local_rollout_forward_batch_size=2)
+    polls = []
+    ppo.make_rollout(model, networks["ref"], networks["reward"], 0.0, some_queries((3, 5, 2)), np.arange(3),
+                     np.arange(3), False, (PAD, 1, PAD), args, lambda: polls.append(1))  # fmt: skip
+    assert events == ["ref comes", "ref goes", "reward comes", "reward goes"] and len(polls) == 2
+
+
 def test_the_kl_is_an_estimate_of_the_exact_one(capsys):
     """k1 and k3 of sampled tokens against the KL summed over the vocabulary at each position.
 
@@ -965,6 +1002,26 @@ def test_precision_follows_the_hardware(native, monkeypatch, capsys):
     assert ppo.choose_precision("bf16") == "bf16"
     said = capsys.readouterr().out
     assert bool(re.fullmatch(r"warning: no native bf16 here; a product took \d+ times that of fp32\n", said)) != native
+
+
+@pytest.mark.parametrize("stage", [sft, reward, ppo])
+def test_a_run_on_the_cpu_of_a_machine_with_gpus_asks_the_cpu(stage, monkeypatch):
+    """ACCELERATE_USE_CPU: precision, process group and memory follow the device that computes."""
+
+    def never(*_, **__):
+        raise AssertionError("the GPU was asked")
+
+    expected = stage.choose_precision("auto")  # there is no GPU here
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert run_folder.on_gpu()
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", never)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert not run_folder.on_gpu() and stage.choose_precision("auto") == expected
+    handlers = []
+    monkeypatch.setattr(stage, "Accelerator", lambda kwargs_handlers, **_: handlers.extend(kwargs_handlers) or never())
+    with pytest.raises(AssertionError):
+        stage.make_accelerator(SimpleNamespace(world_size=2, precision="auto"))
+    assert [handler.backend for handler in handlers] == ["gloo"]
 
 
 def test_stops_on_numbers_that_are_not_finite(world, workdir):

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas
@@ -237,3 +239,19 @@ def test_normalisation_reads_the_rows_asked_for(world, workdir):
         reward.main(world.reward_args(workdir / str(rows), run_eval=False, num_normalization_rows=rows))
         bias[rows] = load_reward_model(str(rows))[1]
     assert bias[10] != bias[40]
+
+
+def test_articles_that_are_too_long_or_not_wanted_are_left_out(world, workdir, capsys):
+    """CNN/DM is only evaluated on: a model whose context is too short for it can be trained all the same."""
+    shutil.copytree(world.sft, "short")
+    config = json.loads(Path("short/config.json").read_text())
+    rows = load_dataset(world.pairs)
+    longest = {split: max(map(max, zip(rows[split]["query_chosen_token_len"], rows[split]["query_rejected_token_len"])))
+               for split in ("train", "validation", "validation_cnndm")}  # fmt: skip
+    context = max(longest["train"], longest["validation"], 56)  # queries have 56 tokens at most
+    assert context < longest["validation_cnndm"]
+    Path("short/config.json").write_text(json.dumps(config | {"max_position_embeddings": context}))
+    for name, change, said in (("short", {"sft_model_path": "short"}, True), ("plain", {"eval_cnndm": False}, False)):
+        found = reward.main(world.reward_args(workdir / f"{name}_rm", total_episodes=8, **change))
+        assert ("validation_cnndm is left out" in capsys.readouterr().out) == said
+        assert "eval/rm/validation/accuracy" in found and "eval/rm/validation_cnndm/accuracy" not in found

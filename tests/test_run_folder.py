@@ -599,3 +599,38 @@ def test_ppo_warns_while_it_runs(world, workdir, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert f"WARNING: update 1: the first-pass ratio is off 1 by {error:.2g} (> 0.001)" in out
     assert re.search(r"WARNING: update 1: KL -\d+\.\d{4} is negative beyond its noise of ", out)
+
+
+def test_memory_that_fragments_is_given_back():
+    """What is freed is kept for the next update, until the process has grown by a twentieth."""
+    run_folder.keep_freed_memory()
+    blocks = [torch.ones(250_000) for _ in range(300)]  # 300 MB
+    most = run_folder.resident_bytes()
+    del blocks[::2]  # holes of 1 MB
+    assert run_folder.give_back_fragments(0) > 0.95 * most  # the first call only looks
+    assert run_folder.give_back_fragments(most) == most
+    assert run_folder.give_back_fragments(most // 2) == 0
+    assert run_folder.resident_bytes() < most - 100e6 and len(blocks) == 150
+
+
+def test_what_is_kept_of_every_shape_is_limited(monkeypatch):
+    """oneDNN's cache and torch's above it; what the user has set stays."""
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
+    run_folder.keep_freed_memory()
+    assert (os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"], os.environ["LRU_CACHE_CAPACITY"]) == ("32", "7")
+
+
+def test_threads_beside_busy_cores_are_told_of(capsys):
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in os.sched_getaffinity(0)]
+    try:
+        run_folder.warn_of_busy_cores()  # one thread waits for nobody
+        assert capsys.readouterr().out == ""
+        torch.set_num_threads(2)
+        run_folder.warn_of_busy_cores()
+        assert "OMP_NUM_THREADS=1" in capsys.readouterr().out
+    finally:
+        torch.set_num_threads(1)
+        for process in busy:
+            process.kill()
+            process.wait()
