@@ -1,6 +1,6 @@
 """Our stages beside TRL's trainers, in one run on this machine: time, memory, FLOPs, profiles, scaling. `make bench`.
 
-    make bench                                             all of it (about 40 minutes on 2 fast cores)
+    make bench                                             all of it (about 80 minutes on 2 fast cores)
     .venv-bench/bin/python benchmark/bench.py --steps beside --repetitions 1
 
 Every measurement is a process of its own (`one_run.py`); the two sides alternate. What is measured is kept in
@@ -50,14 +50,17 @@ SCALED = {  # of a smaller workload, so that 13 points of three stages take minu
     "batch": [("rows", f) for f in (4, 8, 12, 16)],
     "model": [("hidden", f) for f in (256, 384, 512, 768)],
 }
-Step = Literal["flops", "profile", "beside", "scaling"]
+# what becomes of memory in a long run: other rows in each update, of the same lengths all in all
+LONG = {"rows": 1600, "hidden": 64, "layers": 2, "heads": 2}
+LONG_UPDATES = {"ours": 200, "trl": 30}
+Step = Literal["flops", "profile", "beside", "memory", "scaling"]
 
 
 @dataclass
 class Args:
     output_dir: Path | None = None
     """folder of the results (default `benchmark/results/<date>-<cpu>`)"""
-    steps: tuple[Step, ...] = ("flops", "profile", "beside", "scaling")
+    steps: tuple[Step, ...] = ("flops", "profile", "beside", "memory", "scaling")
     """what to measure; the report is made of whatever has been measured"""
     repetitions: int = 3
     """how often each side is timed"""
@@ -138,6 +141,13 @@ def measure(args: Args, runs: Runs) -> None:
                     runs.measure(side, stage, micro, work, key, warm_up=warm_up)
                 if stage == "ppo" and has_bf16():
                     runs.measure("ours", stage, micro, work, key, precision="bf16")
+    if "memory" in args.steps:
+        work = Workload(**LONG, query=args.query)
+        for stage in ROWS:
+            for side, precision in (("ours", "fp32"), ("ours", "bf16"), ("trl", "fp32")):
+                if (precision == "fp32" or has_bf16()) and (side == "ours" or TRL_PPO.is_dir()):
+                    updates = LONG_UPDATES[side]
+                    runs.measure(side, stage, 4, work, "long", precision=precision, updates=updates, batch=8)
     if "scaling" in args.steps:
         for stage in reversed(ROWS):
             for name, value in (point for points in SCALED.values() for point in points):
@@ -216,6 +226,7 @@ def report(args: Args, runs: Runs) -> str:
     for stage, micro in CELLS:
         gb = [mean_of(runs.all_of(f"{stage} micro {micro} {s} fp32"), lambda r: r["peak_gb"]) for s in ("trl", "ours")]
         lines.append(f"| {stage}, micro batch {micro} | {gb[0]:.2f} | {gb[1]:.2f} | {gb[1] / gb[0]:.2f} |")
+    lines += ["", *memory_of_long_runs(runs)]
     lines += ["", "## Each stage", "",
               "Seconds of an update by phase; real tokens per second (of each pass over a row, pads not counted); "
               "useful FLOPs (`workload.useful_flops`) of the training phases as a share of the matrix-product peak.",
@@ -242,6 +253,25 @@ def report(args: Args, runs: Runs) -> str:
     text = "\n".join(lines)
     (folder / "README.md").write_text(text)
     return text
+
+
+def memory_of_long_runs(runs: Runs) -> list[str]:
+    """Lines of the report: does memory grow with the updates?"""
+    shown = (1, 20, 30, 200)
+    lines = ["## Memory of long runs", "",
+             f"Peak during one update, GB: GPT-NeoX of width {LONG['hidden']}, {LONG['layers']} layers; 8 other rows "
+             "in each update, so that no number of tokens comes twice.", "",
+             "| | " + " | ".join(f"update {n}" for n in shown) + " | 200 / 20 |",
+             "|---" * (len(shown) + 2) + "|"]  # fmt: skip
+    for name, run in runs.found.items():
+        if name.startswith("long "):
+            _, stage, _, micro, side, precision = name.split()
+            peaks = run["peaks_gb"]
+            cells = [f"{peaks[n - 1]:.2f}" if n <= len(peaks) else "" for n in shown]
+            growth = f"{peaks[199] / peaks[19]:.2f}" if len(peaks) >= 200 else ""
+            who = "TRL" if side == "trl" else "ours"
+            lines.append(f"| {stage}, micro batch {micro}, {who}, {precision} | {' | '.join([*cells, growth])} |")
+    return lines
 
 
 def draw(runs: Runs) -> None:
@@ -303,7 +333,7 @@ def draw(runs: Runs) -> None:
 def main(args: Args) -> None:
     if args.repetitions < 1:
         sys.exit(f"error: --repetitions: found {args.repetitions}, expected a positive number")
-    if not TRL_PPO.is_dir():
+    if not TRL_PPO.is_dir() and set(args.steps) != {"memory"}:
         sys.exit("error: TRL is not installed; expected `make bench`, which installs it")
     slug = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(.*?\)|@.*|cpu|processor", " ", cpu_name().lower())).strip("-")
     folder = args.output_dir or HERE / "results" / f"{time.strftime('%Y-%m-%d')}-{slug}"
@@ -313,6 +343,10 @@ def main(args: Args) -> None:
         measure(args, runs)
     if any(name.startswith("repetition") for name in runs.found) and any(n.startswith("flops") for n in runs.found):
         print(report(args, runs))
+    elif "memory" in args.steps:
+        text = "\n".join(memory_of_long_runs(runs))
+        (folder / "memory.md").write_text(text + "\n")
+        print(text)
     with drawing():
         draw(runs)
     print("\n".join(f"{path}" for path in sorted(folder.iterdir())))

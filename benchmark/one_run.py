@@ -8,6 +8,7 @@ the same clock at the same places: optimiser steps, `Accelerator.backward`, and 
 
 import contextlib
 import json
+import math
 import os
 import resource
 import sys
@@ -36,6 +37,8 @@ class Args:
     """where the models and rows are (`workload.make`)"""
     work: workload.Workload = field(default_factory=lambda: workload.Workload(rows=8))
     """what is computed"""
+    batch: int | None = None
+    """rows, pairs or episodes of one update (default: all there are, so that each update reads the same ones)"""
     micro: int = 4
     """rows, pairs or episodes of one forward pass"""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -50,16 +53,24 @@ class Args:
     """write the top operators of the timed updates to this file (slower: do not time it)"""
 
 
+def peak_gb() -> float:
+    """Largest resident memory of this process since the last call, in GB (Linux; elsewhere since its start)."""
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return largest / 2**20
+
+
 class Clock:
-    """Seconds of the updates, and of the phases within them."""
+    """Seconds of the updates, of the phases within them, and the largest memory during each."""
 
     def __init__(self):
-        self.marks, self.phases, self.open, self.peak_gb = [], [], None, 0.0
+        self.marks, self.phases, self.open, self.peaks_gb = [], [], None, []
 
     def update_ends(self) -> None:
         """Also called once before the first update."""
         self.marks.append(time.perf_counter())
-        self.peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # until here: nothing is saved yet
+        self.peaks_gb.append(peak_gb())  # until here: nothing is saved yet
         self.phases.append({})
 
     def add(self, phase: str, seconds: float) -> None:
@@ -98,11 +109,11 @@ def run_ours(args: Args, clock: Clock, scratch: str) -> None:
 
     data, models = args.folder.resolve(), args.folder.resolve()
     os.chdir(scratch)
-    updates = args.updates + args.warm_up
+    updates, batch = args.updates + args.warm_up, args.batch or args.work.rows
     common = {
         "run_name": "bench", "output_dir": f"{scratch}/out", "precision": args.precision, "run_eval": False,
         "base_model": str(models / "policy"), "query_dataset": str(data / "sft"), "print_sample_output_freq": 0,
-        "local_micro_batch_size": args.micro, "batch_size": args.work.rows, "save_freq": 0, "save_minutes": 0.0,
+        "local_micro_batch_size": args.micro, "batch_size": batch, "save_freq": 0, "save_minutes": 0.0,
     }  # fmt: skip
     plain_resume, plain_log = Checkpoints.resume, RunFolder.log
 
@@ -119,11 +130,12 @@ def run_ours(args: Args, clock: Clock, scratch: str) -> None:
         plain_log(self, update, metrics)
 
     Checkpoints.resume, RunFolder.log = resume, log
+    length = {"num_train_epochs": math.ceil(updates * batch / args.work.rows), "total_episodes": updates * batch}
     if args.stage == "sft":
-        sft.main(sft.Args(**common, num_train_epochs=updates))
+        sft.main(sft.Args(**common, **length))
     elif args.stage == "reward":
         reward.main(reward.Args(
-            **common, num_train_epochs=updates, sft_model_path=str(models / "policy"), sft_model_revision=None,
+            **common, **length, sft_model_path=str(models / "policy"), sft_model_revision=None,
             label_dataset=str(data / "comparisons"), num_normalization_rows=1,
         ))  # fmt: skip
     else:
@@ -140,7 +152,7 @@ def run_trl(args: Args, clock: Clock, scratch: str) -> None:
     import transformers
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
-    updates = args.updates + args.warm_up
+    updates, batch = args.updates + args.warm_up, args.batch or args.work.rows
 
     class Watch(TrainerCallback):
         def on_train_begin(self, *_, **__):
@@ -155,7 +167,7 @@ def run_trl(args: Args, clock: Clock, scratch: str) -> None:
     strip = lambda row: [t for t in row if t != workload.PAD]
     common = {
         "output_dir": scratch, "per_device_train_batch_size": args.micro, "learning_rate": 3e-6, "adam_epsilon": 1e-5,
-        "gradient_accumulation_steps": args.work.rows // args.micro, "weight_decay": 0.01, "report_to": "none",
+        "gradient_accumulation_steps": batch // args.micro, "weight_decay": 0.01, "report_to": "none",
         "use_cpu": True, "bf16": args.precision == "bf16", "gradient_checkpointing": False, "save_strategy": "no",
         "seed": args.work.seed, "disable_tqdm": True, "logging_steps": 1,
     }  # fmt: skip
@@ -198,7 +210,7 @@ def run_trl(args: Args, clock: Clock, scratch: str) -> None:
         ppo.ppo_trainer.PolicyAndValueWrapper.forward = forward
         trainer = ppo.PPOTrainer(
             args=ppo.PPOConfig(**common, num_ppo_epochs=4, num_mini_batches=1, kl_coef=0.05, missing_eos_penalty=1.0,
-                               total_episodes=updates * args.work.rows, response_length=args.work.response_length,
+                               total_episodes=updates * batch, response_length=args.work.response_length,
                                temperature=0.7, stop_token="eos", num_sample_generations=0),
             processing_class=tokenizer, model=load(AutoModelForCausalLM, "policy"),
             ref_model=load(AutoModelForCausalLM, "policy"),
@@ -242,8 +254,9 @@ def main(args: Args) -> None:
     with tempfile.TemporaryDirectory() as scratch, counter, profiler, contextlib.redirect_stdout(sys.stderr):
         run(args, clock, scratch)
     found = clock.report(args.warm_up)
-    found["peak_gb"] = clock.peak_gb
-    found["peak_gb_with_saving"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    found["peaks_gb"] = clock.peaks_gb[1:]  # of each update
+    found["peak_gb"] = max(clock.peaks_gb)
+    found["peak_gb_with_saving"] = max(*clock.peaks_gb, peak_gb())
     found["threads"] = torch.get_num_threads()
     if args.count_flops:
         found["computed_flops"] = counter.get_total_flops() / (args.updates + args.warm_up)

@@ -153,7 +153,7 @@ class Args:
     """rows of one update on one process"""
     batch_size: int | None = None
     """rows of one update on all processes (default: 128, the paper's)"""
-    local_eval_batch_size: int = 64
+    local_eval_batch_size: int = 32
     """rows that one process samples at a time in evaluation"""
 
     # task
