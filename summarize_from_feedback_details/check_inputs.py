@@ -12,8 +12,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from summarize_from_feedback_details.dataset_files import EXPECTED, read_folder, refuse_unwritable_cache
-from summarize_from_feedback_details.dataset_files import reason as _reason
+from summarize_from_feedback_details.dataset_files import EXPECTED, read_folder, reason, refuse_unwritable_cache
 from summarize_from_feedback_details.run_folder import refuse
 
 PAD_TOKEN = "[PAD]"
@@ -37,11 +36,11 @@ def find_on_hub(argument: str, name: str, revision: str | None, kind: str, expec
     try:
         getattr(HfApi(), f"{kind}_info")(name, revision=revision, timeout=5)
     except HFValidationError as error:
-        refuse(argument, f"'{name}', neither a folder here nor an id of the hub: {_reason(error)}", expected)
+        refuse(argument, f"'{name}', neither a folder here nor an id of the hub: {reason(error)}", expected)
     except HfHubHTTPError as error:
         if error.response is not None and error.response.status_code == 404:
-            refuse(argument, f"'{name}', neither a folder here nor on the hub: {_reason(error)}", expected)
-        refuse(argument, f"'{name}', which the hub does not show: {_reason(error)}", expected)
+            refuse(argument, f"'{name}', neither a folder here nor on the hub: {reason(error)}", expected)
+        refuse(argument, f"'{name}', which the hub does not show: {reason(error)}", expected)
     except Exception:
         found = f"'{name}', which is not a folder here, and no network to look for it on the hub (offline)"
         refuse(argument, found, f"{expected} (HF_HUB_OFFLINE=1 takes it from the local cache)")
@@ -101,7 +100,7 @@ def find_rows(argument: str, path: str, revision: str | None = None, data_dir: s
         return datasets.load_dataset(path, data_dir=data_dir or None, revision=revision)
     except Exception as error:
         where = "that cannot be read" if here else "neither a folder here nor readable on the hub"
-        refuse(argument, f"'{path}', {where}: {_reason(error)}", EXPECTED)
+        refuse(argument, f"'{path}', {where}: {reason(error)}", EXPECTED)
     finally:
         datasets.logging.set_verbosity(verbosity)
         if shown:
@@ -233,7 +232,7 @@ def read_tokenizer(argument: str, path: str, revision: str | None = None):
         # left out, `trust_remote_code` asks at the terminal
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     except Exception as error:
-        refuse(argument, f"'{path}', whose tokenizer cannot be loaded: {_reason(error)}", expected)
+        refuse(argument, f"'{path}', whose tokenizer cannot be loaded: {reason(error)}", expected)
     if tokenizer.eos_token_id is None:
         refuse(argument, f"'{path}', whose tokenizer has no end-of-text token", "a tokenizer with an eos_token")
     if tokenizer.eos_token == PAD_TOKEN:
@@ -281,7 +280,7 @@ def _check_weights(argument: str, folder: Path) -> set[str]:
             elif not zipfile.is_zipfile(file):
                 raise ValueError("not a whole file")
         except (SafetensorError, OSError, ValueError) as error:
-            refuse(argument, f"'{folder}' with a torn {file.name} ({_reason(error)})", "a whole checkpoint")
+            refuse(argument, f"'{folder}' with a torn {file.name} ({reason(error)})", "a whole checkpoint")
     return names
 
 
@@ -331,7 +330,7 @@ def find_model(argument: str, path: str | None, revision: str | None, kind: str)
         config, _ = PretrainedConfig.get_config_dict(path, revision=None if os.path.isdir(path) else revision)
     except Exception as error:
         where = "with an unreadable config.json" if os.path.isdir(path) else "neither a folder here nor on the hub"
-        refuse(argument, f"'{path}', {where}: {_reason(error)}", f"a folder or hub id of {KINDS[kind]}")
+        refuse(argument, f"'{path}', {where}: {reason(error)}", f"a folder or hub id of {KINDS[kind]}")
     architecture = (config.get("architectures") or ["?"])[0]
     is_reward = architecture.endswith("ForSequenceClassification") or "base_config" in config
     is_policy = architecture.endswith(("ForCausalLM", "LMHeadModel"))
@@ -448,12 +447,12 @@ def check_push(args: Any) -> None:
         try:
             whoami()
         except Exception as error:
-            refuse("push_to_hub", f"a login that the hub does not confirm: {_reason(error)}", expected)
+            refuse("push_to_hub", f"a login that the hub does not confirm: {reason(error)}", expected)
         for name, repo in (("hf_entity", f"{args.hf_entity or 'me'}/name"), ("hf_repo_id", args.hf_repo_id or "name")):
             try:
                 validate_repo_id(repo)
             except HFValidationError as error:
-                refuse(name, f"'{getattr(args, name)}' ({_reason(error)})", "a name that the hub allows")
+                refuse(name, f"'{getattr(args, name)}' ({reason(error)})", "a name that the hub allows")
 
 
 def check_batch_sizes(args, world_size: int, default_batch_size: int) -> None:

@@ -35,6 +35,7 @@ from summarize_from_feedback_details.run_folder import (
     REQUEUE_ME,
     RunFolder,
     follow_umask,
+    on_gpu,
     refuse,
     stop_wanted,
     sync_folder,
@@ -450,7 +451,7 @@ def _random_state() -> dict[str, torch.Tensor]:
         "random.numpy_rest": torch.tensor([position, has_gauss, gauss], dtype=torch.float64),
         "random.python": torch.tensor(random.getstate()[1]),
     }
-    if torch.cuda.is_available():
+    if on_gpu():
         found["random.cuda"] = torch.cuda.get_rng_state()
     return found
 
@@ -461,7 +462,7 @@ def _set_random_state(found: dict[str, torch.Tensor]) -> None:
     keys = found["random.numpy"].numpy().astype(np.uint32)
     np.random.set_state(("MT19937", keys, int(position), int(has_gauss), gauss))
     random.setstate((3, tuple(found["random.python"].tolist()), None))
-    if "random.cuda" in found and torch.cuda.is_available():
+    if "random.cuda" in found and on_gpu():
         torch.cuda.set_rng_state(found["random.cuda"])
 
 

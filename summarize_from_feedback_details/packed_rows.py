@@ -27,8 +27,8 @@ def packed_attention(module, query, key, value, attention_mask, pieces=None, **k
 
     GPUs: this is the one place for a kernel that takes rows of different lengths at once.
 
-    On a CPU, rows attend in float32 in bf16, too: torch's backward pass in bf16 keeps 4 MB for each length that it has
-    ever seen, and takes more time than the conversion.
+    On a CPU, bf16 rows are converted to float32 for attention: torch's bf16 backward pass keeps 4 MB for each new
+    length, and is slower than the conversion.
 
     Args:
         query, key, value: [1, heads, tokens of all pieces, head width].
@@ -169,9 +169,10 @@ def cast_parameters(model, dtype: torch.dtype) -> None:
 
 
 def keep_exact(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
-    """Mark a parameter, whose value is final, to compute in float32 where DeepSpeed trains a copy in bf16, too.
+    """Compute with this parameter in float32 although DeepSpeed trains a bf16 copy of it.
 
-    Its master then stands in `parameter.master`; `checkpoints.update_masters` keeps it up to date.
+    Call it once the parameter has its first value. `checkpoints.update_masters` keeps `parameter.master` up to date;
+    without DeepSpeed nobody reads it.
     """
     parameter.master = parameter.detach().float().clone()
     return parameter

@@ -323,6 +323,8 @@ def choose_precision(wanted: str) -> str:
 
 def make_accelerator(args) -> Accelerator:
     """The processes of this run. Refuses a launch that is not what the arguments say."""
+    if not on_gpu():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would take a GPU wherever there is one
     # without a handler, DeepSpeed on CPU leaves each process believing that it is the only one
     handlers = [] if on_gpu() or args.world_size == 1 else [InitProcessGroupKwargs(backend="gloo")]
     accelerator = Accelerator(mixed_precision=choose_precision(args.precision), kwargs_handlers=handlers)
@@ -1031,16 +1033,16 @@ def training_metrics(stats: torch.Tensor, ratio_error: float) -> dict[str, float
     return metrics | {"policy/first_pass_ratio_error": ratio_error}
 
 
-def warn(update: int, metrics: dict[str, float], exact: bool) -> None:
+def warn(update: int, metrics: dict[str, float], in_float32: bool) -> None:
     """Say loudly that a number is impossible for correct code: ratio not 1 at the first pass, or negative KL.
 
     Args:
-        exact: whether everything is computed in float32; bf16 has a wider tolerance.
+        in_float32: whether everything is computed in float32; bf16 has a wider tolerance.
     """
-    error, tolerance = metrics["policy/first_pass_ratio_error"], 1e-3 if exact else 0.1
+    error, tolerance = metrics["policy/first_pass_ratio_error"], 1e-3 if in_float32 else 0.1
     if error > tolerance:
         print(f"WARNING: update {update}: the first-pass ratio is off 1 by {error:.2g} (> {tolerance})", flush=True)
-    kl, noise = metrics["objective/kl"], 4 * metrics["objective/kl_standard_error"] + (1e-4 if exact else 0.05)
+    kl, noise = metrics["objective/kl"], 4 * metrics["objective/kl_standard_error"] + (1e-4 if in_float32 else 0.05)
     if kl < -noise:
         print(f"WARNING: update {update}: KL {kl:.4f} is negative beyond its noise of {noise:.4f}", flush=True)
 
@@ -1199,10 +1201,8 @@ def main(args: Args) -> dict[str, float]:
                 position = {"step": None}
             else:
                 model.eval()
-                parts = deal(
-                    [len(q) for q in queries], args.local_rollout_forward_batch_size, rank, world_size, alike=True
-                )
-                mine = [i for part in parts for i in part]
+                # this rank's share: as many rows on each rank, of similar lengths, longest first
+                mine = sorted(range(len(queries)), key=lambda i: (-len(queries[i]), i))[rank::world_size]
 
                 def poll() -> None:
                     if checkpoints.stop_asked():
@@ -1271,7 +1271,7 @@ def main(args: Args) -> dict[str, float]:
                 "memory/ppo/peak_gb": memory_gb(device),
             }  # fmt: skip
             if is_main:
-                warn(update, metrics, exact=accelerator.mixed_precision == "no")
+                warn(update, metrics, in_float32=accelerator.mixed_precision == "no")
             if args.run_eval and args.eval_freq and update % args.eval_freq == 0 and update < args.num_updates:
                 found = evaluate(validation, f"update {update}, validation")
                 run.table(f"validation_{update}", found)

@@ -227,6 +227,8 @@ def choose_precision(wanted: str) -> str:
 
 def make_accelerator(args) -> Accelerator:
     """The processes of this run. Refuses a launch that is not what the arguments say."""
+    if not on_gpu():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would take a GPU wherever there is one
     # without a handler, DeepSpeed on CPU leaves each process believing that it is the only one
     handlers = [] if on_gpu() or args.world_size == 1 else [InitProcessGroupKwargs(backend="gloo")]
     accelerator = Accelerator(mixed_precision=choose_precision(args.precision), kwargs_handlers=handlers)

@@ -234,16 +234,18 @@ def refuse_uncreatable(argument: str, path: str | Path, file: str = "") -> None:
     parent = next(p for p in real.parents if os.path.exists(p))
     try:  # rights alone do not tell: root may write anywhere, but not in /proc
         with tempfile.TemporaryDirectory(dir=parent, prefix=".try-") as trial:
+            # the longest names that will be written there
             partial = Path(trial, real.relative_to(parent)).with_name(f".{real.name}.partial-1234567")
             partial.mkdir(parents=True)
             (partial / "model-00001-of-00001.safetensors").write_bytes(b"x")
     except OSError as error:
-        refuse(argument, f"'{path}', and '{_as_typed(parent)}' cannot be written ({error.strerror})", expected)
+        refuse(argument, f"'{path}', and '{_shown(parent)}' cannot be written ({error.strerror})", expected)
 
 
-def _as_typed(path: Path) -> Path:
+def _shown(path: Path) -> Path:
     """Relative to the present folder where it is below it."""
-    return path.relative_to(here) if path.is_relative_to(here := Path.cwd()) else path
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def _wrote(run: Path, folder: Path) -> bool:
@@ -783,10 +785,11 @@ def save_model(accelerator, run: RunFolder, wrapped, model, tokenizer, path: str
     )
     state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     if state:  # DeepSpeed lists tied weights twice, and rounds the heads that compute in float32
-        parameters = dict(model.named_parameters())
-        state = {k: v for k, v in state.items() if k in parameters or k in dict(model.named_buffers())}
-        rounded = {k: p for k, p in parameters.items() if hasattr(p, "master") and p.dtype != torch.float32}
-        state |= {name: parameter.master for name, parameter in rounded.items()}
+        names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+        state = {name: weight for name, weight in state.items() if name in names}
+        for name, parameter in model.named_parameters():
+            if hasattr(parameter, "master") and parameter.dtype != torch.float32:
+                state[name] = parameter.master
     # the plain class reads a row's reward at its last token that is not this one, so the end-of-text token cannot be it
     inside = tokenizer.pad_token_id < model.config.vocab_size
     model.config.pad_token_id = tokenizer.pad_token_id if inside else None
@@ -900,8 +903,8 @@ def warn_of_busy_cores() -> None:
 def keep_freed_memory() -> None:
     """Let the C library keep what is freed: else each large tensor is mapped, zeroed and faulted in again.
 
-    glibc's M_MMAP_MAX = 0 and M_TRIM_THRESHOLD = 2 GiB (mallopt(3)), unless the environment sets one of them;
-    elsewhere, and where a GPU computes, nothing happens. `RunFolder.log` gives back what fragments.
+    glibc's M_MMAP_MAX = 0 and M_TRIM_THRESHOLD = 2 GiB (mallopt(3)), unless the environment sets one of them, or a GPU
+    computes. `RunFolder.log` gives back what fragments.
 
     Also limits what oneDNN, and torch's layer above it, keep of every shape that a product in bf16 ever had: rows of
     other lengths make new ones all the time, some MB each.

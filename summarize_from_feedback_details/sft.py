@@ -44,6 +44,7 @@ from summarize_from_feedback_details.check_inputs import (
     refuse_bad_weights,
 )
 from summarize_from_feedback_details.checkpoints import Checkpoints, fingerprint, gathered, update_masters
+from summarize_from_feedback_details.dataset_files import refuse_unwritable_cache
 from summarize_from_feedback_details.packed_rows import logits_at, pack, packs, read_queries, use_packed_attention
 from summarize_from_feedback_details.run_folder import (
     Progress,
@@ -208,6 +209,8 @@ def choose_precision(wanted: str) -> str:
 
 def make_accelerator(args) -> Accelerator:
     """The processes of this run. Refuses a launch that is not what the arguments say."""
+    if not on_gpu():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would take a GPU wherever there is one
     # without a handler, DeepSpeed on CPU leaves each process believing that it is the only one
     handlers = [] if on_gpu() or args.world_size == 1 else [InitProcessGroupKwargs(backend="gloo")]
     accelerator = Accelerator(mixed_precision=choose_precision(args.precision), kwargs_handlers=handlers)
@@ -600,6 +603,7 @@ def check_args(args: Args):
     check_batch_sizes(args, int(os.environ.get("WORLD_SIZE", 1)), default_batch_size=128)
     refuse_unwritable("output_dir", args.output_dir, args.run_name)
     check_push(args)
+    refuse_unwritable_cache()  # `evaluate` keeps the module of ROUGE there
     config = find_model("base_model", args.base_model, args.base_model_revision, "policy")
     tokenizer = find_tokenizer("base_model", args.base_model, args.base_model_revision)
     tokens = ["query_token", "query_reference_response_token", "query_reference_response_token_response_label"]

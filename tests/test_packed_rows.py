@@ -162,6 +162,14 @@ def test_sampling_with_a_sliding_window():
         torch.testing.assert_close(found[0][1][i, : len(written)], expected, rtol=0, atol=1e-5)
 
 
+def test_cudnn_plans_no_lengths():
+    """Its attention makes a plan for each new length, for tens of milliseconds: never taken once rows are packed."""
+    from test_ppo_left_padding import tiny_policy
+
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    assert use_packed_attention(tiny_policy()) and not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_packing_leaves_no_trace_in_a_checkpoint(tmp_path):
     from test_ppo_left_padding import tiny_policy
 

@@ -665,7 +665,7 @@ def test_the_kl_is_an_estimate_of_the_exact_one(capsys):
     batches = [measure(slice(i, i + 64)) for i in range(0, n, 64)]
     assert min(batch["objective/kl"] for batch in batches) < 0
     for batch in batches:
-        ppo.warn(1, batch | {"policy/first_pass_ratio_error": 0.0}, exact=True)
+        ppo.warn(1, batch | {"policy/first_pass_ratio_error": 0.0}, in_float32=True)
     assert capsys.readouterr().out == ""
 
 

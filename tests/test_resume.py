@@ -251,6 +251,28 @@ def test_several_processes(world, workdir, undisturbed, zero, tmp_path_factory, 
 
 @pytest.mark.slow
 @pytest.mark.torture
+@pytest.mark.parametrize("zero", [2, 3])
+def test_float32_masters_of_a_run_in_bf16(world, workdir, zero):
+    """The same bits: weights, and the heads and biases that compute in float32 beside DeepSpeed's bf16."""
+    if ppo_left_padding.choose_precision("auto") != "bf16":
+        pytest.skip("this CPU does not multiply in bf16")
+    stage, two = "ppo_left_padding", {"local_micro_batch_size": 1, "world_size": 2, "deepspeed": True}
+    for name in ("whole", "stopped"):
+        args = stage_args(world, stage, name, precision="bf16", value_output_dir=f"{name}_value", **two)
+        if name == "stopped":
+            code, output = interrupt(stage, args, workdir, signal.SIGTERM, 2, zero)
+            assert json.loads(Path("runs/stopped/summary.json").read_text())["state"] == "interrupted", output
+        done = launch(stage, args, workdir, 2, zero)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    compare_runs(Path("runs/stopped"), Path("runs/whole"), Path("stopped"), Path("whole"))
+    found = [load_file(f"{name}_value/model.safetensors") for name in ("stopped", "whole")]
+    assert all(torch.equal(found[0][key], weight) for key, weight in found[1].items())
+    biases = [json.loads(Path(f"{n}_value/config.json").read_text())["reward_bias"] for n in ("stopped", "whole")]
+    assert biases[0] == biases[1]
+
+
+@pytest.mark.slow
+@pytest.mark.torture
 @pytest.mark.parametrize("zero", [None, 2, 3])
 def test_begun_by_one_process_and_finished_by_two(world, workdir, undisturbed, zero):
     """Under another wrapper: equal to 1e-5."""

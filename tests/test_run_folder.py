@@ -579,7 +579,7 @@ def test_ppo_warns_of_impossible_numbers(capsys, found, exact, message):
 
 
 def test_ppo_warns_of_both(capsys):
-    ppo.warn(3, RIGHT | {"policy/first_pass_ratio_error": 2.0, "objective/kl": -1.0}, exact=False)
+    ppo.warn(3, RIGHT | {"policy/first_pass_ratio_error": 2.0, "objective/kl": -1.0}, in_float32=False)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and all(line.startswith("WARNING: update 3: ") for line in lines)
 
