@@ -37,7 +37,7 @@ toy-seeds: .venv/installed
 scaling: .venv/installed
 	eval/scaling.sh
 
-# our stages beside TRL's trainers, in an environment of its own (40 minutes; goes on where it was stopped)
+# our stages beside TRL's trainers, in an environment of its own (80 minutes; goes on where it was stopped)
 bench: .venv-bench/installed
 	.venv-bench/bin/python benchmark/bench.py
 

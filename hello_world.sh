@@ -12,7 +12,7 @@
 #   REPORT=0 ./hello_world.sh                                train only: no judge, figures, page
 #   MODEL=EleutherAI/pythia-1b-deduped ./hello_world.sh      the real thing: real data, the paper's batch sizes
 #   MICRO=4 PPO_MICRO=8 ROLLOUT=32 MODEL=... ./hello_world.sh    rows of one forward pass on one GPU: SFT and reward
-#                                                            model, PPO training, PPO sampling
+#                                                            model, PPO training, sampling (PPO, SFT's evaluation)
 #   GPU_GB=40 MODEL=... ./hello_world.sh                     memory that may be used of each GPU (default: what it has)
 #
 # A finished stage with the same arguments is reused, and one that was interrupted goes on; changed arguments start that
@@ -34,10 +34,13 @@ for flag in SMOKE FRESH REPORT; do [[ ${!flag} =~ ^[01]$ ]] || refuse "$flag" "'
 
 # ----------------------------------------------------------------------------------------------------------- machine
 FOUND=$("$PYTHON" -c 'import torch
-gpus = range(torch.cuda.device_count())
-print(len(gpus), *{int(min(torch.cuda.get_device_properties(i).total_memory for i in gpus) / 1e9) for _ in gpus})')
+from summarize_from_feedback_details.run_folder import on_gpu, refuse_left_over
+refuse_left_over(several=False) # as the first stage would
+gpus = range(torch.cuda.device_count() if on_gpu() else 0)
+sizes = [torch.cuda.get_device_properties(i).total_memory for i in gpus]
+print(len(sizes), int(min(sizes, default=80e9) / 1e9))')
 read -r GPUS FOUND_GB <<<"$FOUND"
-GPU_GB=${GPU_GB:-${FOUND_GB:-80}}
+GPU_GB=${GPU_GB:-$FOUND_GB}
 if [ "$GPUS" -gt 1 ]; then
     LAUNCH=("$PYTHON" -m accelerate.commands.launch --config_file deepspeed.yaml --num_processes "$GPUS")
     DEEPSPEED=(--deepspeed)
@@ -197,8 +200,8 @@ else
         FITS[$1]=${found%%$'\n'*}
         [ -z "${found#*$'\n'}" ] || echo "   ${found#*$'\n'}"
     }
-    if [ "$GPUS" -gt 0 ] && [ -f benchmark/memory.py ]; then
-        fit sft "$MICRO" 0
+    if [ "$GPUS" -gt 0 ]; then
+        fit sft "$MICRO" "$ROLLOUT"
         fit reward "$MICRO" 0
         fit ppo_left_padding "$PPO_MICRO" "$ROLLOUT"
     fi
@@ -206,7 +209,7 @@ else
     SFT=models/$CHAIN/sft REWARD=models/$CHAIN/reward PPO=models/$CHAIN/ppo
     stage sft "runs/${CHAIN}_sft $SFT" "" "${LAUNCH[@]}" $STAGES/sft.py "${DEEPSPEED[@]}" "${REAL[@]}" \
         --output_dir "$SFT" --run_name "${CHAIN}_sft" --batch_size 128 --local_micro_batch_size "$MICRO" \
-        ${FITS[sft]}
+        --local_eval_batch_size "$ROLLOUT" ${FITS[sft]}
     stage reward "runs/${CHAIN}_reward $REWARD" "sft" "${LAUNCH[@]}" $STAGES/reward.py "${DEEPSPEED[@]}" "${REAL[@]}" \
         --sft_model_path "$SFT" --output_dir "$REWARD" --run_name "${CHAIN}_reward" --batch_size 64 \
         --local_micro_batch_size "$MICRO" ${FITS[reward]}

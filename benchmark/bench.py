@@ -53,6 +53,7 @@ SCALED = {  # of a smaller workload, so that 13 points of three stages take minu
 # what becomes of memory in a long run: other rows in each update, of the same lengths all in all
 LONG = {"rows": 1600, "hidden": 64, "layers": 2, "heads": 2}
 LONG_UPDATES = {"ours": 200, "trl": 30}
+LONG_ROWS = {"sft": 8, "reward": 8, "ppo": 4}  # of an update
 Step = Literal["flops", "profile", "beside", "memory", "scaling"]
 
 
@@ -146,8 +147,8 @@ def measure(args: Args, runs: Runs) -> None:
         for stage in ROWS:
             for side, precision in (("ours", "fp32"), ("ours", "bf16"), ("trl", "fp32")):
                 if (precision == "fp32" or has_bf16()) and (side == "ours" or TRL_PPO.is_dir()):
-                    updates = LONG_UPDATES[side]
-                    runs.measure(side, stage, 4, work, "long", precision=precision, updates=updates, batch=8)
+                    sizes = {"updates": LONG_UPDATES[side], "batch": LONG_ROWS[stage]}
+                    runs.measure(side, stage, 4, work, "long", precision=precision, **sizes)
     if "scaling" in args.steps:
         for stage in reversed(ROWS):
             for name, value in (point for points in SCALED.values() for point in points):
@@ -259,8 +260,8 @@ def memory_of_long_runs(runs: Runs) -> list[str]:
     """Lines of the report: does memory grow with the updates?"""
     shown = (1, 20, 30, 200)
     lines = ["## Memory of long runs", "",
-             f"Peak during one update, GB: GPT-NeoX of width {LONG['hidden']}, {LONG['layers']} layers; 8 other rows "
-             "in each update, so that no number of tokens comes twice.", "",
+             f"Peak during one update, GB: GPT-NeoX of width {LONG['hidden']}, {LONG['layers']} layers; 8 other "
+             "rows or pairs, or 4 other episodes, in each update, so that hardly a number of tokens comes twice.", "",
              "| | " + " | ".join(f"update {n}" for n in shown) + " | 200 / 20 |",
              "|---" * (len(shown) + 2) + "|"]  # fmt: skip
     for name, run in runs.found.items():

@@ -23,7 +23,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from summarize_from_feedback_details.run_folder import command_line, print_table, write_json  # noqa: E402
+from summarize_from_feedback_details.run_folder import command_line, print_table, refuse, write_json  # noqa: E402
 
 BUCKET = 5e8  # elements of DeepSpeed's reduce bucket (its default), held once per gradient dtype
 ROOM = 0.1  # of a card: for what the formula leaves out (measured peaks are within 9 %), CUDA's context, fragments
@@ -71,11 +71,11 @@ class Layout:
     rows: int  # of one forward pass in training (pairs for reward)
     tokens: float  # of a row in the mean: rows are packed
     responses: int  # tokens at which logits are taken
-    rollout_rows: int = 0  # PPO: episodes sampled at a time
+    rollout_rows: int = 0  # sampled at a time: PPO's episodes, rows of SFT's evaluation
     processes: int = 1
     zero: int | None = None  # ZeRO stage; None: plain
     width: int = 2  # bytes of a weight: 2 for bf16, 4 for float32
-    sums: int = 4  # bytes of an accumulated gradient under ZeRO: 4 for the stages' float32, 2 for bf16
+    sums: int = 4  # bytes of an accumulated gradient under ZeRO: 4 for the stages' float32 (ZeRO-2 and 3), 2 for bf16
     checkpointing: bool = False
     offload: bool = False
     # ZeRO: whether gradients are there while activations are at their peak; without ZeRO they always are
@@ -83,7 +83,7 @@ class Layout:
 
 
 def memory(shape: Shape, layout: Layout) -> dict[str, float]:
-    """Bytes of each term on one process; `peak` is the largest of rollout, training and the optimiser's step."""
+    """Bytes of each term on one process; `peak` is the largest of sampling, training and the optimiser's step."""
     w, world = layout.width, layout.processes
     trained = {"sft": shape.policy, "reward": shape.trunk, "ppo": shape.policy + shape.trunk}[layout.stage]
     frozen = shape.policy + shape.trunk if layout.stage == "ppo" else 0.0
@@ -91,12 +91,12 @@ def memory(shape: Shape, layout: Layout) -> dict[str, float]:
     in_rollout, in_training = (max(shape.policy, shape.trunk), 0.0) if layout.offload else (frozen, frozen)
     shard = world if layout.zero else 1
     weights = w * trained / (shard if layout.zero == 3 else 1)
-    # ZeRO splits gradients once they are reduced; until then they stand in a bucket
+    # ZeRO-2 and 3 split gradients once they are reduced; until then they stand in a bucket
     bucket = w * min(BUCKET, trained) if layout.zero and world > 1 else 0.0
-    gradients = (max(w, layout.sums) if layout.zero else w) * trained / shard + bucket
-    # ZeRO-2 steps on one float32 piece: float32 sums of bf16 gradients are one; others are copied (bf16: twice)
+    gradients = (max(w, layout.sums) if layout.zero else w) * trained / (1 if layout.zero == 1 else shard) + bucket
+    # ZeRO steps on one float32 piece: ZeRO-2's float32 sums of bf16 gradients are one; others are copied (bf16: twice)
     stepping = gradients
-    if layout.zero == 2 and w == layout.sums:
+    if layout.zero in (1, 2) and w == layout.sums:
         stepping += (w if w == 4 else w + 4) * trained / shard
     optimizer = (12 if layout.zero else 8) * trained / shard  # Adam's two moments; ZeRO has float32 masters, too
     T, D, L = layout.tokens, shape.hidden, shape.layers
@@ -105,13 +105,13 @@ def memory(shape: Shape, layout: Layout) -> dict[str, float]:
     # once, in the precision of the products: their gradient is written over them
     logits = 0.0 if layout.stage == "reward" else w * layout.rows * layout.responses * shape.vocabulary
     activations = saved * networks
-    cache = 2.0 * w * L * D * T * layout.rollout_rows
-    gathered = w * trained if layout.zero == 3 else 0.0  # ZeRO-3: whole weights while PPO samples
+    cache = 0.0 if layout.stage == "reward" else 2.0 * w * L * D * T * layout.rollout_rows
+    gathered = w * trained if layout.zero == 3 else 0.0  # ZeRO-3: whole weights while there is sampling or evaluation
     kept = layout.accumulates or not layout.zero
     train = activations + logits + gradients if kept else max(activations + logits, gradients)
     train += weights + optimizer + w * in_training
     step = weights + optimizer + w * in_training + stepping
-    rollout = weights + optimizer + w * in_rollout + cache + gathered if layout.stage == "ppo" else 0.0
+    rollout = weights + optimizer + w * in_rollout + cache + gathered
     rollout += 0.0 if layout.zero else gradients  # which ZeRO lets go of at each step
     return {"weights": weights, "frozen": w * frozen, "gradients": gradients, "optimizer": optimizer,
             "activations": activations, "logits": logits, "cache": cache, "train": train, "rollout": rollout,
@@ -122,10 +122,14 @@ def memory(shape: Shape, layout: Layout) -> dict[str, float]:
 # what fits
 
 TRIED = {  # in this order; the first costs copies from host memory, the second a third more time
-    "sft": ["", "--gradient_checkpointing"],
-    "reward": ["", "--gradient_checkpointing"],
-    "ppo": ["", "--offload", "--gradient_checkpointing", "--offload --gradient_checkpointing"],
+    "sft": [(), ("gradient_checkpointing",)],
+    "reward": [(), ("gradient_checkpointing",)],
+    "ppo": [(), ("offload",), ("gradient_checkpointing",), ("offload", "gradient_checkpointing")],
 }
+# accelerate's arguments that change no layout, or that `read_launch` reads
+KNOWN = {"config_file", "cpu", "mixed_precision", "num_processes", "num_machines", "machine_rank", "main_process_ip",
+         "main_process_port", "rdzv_backend", "same_network", "num_cpu_threads_per_process", "gpu_ids",
+         "dynamo_backend", "deepspeed_multinode_launcher", "quiet", "debug"}  # fmt: skip
 
 
 def shape_of(model: str) -> Shape | None:
@@ -140,30 +144,59 @@ def shape_of(model: str) -> Shape | None:
         config = AutoConfig.from_pretrained(model, local_files_only=True)
         with torch.device("meta"):
             network = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError):
+        text, counted = config.get_text_config(), sum(p.numel() for p in network.parameters())
+        sizes = text.num_hidden_layers, text.hidden_size, text.vocab_size
+        return Shape(model, *sizes, counted, text.tie_word_embeddings)
+    except Exception:  # whatever is wrong with the model, the stage says it better
         return None
-    text, counted = config.get_text_config(), sum(p.numel() for p in network.parameters())
-    return Shape(model, text.num_hidden_layers, text.hidden_size, text.vocab_size, counted, text.tie_word_embeddings)
 
 
-def read_launch(words: str) -> dict | None:
-    """What accelerate's arguments say of a layout; None where not everything is on a GPU."""
+def read_config(file: str) -> dict:
+    """A config file of accelerate or DeepSpeed. Refuses what is none."""
     import yaml
 
-    found = re.search(r"--config_file[ =](\S+)", words)
-    config = yaml.safe_load(Path(found[1]).read_text()) if found else {}
-    zero = config.get("deepspeed_config") or {}
+    try:
+        text = Path(file).read_text()
+        found = json.loads(text) if str(file).endswith(".json") else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError):
+        found = None
+    if not isinstance(found, dict):
+        what = "which holds no settings" if Path(file).is_file() else "which is no file"
+        refuse("config_file", f"'{file}', {what}", "a config file of accelerate, or the one of DeepSpeed that it names")
+    return found
+
+
+def read_launch(launch: str) -> dict | str:
+    """What accelerate's arguments say of a layout, or why nothing is checked (empty: not everything is on a GPU)."""
+    from huggingface_hub.constants import HF_HOME
+
+    unknown = "not known how it is launched, so nothing is checked"
+    words = re.sub(r"(--[\w-]+)=", r"\1 ", launch).split()
+    options = {name[2:].replace("-", "_"): value for name, value in zip(words, [*words[1:], ""]) if name[:2] == "--"}
+    if "cpu" in options:
+        return ""
+    # without a file accelerate reads the user's default
+    own = (f"{HF_HOME}/accelerate/default_config.{ending}" for ending in ("yaml", "json"))
+    file = options.get("config_file") or next((path for path in own if Path(path).is_file()), None)
+    config = read_config(file) if file else {}
+    zero, kind = config.get("deepspeed_config") or {}, config.get("distributed_type")
     elsewhere = [zero.get(f"offload_{what}_device") not in (None, "none") for what in ("optimizer", "param")]
-    if config.get("use_cpu") or "--cpu" in words.split() or any(elsewhere):
-        return None
-    if config.get("distributed_type") != "DEEPSPEED":
+    if config.get("use_cpu") or any(elsewhere):
+        return ""
+    if options.keys() - KNOWN or kind not in ("DEEPSPEED", "MULTI_GPU", "NO", False, None):  # False: YAML's NO
+        return unknown
+    if kind != "DEEPSPEED":
         return {"width": 4}
+    stage, sums = zero.get("zero_stage", 2), None
+    width = 2 if (options.get("mixed_precision") or config.get("mixed_precision")) == "bf16" else 4
     if file := zero.get("deepspeed_config_file"):  # DeepSpeed's own names
-        own = json.loads(Path(file).read_text())
+        own = read_config(file)
+        stage, width = (own.get("zero_optimization") or {}).get("stage", 0), 2
         sums = (own.get("data_types") or {}).get("grad_accum_dtype")
-        zero = {"zero_stage": (own.get("zero_optimization") or {}).get("stage", 0)}
-        return {"zero": zero["zero_stage"] or None, "sums": 2 if sums in ("bf16", "bfloat16") else 4}
-    return {"zero": zero.get("zero_stage", 2) or None, "width": 2 if config.get("mixed_precision") == "bf16" else 4}
+    if stage not in (1, 2, 3):
+        return unknown
+    in_float32 = stage > 1 if sums is None else sums not in ("bf16", "bfloat16")
+    return {"zero": stage, "width": width, "sums": 4 if in_float32 else 2}
 
 
 def fit(args: "Args") -> tuple[str, str]:
@@ -173,34 +206,36 @@ def fit(args: "Args") -> tuple[str, str]:
         SystemExit: code 2, where it does not fit with any of them.
     """
     stage, name = args.fit.removesuffix("_left_padding"), Path(args.model).name
+    about = f"memory of {stage} with {name}"
     launched = read_launch(args.launch)
-    if launched is None:
-        return "", ""
+    if isinstance(launched, str):
+        return "", launched and f"{about}: {launched}"
     shape = shape_of(args.model)
     if shape is None:
-        return "", f"memory of {stage} with {args.model}: its size is not known here, so nothing is checked"
-    if "--precision fp32" in args.given:
-        launched |= {"width": 4}
+        return "", f"{about}: its size is not known here, so nothing is checked"
+    given = args.given.replace("=", " ").replace("-", "_").split()  # as tyro does: both spellings, the last one counts
+    said = {word.replace("__no_", "__"): not word.startswith("__no_") for word in given}
+    if dict(zip(given, given[1:])).get("__precision") == "fp32":
+        launched["width"] = 4
     tokens, responses = {"sft": (562, 562), "reward": (807, 0), "ppo": (565, 53)}[stage]  # the longest rows
     layout = Layout(stage, args.rows, tokens, responses, args.rollout_rows, args.processes, **launched)
     needs = {}
-    tried = [words for words in TRIED[stage] if not any(f"--no-{w[2:]}" in args.given for w in words.split())]
-    for words in tried:
-        all_words = f"{args.given} {words}".split()
-        offload, checkpointing = "--offload" in all_words, "--gradient_checkpointing" in all_words
-        needs[words] = memory(shape, replace(layout, offload=offload, checkpointing=checkpointing))["peak"] / 1e9
-        if needs[words] <= (1 - ROOM) * args.gpu_gb:
+    for added in TRIED[stage]:
+        if any(said.get(f"__{switch}") is False for switch in added):
+            continue
+        on = {switch: switch in added or said.get(f"__{switch}", False) for switch in TRIED["ppo"][-1]}
+        tried = replace(layout, offload=on["offload"], checkpointing=on["gradient_checkpointing"])
+        extra = " ".join(f"--{switch}" for switch in added if f"__{switch}" not in said)
+        needs[extra] = memory(shape, tried)["peak"] / 1e9
+        fits = needs[extra] <= (1 - ROOM) * args.gpu_gb
+        if fits:
             break
-    extra = " ".join(word for word in words.split() if word not in args.given.split())
-    size = f"{needs['']:.0f} GB on each of {args.processes} GPUs" + (
-        f", {needs[words]:.0f} with {extra}" if extra else ""
-    )
-    if needs[words] > (1 - ROOM) * args.gpu_gb:
+    size = f"{needs['']:.0f} GB on each of {args.processes} GPUs"
+    size += f", {needs[extra]:.0f} with {extra}" if extra else ""
+    if not fits:
         expected = "larger GPUs, more of them, or fewer rows of a forward pass"
-        print(f"error: GPU_GB: found {args.gpu_gb:g}, and {stage} with {name} takes {size}; expected {expected}",
-              file=sys.stderr)  # fmt: skip
-        sys.exit(2)
-    return extra, f"memory of {stage} with {name}: {size}; GPU_GB is {args.gpu_gb:g}, so it is added" if extra else ""
+        refuse("GPU_GB", f"{args.gpu_gb:g}, and {stage} with {name} takes {size}", expected)
+    return extra, f"{about}: {size}; GPU_GB is {args.gpu_gb:g}, so it is added" if extra else ""
 
 
 def paper_layouts(shape: Shape) -> dict[str, Layout]:
@@ -209,7 +244,7 @@ def paper_layouts(shape: Shape) -> dict[str, Layout]:
     eight = {"processes": 8, "zero": 2}
     ppo = {"stage": "ppo", "rows": rows, "tokens": 565, "responses": 53, "rollout_rows": sampled}
     return {
-        "SFT, ZeRO-2": Layout("sft", 1, 562, 562, **eight),
+        "SFT, ZeRO-2": Layout("sft", 1, 562, 562, sampled, **eight),
         "reward, ZeRO-2": Layout("reward", 1, 807, 0, **eight),
         "PPO, ZeRO-2": Layout(**ppo, **eight),
         "PPO, ZeRO-2, --offload": Layout(**ppo, **eight, offload=True),
@@ -258,7 +293,7 @@ class Args:
     rows: int = 1
     """rows of a forward pass in training"""
     rollout_rows: int = 0
-    """episodes that are sampled at a time"""
+    """rows that are sampled at a time: by PPO, by SFT's evaluation"""
     launch: str = "--config_file deepspeed.yaml"
     """accelerate's arguments"""
     given: str = ""

@@ -28,7 +28,7 @@ declare -A BATCH_OF=([sft]=${BATCH:-128} [reward]=${BATCH:-64} [ppo_left_padding
 read -ra models <<<"$MODELS"
 read -ra seeds <<<"$SEEDS"
 
-# rows_of MODEL: rows of one forward pass on one 80 GB GPU (SFT and reward model, PPO training, PPO sampling): the paper's
+# rows_of MODEL: rows of one forward pass on one 80 GB GPU (SFT and reward model, PPO training, sampling): the paper's
 rows_of() {
     local rows
     case $1 in
@@ -42,7 +42,6 @@ rows_of() {
 # fit STAGE MODEL NODES: two lines, arguments that make a stage fit into GPU_GB, and why; refuses what does not fit
 fit() {
     local micro rows rollout given=$PPO_ARGS
-    [ -f benchmark/memory.py ] || return 0
     read -r micro rows rollout <<<"$(rows_of "$2")"
     case $1 in sft) given=$SFT_ARGS rows=$micro ;; reward) given=$REWARD_ARGS rows=$micro ;; esac
     "$PYTHON" benchmark/memory.py --fit "$1" --model "$2" --processes $(($3 * PROCESSES_PER_NODE)) --gpu_gb "$GPU_GB" \

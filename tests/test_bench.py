@@ -17,6 +17,7 @@ from workload import Workload
 
 TINY = Workload(rows=4, query=0.05, hidden=64, layers=2, heads=2)
 RESULTS = sorted(ROOT.glob("benchmark/results/*/runs.json"))
+LONG = [file for file in RESULTS if '"long ' in file.read_text()]
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +116,7 @@ def test_a_ratio_by_hand():
     assert bench.ratio(theirs, ours) == (2.5, 2.0, 3.0)
 
 
-@pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.parent.name)
+@pytest.mark.parametrize("file", [f for f in RESULTS if (f.parent / "README.md").exists()], ids=lambda f: f.parent.name)
 def test_committed_report_is_made_of_its_measurements(file):
     """Every ratio of the table, and the README's, from runs.json."""
     import bench
@@ -129,3 +130,15 @@ def test_committed_report_is_made_of_its_measurements(file):
         assert line in text and line in (ROOT / "README.md").read_text()
     assert np.isfinite([s for run in runs.found.values() for s in run.get("seconds", [])]).all()
     assert not re.search(r"/(home|root|work|tmp)/", file.read_text() + text)
+
+
+@pytest.mark.parametrize("file", LONG, ids=lambda file: file.parent.name)
+def test_memory_of_long_runs_does_not_grow(file):
+    """The committed table is that of its measurements, and memory after 200 updates is that after 20."""
+    import bench
+
+    runs = bench.Runs(file.parent, file.parent)
+    assert "\n".join(bench.memory_of_long_runs(runs)) in (file.parent / "memory.md").read_text()
+    ours = {name: run["peaks_gb"] for name, run in runs.found.items() if name.startswith("long ") and " ours " in name}
+    assert {name.split()[1] for name in ours} == {"sft", "reward", "ppo"} and len(ours) == 6  # fp32 and bf16
+    assert all(len(peaks) == 200 and peaks[199] <= 1.1 * peaks[19] for peaks in ours.values())

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pandas
 import pytest
@@ -26,7 +27,7 @@ def copy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hello") / "project"
     folder.mkdir()
     page = ("visualize_tokens.py", "visualize_tokens.html", "released_checkpoints.csv")
-    for name in ("hello_world.sh", "summarize_from_feedback_details", "eval", "deepspeed.yaml", *page):
+    for name in ("hello_world.sh", "summarize_from_feedback_details", "eval", "benchmark", "deepspeed.yaml", *page):
         subprocess.run(["cp", "-r", str(ROOT / name), str(folder)], check=True)
     return folder
 
@@ -94,6 +95,7 @@ def test_smoke_run_then_another_ppo_killed_on_its_way(copy):
     "variables, message",
     [
         ({"SEED": "x"}, "error: SEED: found 'x'; expected a number above 0"),
+        ({"ACCELERATE_USE_CPU": "maybe"}, "error: ACCELERATE_USE_CPU: found 'maybe' in the environment"),
         ({"SIZE": "huge"}, "error: SIZE: found 'huge'; expected tiny, small, medium or large"),
         ({"KL_COEF": "-1"}, "error: KL_COEF: found '-1'"),
         ({"SMOKE": "yes"}, "error: SMOKE: found 'yes'; expected 0 or 1"),
@@ -113,9 +115,13 @@ def test_bad_settings_are_refused(copy, variables, message):
 
 # ---------------------------------------------------------------------------------------- the script alone, on any GPUs
 
-# stands for python: says how many GPUs there are, writes down what it is asked, and makes what was asked for
-PYTHON = r"""#!/usr/bin/env bash
-if [ "$1" = -c ]; then echo "$STUB_GPUS"; exit; fi
+# stands for python: says how many GPUs of 80 GB there are, writes down what it is asked, and makes what was asked for
+PYTHON = (
+    rf"""#!/usr/bin/env bash
+if [ "$1" = -c ]; then echo "$STUB_GPUS 80"; exit; fi
+if [ "$1" = benchmark/memory.py ]; then exec {sys.executable} "$@"; fi
+"""
+    + r"""
 printf '%s\t' "$@" >>calls
 echo >>calls
 number=$(wc -l <calls) all=" $* "
@@ -130,17 +136,20 @@ while [ $# -gt 1 ]; do
 done
 if [ -n "$STUB_FAILS" ] && [[ $all == *"/$STUB_FAILS.py "* ]]; then exit 1; fi
 """
+)
 STAGES = ("world", "dataset", "sft", "reward", "ppo")  # of the toy world
 SCRIPTS = {"toy_tldr": "world", "tldr_dataset": "dataset", "ppo_left_padding": "ppo"}  # others are named as their stage
 PAPER = {"sft": 128, "reward": 64, "ppo": 512}  # batch sizes
 
 
 class Project:
-    """A folder with nothing but `hello_world.sh` and a python that only writes down what it is asked."""
+    """A folder with `hello_world.sh`, the memory check, and a python that only writes down what it is asked."""
 
     def __init__(self, folder):
         self.folder, self.asked = folder, 0
-        shutil.copy(ROOT / "hello_world.sh", folder)
+        (folder / "benchmark").mkdir()
+        for name in ("hello_world.sh", "benchmark/memory.py", "deepspeed.yaml"):
+            shutil.copy(ROOT / name, folder / name)
         (folder / "python").write_text(PYTHON)
         (folder / "python").chmod(0o755)
 
@@ -235,7 +244,7 @@ def read_arithmetic(text: str) -> dict[str, tuple[int, ...]]:
 def test_the_real_thing(project, monkeypatch, size, micro, gpus):
     """Three stages with the paper's batches, chained by their folders, in words that all scripts accept."""
     model = f"EleutherAI/pythia-{size}-deduped"
-    done, calls = project.hello(gpus, MODEL=model, REPORT="0")
+    done, calls = project.hello(gpus, MODEL=model, REPORT="0", GPU_GB="999")
     assert done.returncode == 0, done.stderr
     assert ("there is no GPU here" in done.stdout) == (gpus == 0)
     printed = read_arithmetic(done.stdout)
@@ -257,6 +266,7 @@ def test_the_real_thing(project, monkeypatch, size, micro, gpus):
     assert len({sft.output_dir, reward.output_dir, ppo.output_dir}) == len({a.run_name for a in args.values()}) == 3
     # the paper's rows of a forward pass, and those of the job scripts
     assert (sft.local_micro_batch_size, ppo.local_micro_batch_size, ppo.local_rollout_forward_batch_size) == micro
+    assert sft.local_eval_batch_size == micro[2]
     rows_of = ["bash", "-c", 'source sbatches/common.sh; rows_of "$0"', model]
     job = subprocess.run(rows_of, cwd=ROOT, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True)
     assert tuple(map(int, job.stdout.split())) == micro
@@ -328,11 +338,6 @@ def test_a_batch_that_does_not_divide_is_refused(project, gpus, variables, messa
 )
 def test_what_the_gpus_hold(project, gpus, size, gpu_gb, added):
     """PPO gets --offload where it does not fit without, in a line; what does not fit at all is refused before SFT."""
-    shutil.copytree(ROOT / "benchmark", project.folder / "benchmark")
-    shutil.copy(ROOT / "deepspeed.yaml", project.folder)
-    stub = (project.folder / "python").read_text().split("\n", 1)
-    real = f'if [ "$1" = benchmark/memory.py ]; then exec {sys.executable} "$@"; fi'
-    (project.folder / "python").write_text(f"{stub[0]}\n{real}\n{stub[1]}")
     done, calls = project.hello(gpus, MODEL=f"EleutherAI/pythia-{size}", REPORT="0", GPU_GB=gpu_gb)
     if added is None:
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and calls == [] and project.tree() == {}
@@ -342,6 +347,25 @@ def test_what_the_gpus_hold(project, gpus, size, gpu_gb, added):
     found = {stage: call[-1] for stage, call in zip(PAPER, calls) if not call[-1].isdigit()}
     assert found == added
     assert ("so it is added" in done.stdout) == bool(added)
+
+
+@pytest.mark.parametrize("bytes_of", [[], [85_017_755_648], [80e9, 40e9, 60e9]])
+@pytest.mark.parametrize("use_cpu", [None, "true", "1", "false"])
+def test_gpus_are_counted(monkeypatch, capsys, bytes_of, use_cpu):
+    """How many there are and the memory of the smallest, GB; none where ACCELERATE_USE_CPU says so."""
+    import torch
+
+    counts = re.search(r"""FOUND=\$\("\$PYTHON" -c '([^']+)'\)""", (ROOT / "hello_world.sh").read_text())[1]
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        monkeypatch.delenv(name)
+    if use_cpu:
+        monkeypatch.setenv("ACCELERATE_USE_CPU", use_cpu)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(bytes_of))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(bytes_of))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(total_memory=bytes_of[i]))
+    exec(counts, {})
+    used = [] if use_cpu in ("true", "1") else bytes_of
+    assert capsys.readouterr().out == f"{len(used)} {int(min(used, default=80e9) / 1e9)}\n"
 
 
 @pytest.mark.parametrize("gpus", [8, 2])

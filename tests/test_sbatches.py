@@ -114,6 +114,15 @@ def test_what_no_gpu_holds_is_refused():
     assert dry_run(GPU_GB="much").stderr.startswith("error: GPU_GB: found 'much'; expected a number")
 
 
+def test_what_is_not_known_is_said_and_a_config_file_must_be_there():
+    plain = ("--models", "a/pythia-12b", "--stages", "sft reward ppo_left_padding")
+    done = dry_run(*plain, ACCELERATE_ARGS="--use_deepspeed --zero_stage 2 --mixed_precision bf16")
+    assert done.returncode == 0 and done.stdout.count("not known how it is launched, so nothing is checked\n") == 3
+    done = dry_run(*plain, ACCELERATE_ARGS="--config_file gone.yaml")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: --config_file: found 'gone.yaml', which is no file")
+
+
 def test_a_job_passes_what_fits(checkout):
     """The launch line of a job, with an srun that only shows its words."""
     (checkout / "bin").mkdir()
@@ -123,9 +132,14 @@ def test_a_job_passes_what_fits(checkout):
         (checkout / "bin" / name).chmod(0o755)
     job = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(checkout), "SLURM_JOB_NODELIST": "node1", "SEEDS": "1",
            "MODELS": "a/pythia-6.9b-deduped", "PATH": f"{checkout}/bin:{os.environ['PATH']}", "PYTHON": sys.executable}  # noqa: E501  # fmt: skip
-    run = lambda **more: subprocess.run(
-        ["bash", "sbatches/ppo_left_padding.sbatch"], cwd=checkout, env=job | more, capture_output=True, text=True
+    run = lambda stage="ppo_left_padding", **more: subprocess.run(
+        ["bash", f"sbatches/{stage}.sbatch"], cwd=checkout, env=job | more, capture_output=True, text=True
     )
+    done = run("sft", ROLLOUT="8")
+    words = done.stdout.splitlines()  # SFT's evaluation samples the rows that were checked
+    assert done.returncode == 0 and words[words.index("--local_eval_batch_size") + 1] == "8"
+    done = run("sft", ROLLOUT="100", GPU_GB="40")
+    assert done.returncode == 2 and done.stderr.startswith("error: GPU_GB: found 40, and sft with pythia-6.9b-deduped")
     done = run()
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "--offload", done.stderr
     assert "memory of ppo with pythia-6.9b-deduped: 87 GB" in done.stdout
