@@ -150,7 +150,7 @@ def test_flags_in_the_text_exist():
     known = set().union(*(flags_of(m.Args) for m in (MODULES | TOOLS).values()))
     known |= set(re.findall(r"--(\w+)", (ROOT / "sbatches/launch.sh").read_text()))
     prose = re.sub(r"^```.*?^```", "", README, flags=re.M | re.S)
-    named = {flag for word in ticked(prose) for flag in re.findall(r"^--([\w.]+)", word)} - {"help"}
+    named = {flag for word in ticked(prose) for flag in re.findall(r"^--(?:no_)?([\w.]+)", word)} - {"help"}
     assert len(named) > 7 and named <= known, named - known
     sizes = {
         w for row in table(section("### Batch words")) for c in row for w in ticked(c) if re.search("size|mini", w)
