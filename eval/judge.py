@@ -19,21 +19,9 @@ command again and it goes on. Failures are not kept.
 Deviates: the original asked each pair once, in a random order, and turned an unreadable answer into a coin flip.
 """
 
-import asyncio
-import collections
-import contextlib
-import email.utils
-import hashlib
 import json
 import math
-import os
-import random
 import re
-import socket
-import sqlite3
-import sys
-import time
-import urllib.parse
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,6 +29,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas
+from ask_server import THOUGHTS, ask_server, check_server, one_line, server_address
 from rich.table import Table
 from scipy import stats
 from scipy.special import expit
@@ -62,21 +51,12 @@ LENGTH_RATIOS = (0.0, 0.5, 0.75, 0.9, 1.1, 1.33, 2.0, math.inf)  # words of the 
 CALIBRATION_BINS = 10
 NEAR_EQUAL = 0.1  # lengths that differ by this share of the reference, or less, are nearly equal
 NEAR_EQUAL_LENGTH = 5  # posts needed where the response is not longer, and where it is not shorter
-CHARACTERS_PER_TOKEN = 4  # of English text, for the estimate of the cost
-ANSWER_TOKENS = 60  # of an answer as the prompt asks for, for the estimate of the cost
-LONGEST_WAIT = 60.0  # seconds between two attempts, unless the server asks for more; longer waits are announced
-IN_A_ROW = 20  # questions that fail one after the other, besides those asked at the same time, until everything stops
+PREFERRED = re.compile(r"""(?ix)
+    (?: \A | (?<=\w) (?= [^\w\n]*+ \n | [^\w.!?;:]*+ [.!?;:] [^\w\s]*+ \s))  # first on a line, or behind a sentence
+    \W*+ preferred \W++ (?:summary \W++)? ([ab]) \b
+    (?= [^\w\n]*+ (?:\n | \Z) | \W++ preferred)  # last on a line, or said once more
+""")  # possessive (*+, ++): long rows of dots, as models repeat them, are read once
 TEXTS = ("query", "response", "reference")  # columns of a table of responses
-OLD_REFUSAL = "(the server refuses this question)"  # in caches of earlier versions; it may have been about a setting
-OPENAI = "https://api.openai.com/v1"
-# variables of the environment that the client reads
-ROUTES = ("OPENAI_BASE_URL", "SSL_CERT_FILE", "SSL_CERT_DIR", "ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
-# OpenAI's codes, with Azure's and llama.cpp's
-QUESTION_CODES = {"content_filter", "content_policy_violation", "context_length_exceeded", "exceed_context_size_error",
-                  "invalid_prompt", "string_above_max_length"}  # fmt: skip
-SETTING_CODES = {"unsupported_parameter", "unsupported_value", "unknown_parameter", "invalid_model", "model_not_found"}
-CREDIT_CODES = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
-SETTING_WORDS = re.compile(r"(?i)(unsupported|unrecognized|unknown) (request )?(parameter|argument)")
 
 
 @dataclass
@@ -132,7 +112,7 @@ class Args:
     concurrency: int = 16
     """questions asked at the same time"""
     timeout: float = 60.0
-    """seconds until an answer is given up"""
+    """seconds of silence until an answer is given up"""
     max_attempts: int = 8
     """attempts at one question; at the start each is at another question, and where all fail, everything stops"""
     first_wait: float = 1.0
@@ -202,8 +182,8 @@ def read_table(argument: str, path: Path) -> pandas.DataFrame:
     try:
         table = read(path)
     except (ValueError, OSError) as error:
-        reason = str(error).splitlines()[0][:120]
-        refuse(argument, f"'{path}', which cannot be read: {reason}", "a table of responses")
+        found = f"'{path}', which cannot be read: {one_line(error, 120)}"
+        refuse(argument, found, "a table of responses")
     missing = [c for c in TEXTS if c not in table]
     if missing:
         found = f"'{path}' without a column {', '.join(missing)}"
@@ -295,14 +275,9 @@ def judge_by_reward(pairs: pandas.DataFrame, model, bias: float, tokenizer, batc
         with torch.no_grad():
             scores[part] = read_rewards(model, bias, [tokens[i] for i in part]).tolist()
         progress.step(len(part))
-    scores, reference_scores = scores[: len(pairs)], scores[len(pairs) :]
-    return pandas.DataFrame(
-        {
-            "outcome": outcome_of_scores(scores, reference_scores),
-            "score": scores,
-            "reference_score": reference_scores,
-        }
-    )
+    scores, reference_scores = np.split(scores, 2)
+    outcome = outcome_of_scores(scores, reference_scores)
+    return pandas.DataFrame({"outcome": outcome, "score": scores, "reference_score": reference_scores})
 
 
 def judge_by_server(pairs: pandas.DataFrame, args: Args, sent: list[int]) -> pandas.DataFrame:
@@ -314,7 +289,7 @@ def judge_by_server(pairs: pandas.DataFrame, args: Args, sent: list[int]) -> pan
     # one order of all posts, then the other: the first questions are about different posts
     questions = {(i, 0): fill_prompt(template, *rows[i]) for i in asked}
     questions |= {(i, 1): fill_prompt(template, rows[i][0], *rows[i][:0:-1]) for i in asked}
-    answers, failures = ask_server(questions, args, sent)
+    answers, failures = ask_server(questions, args, sent, read_answer)
     first = [answers.get((i, 0)) for i in range(len(pairs))]
     second = [answers.get((i, 1)) for i in range(len(pairs))]
     outcome = [0.5 if s else outcome_of_answers(a, b) for s, a, b in zip(same, first, second)]
@@ -334,25 +309,14 @@ def read_answer(text: str | None) -> str | None:
     >>> read_answer("The first invents a boss.\\nPreferred: B"), read_answer("Preferred: both")
     ('B', None)
     """
-    text = without_thoughts(text or "")
-    text = re.sub(r"(\s*<([/|｜]\S{1,30}|\w\w{1,30})>)+\s*$", "", text)  # a token such as </s>, written out
-    text = re.sub(r"\W+$", "", text)  # also a rule below the answer
+    text = THOUGHTS.sub("", text or "").rstrip()
+    text = re.sub(r"(?<!\s)(\s*+<([/|｜]\S{1,30}|\w\w{1,30})>)+$", "", text)  # a token such as </s>, written out
+    text = re.match(r"(?s)(.*\w)?", text)[0]  # a rule below the answer is none of it
     if re.fullmatch(r"\W*[AB]", text):
         return text[-1]
-    # at the beginning of a line or behind a sentence; the last one at the very end
-    pattern = r"(?im)(?:^|[.!?;:]\W*\s)\W*preferred\W+(?:summary\W+)?([ab])\b(?=\W*$|\W+preferred)"
-    found = list(re.finditer(pattern, text))
+    found = list(PREFERRED.finditer(text))  # the last one must be at the very end
     named = {match[1].upper() for match in found}
     return named.pop() if len(named) == 1 and found[-1].end() == len(text) else None
-
-
-def without_thoughts(text: str) -> str:
-    """Text without what a model says to itself; the opening tag may have been in the prompt.
-
-    >>> without_thoughts("Perhaps A.</think> B"), without_thoughts("<think>Perhaps")
-    (' B', '')
-    """
-    return re.sub(r"(?s)^.*</think>|<think>.*$", "", text)
 
 
 def outcome_of_answers(first: str | None, second: str | None) -> float:
@@ -360,457 +324,6 @@ def outcome_of_answers(first: str | None, second: str | None) -> float:
     if first is None or second is None:
         return math.nan
     return 0.5 * (first == "A") + 0.5 * (second == "B")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# asking a server
-
-
-class Cache:
-    """All answers on disk, and who is asking for what, in one SQLite file that several processes may use.
-
-    An answer is committed before `put` returns, so that a process killed at any moment has lost nothing it received.
-    SQLite's own journal, not its WAL: that one does not work on network file systems, nor wait when a file is made.
-    """
-
-    def __init__(self, path: str, lease: float):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        self.lease = lease  # seconds after which a question of a process that cannot be looked up is free again
-        self.db = sqlite3.connect(path, timeout=60, isolation_level=None)
-        self.db.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, question TEXT, answer TEXT)")
-        self.db.execute("CREATE TABLE IF NOT EXISTS claims (key TEXT PRIMARY KEY, host TEXT, pid INTEGER, at REAL)")
-
-    def get(self, key: str) -> str | None:
-        """The answer, or None."""
-        row = self.db.execute("SELECT answer FROM answers WHERE key = ? AND answer != ?", (key, OLD_REFUSAL)).fetchone()
-        return row[0] if row else None
-
-    def claim(self, key: str) -> bool:
-        """Whether this process may ask: no answer is there, and no living process is asking."""
-        self.db.execute("BEGIN IMMEDIATE")
-        try:
-            if self.get(key) is not None:
-                return False
-            row = self.db.execute("SELECT host, pid, at FROM claims WHERE key = ?", (key,)).fetchone()
-            if row and self._alive(*row):
-                return False
-            mine = (key, socket.gethostname(), os.getpid(), time.time())
-            self.db.execute("INSERT OR REPLACE INTO claims VALUES (?, ?, ?, ?)", mine)
-            return True
-        finally:
-            self.db.execute("COMMIT")
-
-    def _alive(self, host: str, pid: int, at: float) -> bool:
-        if host == socket.gethostname():
-            try:
-                os.kill(pid, 0)
-            except ProcessLookupError:
-                return False
-            except PermissionError:
-                pass
-        return abs(time.time() - at) < self.lease
-
-    def put(self, key: str, question: str, answer: str) -> None:
-        """Keep an answer and give the claim back."""
-        self.db.execute("BEGIN IMMEDIATE")
-        self.db.execute("DELETE FROM answers WHERE key = ? AND answer = ?", (key, OLD_REFUSAL))
-        self.db.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?)", (key, question, answer))
-        self.db.execute("DELETE FROM claims WHERE key = ?", (key,))
-        self.db.execute("COMMIT")
-
-    def release(self, key: str) -> None:
-        """Give a claim back without an answer."""
-        self.db.execute("DELETE FROM claims WHERE key = ?", (key,))
-
-
-class OutOfBudget(Exception):
-    """--max_requests is spent."""
-
-
-class ServerFails(Exception):
-    """The server answers nobody, for now."""
-
-
-class WrongRequest(Exception):
-    """The server refuses what cannot be cured by asking again: (argument, found, expected)."""
-
-
-class Failed(Exception):
-    """One question has no answer, for this reason.
-
-    Args:
-        set_up: what is wrong if no other question is answered either; None where that is the server itself.
-        own: whether it may be this question's own fault; otherwise the server would fail at any.
-    """
-
-    def __init__(self, reason: str, set_up: WrongRequest | None = None, own: bool = True):
-        super().__init__(reason)
-        self.set_up, self.own = set_up, own
-
-
-class Fault(Exception):
-    """What went wrong with one request; another attempt may do better.
-
-    Args:
-        status: of HTTP, or the one that stands in an answer; None: nothing came back, or nothing that can be read.
-        code: the server's code, its type of error, or the client's name for what happened.
-        words: the server's words.
-        wait: seconds that it asks for.
-    """
-
-    def __init__(self, status: int | None, code: str, words: str, wait: float | None = None):
-        known = " ".join(str(part) for part in (status, code) if part)
-        super().__init__(one_line(f"{known}: {words}"))
-        self.status, self.code, self.words, self.wait = status, code, words, wait
-
-
-def one_line(text: Any, most: int = 240) -> str:
-    """Words of a server, or of a library, without markup and line breaks."""
-    text = " ".join(re.sub(r"<[^>]*>", " ", str(text)).split())
-    return text if len(text) <= most else f"{text[:most]}..."
-
-
-def server_address(args: Args) -> str:
-    """The server's address, as it stands in the keys of the cache and in the report."""
-    address = os.environ.get("OPENAI_BASE_URL") or OPENAI if args.base_url is None else args.base_url
-    path, mark, query = address.strip().partition("?")
-    return path.rstrip("/").removesuffix("/chat/completions") + mark + query
-
-
-def make_client(args: Args):
-    """OpenAI's client. Its own attempts are off: they would not count in the budget."""
-    import openai
-
-    key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"  # local servers want none
-    path, _, query = server_address(args).partition("?")
-    query = dict(urllib.parse.parse_qsl(query))  # such as Azure's ?api-version=; it belongs behind the whole path
-    headers = {"api-key": key} if "api-version" in query else None  # Azure's name for it
-    return openai.AsyncOpenAI(
-        base_url=path, api_key=key, timeout=args.timeout, max_retries=0, default_query=query, default_headers=headers
-    )
-
-
-def routes() -> str:
-    """What the environment says about the way to a server, without passwords: ` (HTTP_PROXY=http://host:1)`."""
-    found = [(name, os.environ.get(name) or os.environ.get(name.lower())) for name in ROUTES]
-    found = [f"{name}={re.sub('//[^/@]*@', '//', value)}" for name, value in found if value]
-    return f" (in the environment: {', '.join(found)})" if found else ""
-
-
-def cache_key(args: Args, prompt: str, ask: int) -> str:
-    """What an answer depends on: server, model, sampling, the whole question (so: prompt file, texts and order)."""
-    parts = [server_address(args), args.model, args.temperature, args.max_tokens, prompt, ask]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def wait_asked_for(error: Any) -> float | None:
-    """Seconds in the server's Retry-After (a number or a date), or None."""
-    value = getattr(getattr(error, "response", None), "headers", {}).get("retry-after")
-    with contextlib.suppress(TypeError, ValueError):
-        return max(0.0, float(value)) if math.isfinite(float(value)) else None
-    with contextlib.suppress(TypeError, ValueError, OverflowError):
-        date = email.utils.parsedate_tz(value) if value else None
-        return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else None
-    return None
-
-
-def read_fault(error: Any) -> Fault:
-    """What an exception of the client says, or the `error` that some servers put into an answer with status 200.
-
-    Servers write `{"error": {"message", "type", "code"}}` (OpenAI), `{"message", "type", "code"}` (older vLLM),
-    `{"error": "..."}`, `{"detail": ...}` (FastAPI), or a page of HTML; `code` may repeat the status.
-    """
-    if not isinstance(error, dict) and not hasattr(error, "status_code"):
-        cause = error.__cause__
-        words = f"{error} ({str(cause) or type(cause).__name__})" if cause else str(error)
-        return Fault(None, type(error).__name__, words)
-    body = error if isinstance(error, dict) else error.body
-    body = body if isinstance(body, dict) else {"message": body}
-    codes = [str(body[name]) for name in ("code", "type") if body.get(name)]
-    numbers = [int(code) for code in codes if re.fullmatch("[45][0-9]{2}", code)]
-    words = str(body.get("message") or body.get("detail") or "no words")
-    if isinstance(body.get("metadata"), dict):  # a relay's: what the server behind it said
-        words += f": {body['metadata'].get('raw')}"
-    status = getattr(error, "status_code", next(iter(numbers), None))
-    known = [code for code in codes if code in QUESTION_CODES | SETTING_CODES | CREDIT_CODES]
-    code = next(iter(known + [code for code in codes if not code.isdigit()]), "")
-    return Fault(status, code, words, wait_asked_for(error))
-
-
-def read_completion(completion: Any, args: Args) -> str:
-    """The text of an answer, "" where the model says nothing.
-
-    Raises:
-        Fault: the answer has another shape than OpenAI's.
-        Failed: the model did not come to an answer, and would not at another attempt.
-    """
-    if isinstance(getattr(completion, "error", None), dict):
-        raise read_fault(completion.error)
-    choice = next(iter(getattr(completion, "choices", None) or []), None)
-    end, message = getattr(choice, "finish_reason", None), getattr(choice, "message", None)
-    text = getattr(message, "content", None)
-    if isinstance(text, list) and all(isinstance(part, dict) for part in text):
-        text = "".join(part.get("text") or "" for part in text if part.get("type") == "text")
-    if end == "content_filter" and not text:
-        found = f"'{args.model}', whose server filters every answer"
-        raise Failed("content_filter: no answer came", WrongRequest("model", found, "a model that judges such posts"))
-    if message is None or not isinstance(text, str | None):
-        is_model = hasattr(completion, "model_dump_json")
-        shape = completion.model_dump_json(exclude_unset=True, warnings=False) if is_model else completion
-        raise Fault(None, "", f"not the answer of a chat completion: {shape}")
-    # OpenAI's models say nothing while they think, others do so in `reasoning_content` or between tags
-    if end == "length" and not without_thoughts(text or "").strip():
-        found = f"{args.max_tokens}, which the model used up before its answer began"
-        raise Failed(f"--max_tokens {args.max_tokens} are too few: the answer did not begin",
-                     WrongRequest("max_tokens", found, "more (a model that thinks needs thousands)"))  # fmt: skip
-    return (text or "").encode("utf-8", "replace").decode()  # half a character cannot be kept
-
-
-class Server:
-    """Asks questions: bounded budget, attempts with growing waits, answers kept in the cache."""
-
-    def __init__(self, args: Args, cache: Cache, sent: list[int]):
-        self.args, self.cache, self.sent = args, cache, sent
-        self.client = make_client(args)
-        self.limit, self.takes_temperature = "max_tokens", True  # what the model takes, as far as it has said
-        self.works, self.answered_before, self.failed_in_a_row = False, False, 0
-        self.resume_at, self.stop = 0.0, None  # an exception that ends everything
-
-    async def answer(self, prompt: str, attempts: range | None = None) -> str | None:
-        """`A`, `B`, or None where `max_asks` answers could not be read.
-
-        Args:
-            attempts: numbers of the attempts at each request: the higher, the longer the wait behind it.
-
-        Raises:
-            Failed: no answer came, and that may be this question's fault.
-            OutOfBudget, ServerFails, WrongRequest: nothing more can be asked.
-        """
-        for ask in range(self.args.max_asks):
-            key = cache_key(self.args, prompt, ask)
-            while (text := self.cache.get(key)) is None:
-                if self.cache.claim(key):
-                    try:
-                        text = await self.request(prompt, ask, attempts or range(self.args.max_attempts))
-                        self.cache.put(key, prompt, text)
-                    except BaseException:
-                        self.cache.release(key)
-                        raise
-                elif self.stop:
-                    raise self.stop
-                else:  # another process, or another worker with the same question, is asking
-                    await asyncio.sleep(0.1)
-            if verdict := read_answer(text):
-                break
-        return verdict
-
-    async def request(self, prompt: str, ask: int, attempts: range) -> str:
-        """The text of one answer. Raises: see `answer`."""
-        for attempt in attempts:
-            try:
-                text = await self.send(prompt, ask)
-            except Fault as found:
-                fault = found
-            else:
-                self.works, self.failed_in_a_row = True, 0
-                return text
-            if fault.wait is not None:  # it is the server that has enough: nobody asks until then
-                until = time.monotonic() + fault.wait
-                if fault.wait > LONGEST_WAIT and until > self.resume_at + LONGEST_WAIT:
-                    print(f"the server asks to wait for {fault.wait / 60:,.0f} minutes ({fault}); "
-                          "Ctrl-C stops, and the same command goes on later", flush=True)  # fmt: skip
-                self.resume_at = max(self.resume_at, until)
-            elif attempt + 1 < self.args.max_attempts:
-                wait = min(LONGEST_WAIT, self.args.first_wait * 2**attempt)
-                await self.pause(time.monotonic() + wait * random.uniform(0.5, 1.0))
-        is_down = fault.status == 429 or (fault.status or 0) >= 502 and fault.status != 504
-        raise Failed(str(fault), own=not is_down and fault.code != "APIConnectionError")
-
-    async def pause(self, until: float) -> None:
-        """Sleep; wake up when everything stops."""
-        while (wait := until - time.monotonic()) > 0 and not self.stop:
-            await asyncio.sleep(min(wait, 1.0))
-
-    async def send(self, prompt: str, ask: int) -> str:
-        """The text of one request's answer; the request is sent again where the model does not take a setting.
-
-        Raises:
-            Fault: another attempt may do better.
-            Failed, OutOfBudget, ServerFails, WrongRequest: none will.
-        """
-        while True:
-            while self.resume_at > time.monotonic() and not self.stop:
-                await self.pause(self.resume_at)
-            if self.stop:
-                raise self.stop
-            if self.args.max_requests is not None and self.sent[0] >= self.args.max_requests:
-                raise OutOfBudget
-            self.sent[0] += 1
-            settings, messages = self.settings(ask), [{"role": "user", "content": prompt}]
-            try:
-                found = await self.client.chat.completions.create(model=self.args.model, messages=messages, **settings)
-                return read_completion(found, self.args)
-            except Failed:
-                raise
-            except Exception as error:  # whatever the client makes of what a server answers
-                fault = error if isinstance(error, Fault) else read_fault(error)
-            if not self.falls_back(fault, settings, ask):
-                raise self.meaning(fault)
-
-    def settings(self, ask: int) -> dict[str, float]:
-        """What is sent beside the question: an answer that could not be read is asked for again at temperature 1."""
-        temperature = {"temperature": self.args.temperature if ask == 0 else 1.0} if self.takes_temperature else {}
-        return {self.limit: self.args.max_tokens} | temperature
-
-    def falls_back(self, fault: Fault, settings: dict[str, float], ask: int) -> bool:
-        """Whether the server refuses a setting that the request can do without; from now on it is not sent.
-
-        OpenAI's models that think take `max_completion_tokens`, and no temperature but 1.
-        """
-        said = re.search(r"(?i)unsupported|not support|instead|only|deprecated", fault.words)
-        if fault.status not in (400, 422) or not said or "too large" in fault.words:
-            return False
-        if settings != self.settings(ask):  # another worker has found out
-            return True
-        if self.limit == "max_tokens" and "max_completion_tokens" in fault.words:
-            self.limit, change = "max_completion_tokens", "--max_tokens is sent as max_completion_tokens"
-        elif self.takes_temperature and "temperature" in fault.words:
-            self.takes_temperature, change = False, "no --temperature is sent, the model's own holds"
-        else:
-            return False
-        print(f"{self.args.model}: {change} ({fault})", flush=True)
-        return True
-
-    def meaning(self, fault: Fault) -> Exception:
-        """What a fault ends: everything, one question, or (the fault itself) one attempt."""
-        model, status, told = self.args.model, fault.status, f"{fault.code} {fault.words}"
-        if status == 401:
-            return WrongRequest("base_url", f"a refused key ({fault}){routes()}", "the right OPENAI_API_KEY")
-        if status in (402, 407) or fault.code in CREDIT_CODES:
-            return ServerFails(str(fault))
-        if status in (404, 405) and re.search(r"(?i)model|deployment", told):
-            return WrongRequest("model", f"'{model}' ({fault})", "a model that the server has")
-        if status in (404, 405):
-            found = f"'{server_address(self.args)}', where no questions are taken ({fault}){routes()}"
-            return WrongRequest("base_url", found, "an address that ends in /v1, as most do")
-        refused = 400 <= (status or 0) < 500 and status not in (408, 409, 425, 429)
-        if not refused and fault.code not in QUESTION_CODES:
-            return fault
-        set_up = WrongRequest("model", f"'{model}', whose server refuses the request ({fault})",
-                              "a model that takes such questions, temperature and max_tokens")  # fmt: skip
-        if status == 403 and "model" not in told:
-            set_up = WrongRequest("base_url", f"a refused key ({fault}){routes()}", "the right OPENAI_API_KEY")
-        about_setting = fault.code in SETTING_CODES or SETTING_WORDS.search(fault.words)
-        return set_up if about_setting and not (self.works or self.answered_before) else Failed(str(fault), set_up)
-
-
-async def ask_all(questions: dict[Any, str], args: Args, cache: Cache, sent: list[int], progress: Progress):
-    """Ask all questions, `concurrency` at a time. When one cannot go on, what is under way still ends.
-
-    Returns:
-        (name -> answer, name -> reason why there is none).
-    """
-    server, answers, failures = Server(args, cache, sent), {}, {}
-    known = {prompt for prompt in questions.values() if cache.get(cache_key(args, prompt, 0)) is not None}
-    server.answered_before = bool(known)
-    # first those without an answer: they show what the server can do
-    waiting = collections.deque(sorted(questions.items(), key=lambda question: question[1] in known))
-
-    async def start() -> None:
-        """Ask one at a time, each attempt at another question: where none is answered, the set-up is at fault."""
-        attempt, refused = 0, set()
-        while waiting and not server.works:
-            name, prompt = waiting.popleft()
-            try:
-                answers[name] = await server.answer(prompt, range(attempt, attempt + 1))
-                progress.step(note=f"{sent[0]} requests")
-                continue
-            except Failed as failure:
-                last = failure
-            waiting.append((name, prompt))
-            if last.set_up:
-                refused.add(name)
-            else:
-                attempt += 1
-            tried = attempt + len(refused)
-            if tried < max(3, args.max_attempts) and len(refused) < len(waiting):
-                continue
-            with contextlib.suppress(Failed):  # what was answered before tells the server's fault from the questions'
-                if known:
-                    return await server.request(next(iter(known)), 0, range(args.max_attempts - 1, args.max_attempts))
-            raise last.set_up or ServerFails(f"{tried} attempts failed, the last one with {last}")
-
-    async def work() -> None:
-        while waiting and not server.stop:
-            name, prompt = waiting.popleft()
-            try:
-                answers[name] = await server.answer(prompt)
-                progress.step(note=f"{sent[0]} requests")
-            except Failed as failure:
-                failures[name] = str(failure)
-                server.failed_in_a_row += 1
-                server.stop = server.stop or too_many(failure)
-            except (OutOfBudget, ServerFails, WrongRequest) as stop:
-                server.stop = server.stop or stop
-
-    def too_many(last: Failed) -> Exception | None:
-        row, number = server.failed_in_a_row, len(failures)
-        if not last.own:
-            return ServerFails(f"{args.max_attempts} attempts failed, the last one with {last}")
-        if row > IN_A_ROW + 2 * args.concurrency:
-            return ServerFails(f"{row} questions in a row failed, the last one with {last}")
-        if number > args.max_failures * len(questions):
-            found = f"{number} of {len(questions)} questions that failed, the last one with {last}"
-            return WrongRequest("max_failures", found, f"at most {args.max_failures:g} of all questions")
-        return None
-
-    try:
-        await start()
-        await asyncio.gather(*(work() for _ in range(args.concurrency)))
-    finally:
-        await server.client.close()
-    if server.stop:
-        raise server.stop
-    return answers, failures
-
-
-def ask_server(questions: dict[Any, str], args: Args, sent: list[int]) -> tuple[dict[Any, str | None], dict[Any, str]]:
-    """Answers (`A`, `B`, None) to all questions but those that failed, and why these did.
-
-    Leaves with a message and exit code 1 or 2 where it cannot go on.
-
-    Args:
-        questions: any name -> the whole question.
-        sent: one number, of the requests that this command has sent so far; raised here.
-    """
-    cache = Cache(args.cache, lease=args.timeout * args.max_attempts + LONGEST_WAIT * args.max_attempts)
-    open_questions = [q for q in questions.values() if cache.get(cache_key(args, q, 0)) is None]
-    tokens = sum(map(len, open_questions)) / CHARACTERS_PER_TOKEN
-    print(f"{len(questions)} questions, {len(questions) - len(open_questions)} of them answered before: at least "
-          f"{len(open_questions)} requests, about {tokens:,.0f} tokens read", end="")  # fmt: skip
-    if args.price_in is not None and args.price_out is not None:
-        cost = (tokens * args.price_in + len(open_questions) * ANSWER_TOKENS * args.price_out) / 1e6
-        print(f", about {cost:.2f} US dollars", end="")
-    print(f"; answers of {server_address(args)} are kept in {args.cache}", flush=True)
-    progress = Progress("answers", len(questions))
-    try:
-        answers, failures = asyncio.run(ask_all(questions, args, cache, sent, progress))
-    except (WrongRequest, OutOfBudget, ServerFails, KeyboardInterrupt) as error:
-        kept = f"{progress.done} of {len(questions)} questions are answered and kept; the same command goes on"
-        if isinstance(error, WrongRequest):
-            refuse(*error.args)
-        if isinstance(error, OutOfBudget):
-            print(f"error: --max_requests: the {args.max_requests} requests are spent; {kept}", file=sys.stderr)
-        elif isinstance(error, ServerFails):
-            print(f"error: --base_url: {server_address(args)}{routes()}: {error}; {kept}", file=sys.stderr)
-        else:
-            print(f"stopped: {kept}", file=sys.stderr)
-        sys.exit(1 if progress.done or not isinstance(error, ServerFails) else 2)
-    print(f"{sent[0]} requests sent", flush=True)
-    if failures:
-        reason, _ = collections.Counter(failures.values()).most_common(1)[0]
-        print(f"{len(failures)} questions failed and are counted apart, e.g. with {reason}", flush=True)
-    return answers, failures
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1053,29 +566,15 @@ def check_args(args: Args) -> None:
     if args.judge == "reward" and not args.reward_model:
         refuse("reward_model", "nothing", "the reward model that judges: a folder or hub id")
     if args.judge == "openai":
-        if not Path(args.prompt).is_file():
-            refuse("prompt", f"'{args.prompt}', which is not there", "a file with {post}, {summary_a}, {summary_b}")
-        missing = [f for f in ("{post}", "{summary_a}", "{summary_b}") if f not in Path(args.prompt).read_text("utf-8")]
-        if missing:
+        fields = ("{post}", "{summary_a}", "{summary_b}")
+        try:
+            text = Path(args.prompt).read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            found = f"'{args.prompt}', which cannot be read ({one_line(error)})"
+            refuse("prompt", found, f"a file with {', '.join(fields)}")
+        if missing := [field for field in fields if field not in text]:
             refuse("prompt", f"'{args.prompt}' without {', '.join(missing)}", "all three of post and summaries")
-        address, key = server_address(args), os.environ.get("OPENAI_API_KEY", "").strip()
-        if address == OPENAI and not key:
-            refuse("base_url", "OpenAI's server, and no OPENAI_API_KEY", "a key in the environment, or an address")
-        if not re.fullmatch(r"[!-~]*", key):
-            refuse("base_url", "an OPENAI_API_KEY with a line break, a space or a letter beyond ASCII", "the key alone")
-        if not re.match(r"https?://[^/]", address):
-            refuse("base_url", f"'{address}'{routes()}", "an address such as http://localhost:8000/v1")
-        try:
-            urllib.parse.urlsplit(address).port  # noqa: B018 (it raises)
-            make_client(args)
-        except Exception as error:  # the client reads certificates, and whatever proxies the environment names
-            found = f"'{address}', to which no way leads{routes()}: {one_line(error)}"
-            refuse("base_url", found, "an address, certificates and proxies that exist")
-        refuse_uncreatable("cache", args.cache)
-        try:
-            Cache(args.cache, 0.0).db.close()
-        except (sqlite3.Error, OSError) as error:
-            refuse("cache", f"'{args.cache}', which cannot be used ({error})", "a file of answers, or a new one")
+        check_server(args)
 
 
 def make_judge(args: Args) -> tuple[str, Callable[[pandas.DataFrame], pandas.DataFrame]]:
@@ -1097,7 +596,6 @@ def make_judge(args: Args) -> tuple[str, Callable[[pandas.DataFrame], pandas.Dat
     loaded = []
 
     def judge(pairs: pandas.DataFrame) -> pandas.DataFrame:
-
         if not loaded:
             model, bias = load_reward_model(args.reward_model, args.reward_model_revision, "reward_model")
             loaded.append((model.eval().to("cuda" if on_gpu() else "cpu"), bias))
@@ -1141,50 +639,46 @@ def main(args: Args) -> dict[str, dict[str, Any]]:
     name, judge = make_judge(args)
     if args.against:
         name += f"_against_{short_name(args.against)}"
-    jobs = []  # (label, folder, table)
+    jobs = {}  # folder of the report -> (label, rows, pairs, posts of one policy only)
+
+    def add(label: str, folder: Path, table: pandas.DataFrame) -> None:
+        table = table.head(args.num_rows or len(table))
+        joined = other is not None and join_policies(table, other, "against", args.against, bool(args.num_rows))
+        if folder in jobs:
+            found = f"'{label}' and '{jobs[folder][0]}', whose reports would both be {folder}"
+            refuse("run", found, "one command for each")
+        refuse_uncreatable("output_dir", folder)
+        jobs[folder] = (label, table, *(joined or (table, 0)))
+
+    # a table that does not fit is refused before the first one is judged
     for policy, table in tables.items():
         folder = report_folder(policy, name, args)
-        jobs.append((policy, folder, table))
+        add(policy, folder, table)
         if args.updates:
             found = (Path(args.runs_dir) / policy / "tables").glob(f"{args.split}_*.parquet")
             for update, path in sorted((int(p.stem.split("_")[-1]), p) for p in found):
-                jobs.append((f"{policy}, update {update}", folder / f"update_{update}", read_table("run", path)))  # noqa: E501  # fmt: skip
-    # all pairs are made, so that a table that does not fit is refused, before the first one is judged
-    left_out = {}
-    for i, (label, folder, table) in enumerate(jobs):
-        table = table.head(args.num_rows or len(table))
-        if other is not None:
-            pairs, left_out[label] = join_policies(table, other, "against", args.against, bool(args.num_rows))
-            jobs[i] = (label, folder, table, pairs)
-        else:
-            jobs[i] = (label, folder, table, table)
-    for i, (label, folder, *_) in enumerate(jobs):
-        same = [other_label for other_label, other_folder, *_ in jobs[:i] if other_folder == folder]
-        if same:
-            refuse("run", f"'{label}' and '{same[0]}', whose reports would both be {folder}", "one command for each")
-        refuse_uncreatable("output_dir", folder)
-    reports, shown = {}, Table("", *[job[0] for job in jobs], title=f"judged by {name}")
-    for label, folder, table, pairs in jobs:
+                add(f"{policy}, update {update}", folder / f"update_{update}", read_table("run", path))
+    reports = {}
+    for folder, (label, table, pairs, left_out) in jobs.items():
         verdicts = judge_table(pairs, judge)
         report = {"judge": name, "policy": label, "against": args.against or "references", "made_with": asdict(args)}
         if args.judge == "openai":
             report["server"] = server_address(args)
         report |= summarise(verdicts, args)
         if args.against:
-            report["posts_of_one_policy_only"] = left_out[label]
+            report["posts_of_one_policy_only"] = left_out
         if args.paired_difference:
-            mine = judge_table(table, judge).set_index(["query", table["copy"].to_numpy()])["outcome"]
-            others = judge_table(other, judge).set_index(["query", other["copy"].to_numpy()])["outcome"]
-            difference = (mine - others).dropna()  # posts that both have
-            posts = difference.index.get_level_values(0).to_numpy()
-            report["win_rate_difference"] = mean_interval(difference, posts, args.bootstrap, args.seed)
+            posts = pairs[["query", "copy"]]  # that both have
+            mine, others = (judge_table(posts.merge(t), judge)["outcome"] for t in (table, other))
+            difference = (mine - others).to_numpy()
+            report["win_rate_difference"] = mean_interval(difference, posts["query"], args.bootstrap, args.seed)
         write_report(folder, report, verdicts)
         reports[label] = report
-    labels = list(dict.fromkeys(label for report in reports.values() for label in report_rows(report)))
-    for row in labels:
-        shown.add_row(row, *(report_rows(report).get(row, "-") for report in reports.values()))
+    shown, columns = Table("", *reports, title=f"judged by {name}"), [report_rows(r) for r in reports.values()]
+    for row in dict.fromkeys(row for column in columns for row in column):
+        shown.add_row(row, *(column.get(row, "-") for column in columns))
     print_table(shown)
-    for label, folder, *_ in jobs:
+    for folder, (label, *_) in jobs.items():
         print(f"{label}: {folder}/report.json, report.md, verdicts.parquet")
     return reports
 

@@ -28,6 +28,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 sys.path.insert(0, str(ROOT / "eval"))
+import ask_server
 import judge
 from judge import length_controlled_win_rate, mean_interval, outcome_of_answers, read_answer
 
@@ -418,7 +419,7 @@ def test_two_processes_share_a_cache(server, tmp_path):
 def open_at_once(path, barrier, failures):
     barrier.wait()
     try:
-        cache = judge.Cache(path, lease=10)
+        cache = ask_server.Cache(path, lease=10)
         for key in "abcdefgh":
             cache.claim(key)
             cache.put(key, "question", "answer")
@@ -440,7 +441,7 @@ def test_a_cache_is_made_by_many_at_once(tmp_path):
 
 
 def test_claims_of_the_dead_are_free(tmp_path):
-    cache = judge.Cache(str(tmp_path / "c.sqlite"), lease=100)
+    cache = ask_server.Cache(str(tmp_path / "c.sqlite"), lease=100)
     assert cache.claim("k") and not cache.claim("k")  # we are alive
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
@@ -479,14 +480,14 @@ def test_retry_after_is_obeyed_by_all(server):
     from types import SimpleNamespace
 
     answer = lambda value: SimpleNamespace(response=SimpleNamespace(headers={"retry-after": value}))
-    assert judge.wait_asked_for(answer("1.5")) == 1.5 and judge.wait_asked_for(answer(None)) is None
+    assert ask_server.wait_asked_for(answer("1.5")) == 1.5 and ask_server.wait_asked_for(answer(None)) is None
     date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 30))
-    assert 25 < judge.wait_asked_for(answer(date)) < 31
-    assert judge.wait_asked_for(answer("soon")) is None and judge.wait_asked_for(ValueError()) is None
+    assert 25 < ask_server.wait_asked_for(answer(date)) < 31
+    assert ask_server.wait_asked_for(answer("soon")) is None and ask_server.wait_asked_for(ValueError()) is None
 
     async def ask(folder):
         args = judge.Args(run=("x",), judge="openai", base_url=server.url, first_wait=0.01)
-        asker = judge.Server(args, judge.Cache(str(folder), 10), [0])
+        asker = ask_server.Server(args, ask_server.Cache(str(folder), 10), [0], judge.read_answer)
         asker.resume_at = time.monotonic() + 0.5
         start = time.monotonic()
         await asyncio.gather(*(asker.answer(f"Summary A:\ngood\nSummary B:\nbad {i}\n") for i in range(3)))
@@ -768,6 +769,7 @@ BAD = {
     "output below a file": ({"output_dir": __file__ + "/below"}, "--output_dir: found"),
     "not a cache": ({"judge": "openai", "base_url": "http://x", "cache": __file__}, "--cache: found"),
     "cache below a file": ({"judge": "openai", "base_url": "http://x", "cache": __file__ + "/below/x"}, "--cache"),
+    "prompt of bytes": ({"judge": "openai", "base_url": "http://x", "prompt": sys.executable}, "cannot be read"),
     "no prompt": ({"judge": "openai", "base_url": "http://x", "prompt": "nope.txt"}, "--prompt: found 'nope.txt'"),
     "prompt": ({"judge": "openai", "base_url": "http://x", "prompt": "PROMPT"}, "without {summary_b}"),
 }  # fmt: skip

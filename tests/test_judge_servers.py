@@ -1,6 +1,7 @@
 """The judge and servers as people have them: what each of them says is understood, and no fault becomes a verdict."""
 
 import asyncio
+import hashlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
+import ask_server
 import judge
 import pandas
 import pytest
@@ -39,7 +41,11 @@ class Handler(BaseHTTPRequestHandler):
         asked = SimpleNamespace(path=self.path, headers=self.headers, body=body, prompt=prompt, post=post)
         with self.server.lock:
             self.server.seen.append(asked)
-        status, content, *headers = self.server.reply(asked)
+        reply = self.server.reply(asked)
+        if reply is None:  # the line is cut
+            self.close_connection = True
+            return
+        status, content, *headers = reply
         if not isinstance(content, bytes):
             better = "A" if "Summary A:\ngood" in prompt else "B"
             content = json.dumps(content).replace("{better}", better).encode()
@@ -84,7 +90,7 @@ def server(make_server):
 @pytest.fixture
 def run(tmp_path, capsys, monkeypatch):
     """Judge posts whose response is always the better one; returns exit code, output, and the report."""
-    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", *judge.ROUTES):
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", *ask_server.ROUTES):
         monkeypatch.delenv(name, raising=False)
 
     def judge_posts(url, posts=3, **settings):
@@ -128,6 +134,9 @@ SET_UP = {
                 "context_length_exceeded"),
     "filter": (error(400, "The response was filtered", code="content_filter", type=None), "content_filter"),
     "moderation": (error(403, "Your input was flagged", code=403), "a refused key (403: Your input was flagged)"),
+    "moderation with reasons": (error(403, "Your input was flagged", code=403, metadata={"reasons": ["violence"]}),
+                                "(403: Your input was flagged)"),
+    "errors": ((400, {"errors": [{"code": 5006, "message": "required properties are missing"}]}), "are missing"),
     "unknown model": (error(403, "Project `p` does not have access to model `m`", code="model_not_found"), "--model"),
     "page": ((403, b"<html><head></head>\n<body>\n<h1>403</h1>\nForbidden</body></html>"), "403 Forbidden"),
 }  # fmt: skip
@@ -192,6 +201,17 @@ def test_one_blocked_post_is_counted_apart(case, post, server, run, tmp_path):
     assert "failed at the server" in next((tmp_path / "out").rglob("report.md")).read_text()
 
 
+@pytest.mark.parametrize("reply", [None, error(503, "no"), error(429, "Request too large (TPM)", type="tokens")])
+@pytest.mark.parametrize("post", [0, 1, 2])
+@pytest.mark.parametrize("concurrency", [1, 16])
+def test_one_post_that_looks_like_a_servers_fault(reply, post, concurrency, server, run):
+    """A proxy cuts the line, a question is over the limit: others are answered, so it is this one's, at each start."""
+    server.reply = lambda asked: reply if asked.post == post else answer()
+    for _ in range(2):
+        found = run(server.url, concurrency=concurrency)
+        assert found.code == 0 and (found.report["wins"], found.report["failed"]) == (2, 1), found
+
+
 def test_too_many_failures_stop(server, run, tmp_path):
     server.reply = lambda asked: error(400, "no", code="content_filter") if asked.post % 3 == 1 else answer()
     found = run(server.url, posts=30, max_failures=0.1)
@@ -223,14 +243,42 @@ def test_the_set_up_is_at_fault_though_others_were_answered_before(server, run):
 def test_refusals_in_an_old_cache_are_not_believed(server, run, tmp_path):
     args = judge.Args(base_url=server.url, model="test/judge")
     run(server.url, posts=2)
-    cache = judge.Cache(str(tmp_path / "cache.sqlite"), 1)
-    cache.db.execute("UPDATE answers SET answer = ?", (judge.OLD_REFUSAL,))
+    cache = ask_server.Cache(str(tmp_path / "cache.sqlite"), 1)
+    cache.db.execute("UPDATE answers SET answer = ?", (ask_server.OLD_REFUSAL,))
     server.seen.clear()
     assert run(server.url, posts=2).report["wins"] == 2 and len(server.seen) == 4
-    assert cache.db.execute("SELECT count(*) FROM answers WHERE answer = ?", (judge.OLD_REFUSAL,)).fetchone() == (0,)
+    old = (ask_server.OLD_REFUSAL,)
+    assert cache.db.execute("SELECT count(*) FROM answers WHERE answer = ?", old).fetchone() == (0,)
     # other answers of an earlier version are found again, where the address was typed
     old = json.dumps([server.url, "test/judge", 0.0, 200, "p", 0])
-    assert judge.cache_key(args, "p", 0) == judge.hashlib.sha256(old.encode()).hexdigest()
+    assert ask_server.cache_key(args, "p", 0) == hashlib.sha256(old.encode()).hexdigest()
+
+
+@pytest.mark.parametrize("when", ["before", "on the way"])
+def test_a_damaged_cache(when, server, run, tmp_path):
+    """Or one that is locked, or on a full disk: one line, not a traceback."""
+
+    def reply(asked):
+        if when == "on the way" and len(server.seen) == 3:
+            with sqlite3.connect(tmp_path / "cache.sqlite") as db:
+                db.execute("DROP TABLE claims")
+        return answer()
+
+    server.reply = reply
+    if when == "before":
+        run(server.url, posts=30)
+        content = (tmp_path / "cache.sqlite").read_bytes()
+        (tmp_path / "cache.sqlite").write_bytes(content[:8192] + b"no" * ((len(content) - 8192) // 2))
+    found = run(server.url, posts=31, concurrency=1)
+    assert found.code == (2 if when == "before" else 1) and found.err.startswith("error: --cache: "), found
+
+
+def test_posts_that_are_left_out_are_not_asked_about(server, run, tmp_path):
+    """--num_rows holds for the other policy, too, when both are judged against the references."""
+    queries = [f"POST: number {i}\n\nTL;DR:" for i in range(3)]
+    pandas.DataFrame({"query": queries, "response": "worse", "reference": "bad"}).to_parquet(tmp_path / "other.parquet")
+    found = run(server.url, against=str(tmp_path / "other.parquet"), paired_difference=True, num_rows=1)
+    assert {asked.post for asked in server.seen} == {0} and found.report["win_rate_difference"]["mean"] == 1.0 - 0.5
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -279,7 +327,7 @@ def test_workers_that_find_out_at_the_same_time(server, tmp_path, capsys):
 
     async def ask():
         args = judge.Args(run=("x",), judge="openai", base_url=server.url, max_attempts=1)
-        asker = judge.Server(args, judge.Cache(str(tmp_path / "cache"), 10), [0])
+        asker = ask_server.Server(args, ask_server.Cache(str(tmp_path / "cache"), 10), [0], judge.read_answer)
         found = await asyncio.gather(*(asker.answer(f"Summary A:\ngood {i}\nSummary B:\nbad") for i in range(3)))
         await asker.client.close()
         return found
@@ -324,6 +372,14 @@ def test_content_of_parts(reply, server, run):
 ])  # fmt: skip
 def test_more_answers_are_read_and_none_is_guessed(text, verdict):
     assert judge.read_answer(text) == verdict
+
+
+@pytest.mark.parametrize("noise", [". " * 3000, " " * 30000, "\n" * 30000, ".\n---\n" * 3000])
+def test_an_answer_that_repeats_itself_is_read_at_once(noise):
+    """Models that think may write thousands of tokens, and get stuck."""
+    start = time.monotonic()
+    assert judge.read_answer(f"x{noise}x\nPreferred: A") == "A" and judge.read_answer(f"x{noise}x") is None
+    assert judge.read_answer(f"Preferred: B{noise}") == "B" and time.monotonic() - start < 2
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -377,7 +433,7 @@ def test_servers_do_not_share_answers(make_server, run, monkeypatch):
     assert run(worse.url).report["wins"] == 0 and len(better.seen) == len(worse.seen) == 6
     monkeypatch.setenv("OPENAI_BASE_URL", "")
     assert "no OPENAI_API_KEY" in run(None).err
-    assert judge.server_address(judge.Args()) == judge.OPENAI
+    assert ask_server.server_address(judge.Args()) == ask_server.OPENAI
 
 
 def test_keys_that_cannot_be_sent(server, run, monkeypatch):
@@ -392,6 +448,7 @@ def test_keys_that_cannot_be_sent(server, run, monkeypatch):
 @pytest.mark.parametrize("name, value, shown", [
     ("SSL_CERT_FILE", "/nowhere.pem", "SSL_CERT_FILE=/nowhere.pem"), ("ALL_PROXY", "socks5://", "ALL_PROXY=socks5://"),
     ("all_proxy", "socks4://x:1", "ALL_PROXY=socks4://x:1"), ("HTTP_PROXY", "http://me:pass@127.0.0.1:9", "HTTP_PROXY=http://127.0.0.1:9"),
+    ("HTTP_PROXY", "me:pass@127.0.0.1:9", "HTTP_PROXY=127.0.0.1:9"),
 ])  # fmt: skip
 def test_no_way_to_the_server(name, value, shown, server, run, monkeypatch):
     monkeypatch.setenv(name, value)
@@ -449,13 +506,36 @@ def test_an_error_inside_an_answer_is_shown_and_may_pass(server, run):
     assert run(server.url, model="fourth").code == 2
 
 
+def test_a_server_with_a_limit_is_waited_for(server, run):
+    """Who is refused again and again goes on, as long as others are answered."""
+    free = [0.0]
+
+    def reply(asked):
+        with server.lock:
+            if time.monotonic() < free[0]:
+                return (*error(429, "slow down"), {"retry-after": "0.05"})
+            free[0] = time.monotonic() + 0.05
+        return answer()
+
+    server.reply = reply
+    report = run(server.url, posts=10, concurrency=10, max_attempts=4).report
+    assert (report["wins"], report["failed"]) == (10, 0)
+
+
+@pytest.mark.parametrize("value", ["0", "Thu, 01 Jan 1970 00:00:00 GMT"])
+def test_a_retry_after_of_nothing_is_no_reason_to_hurry(value, server, run):
+    server.reply = lambda asked: (*error(429, "slow down"), {"retry-after": value})
+    start = time.monotonic()
+    assert run(server.url, first_wait=0.4).code == 2 and time.monotonic() - start > 0.6
+
+
 def test_long_waits_are_announced(server, tmp_path, capsys):
     """`Retry-After: 86400` is obeyed, not without a word, and once for all who wait."""
     server.reply = lambda asked: (*error(429, "Daily limit reached"), {"retry-after": "86400"})
 
     async def ask():
         args = judge.Args(run=("x",), judge="openai", base_url=server.url)
-        asker = judge.Server(args, judge.Cache(str(tmp_path / "cache"), 10), [0])
+        asker = ask_server.Server(args, ask_server.Cache(str(tmp_path / "cache"), 10), [0], judge.read_answer)
         everyone = asyncio.gather(*(asker.answer(f"number {i}") for i in range(3)))
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(everyone, 1.0)
