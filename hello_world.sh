@@ -34,7 +34,8 @@ for flag in SMOKE FRESH REPORT; do [[ ${!flag} =~ ^[01]$ ]] || refuse "$flag" "'
 
 # ----------------------------------------------------------------------------------------------------------- machine
 FOUND=$("$PYTHON" -c 'import torch
-from summarize_from_feedback_details.run_folder import on_gpu, refuse_left_over
+from summarize_from_feedback_details.common.arguments import refuse_left_over
+from summarize_from_feedback_details.common.machine import on_gpu
 refuse_left_over(several=False) # as the first stage would
 gpus = range(torch.cuda.device_count() if on_gpu() else 0)
 sizes = [torch.cuda.get_device_properties(i).total_memory for i in gpus]

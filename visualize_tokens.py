@@ -42,26 +42,24 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM
 
 from summarize_from_feedback_details import ppo_left_padding as ppo
-from summarize_from_feedback_details.check_inputs import (
+from summarize_from_feedback_details.common.arguments import check_sizes, command_line, refuse
+from summarize_from_feedback_details.common.check_inputs import (
     check_same_tokenizer,
     check_same_vocabulary,
-    check_sizes,
     check_tokens,
     find_model,
     find_stop_id,
     find_tokenizer,
     load_rows,
 )
-from summarize_from_feedback_details.packed_rows import use_packed_attention
-from summarize_from_feedback_details.run_folder import (
-    Progress,
-    command_line,
-    on_gpu,
-    quiet_libraries,
-    refuse,
-    refuse_uncreatable,
-    write_whole,
-)
+from summarize_from_feedback_details.common.console import Progress, quiet_libraries
+from summarize_from_feedback_details.common.files import refuse_uncreatable, write_whole
+from summarize_from_feedback_details.common.logprobs import response_logits, spread, token_logprobs
+from summarize_from_feedback_details.common.machine import on_gpu
+from summarize_from_feedback_details.common.packed_rows import use_packed_attention
+from summarize_from_feedback_details.common.reward_models import load_reward_model, read_rewards
+from summarize_from_feedback_details.common.sampling import episode_noise, pad_rows, sample_responses, strip_pads
+from summarize_from_feedback_details.common.training import disable_dropout
 from summarize_from_feedback_details.toy_tldr import MANIFEST
 
 HERE = Path(__file__).parent
@@ -305,7 +303,7 @@ def check_plan(args: Args, plan: SimpleNamespace):
         refuse("first", str(args.first), f"a row below {len(rows)}, the rows of split '{args.split}'")
     number = args.num or (32 if outputs else 8)
     rows = rows.select(range(args.first, min(len(rows), args.first + number)))
-    lengths = lambda column: [len(ppo.strip_pads(tokens, tokenizer.pad_token_id)) for tokens in rows[column]]
+    lengths = lambda column: [len(strip_pads(tokens, tokenizer.pad_token_id)) for tokens in rows[column]]
     longest, positions = max(lengths("query_token")), base.get("max_position_embeddings", math.inf)
     if longest + plan.settings.response_length > positions:
         found = f"{plan.settings.response_length} after queries of {longest} tokens"
@@ -333,13 +331,13 @@ def loaded(argument: str, model: Model, device: torch.device, kind: str = "polic
     bias = None
     try:
         if kind == "reward":
-            network, bias = ppo.load_reward_model(*model, argument)
+            network, bias = load_reward_model(*model, argument)
         else:
             network = AutoModelForCausalLM.from_pretrained(model.path, revision=model.revision, dtype=torch.float32)
     except (OSError, RuntimeError, ValueError) as error:  # e.g. a hub id whose configuration alone is in the cache
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         refuse(argument, f"'{model}', which cannot be loaded: {reason}", "a whole checkpoint")
-    ppo.disable_dropout(network)
+    disable_dropout(network)
     if kind != "reward":
         use_packed_attention(network)
     network = network.to(device).eval().requires_grad_(False)
@@ -362,9 +360,9 @@ def sample(model, queries, rows: list[int], ids, settings, device, progress: Pro
     pad_id, stop_id, size = ids
     R, found = settings.response_length, []
     for part in in_batches(queries, progress):
-        noise = ppo.episode_noise(settings.seed, rows[part], device)
-        query_tokens = ppo.pad_rows(queries[part], pad_id, "left").to(device)
-        responses, _ = ppo.sample_responses(model, query_tokens, noise, pad_id, stop_id, R, settings.temperature, size)
+        noise = episode_noise(settings.seed, rows[part], device)
+        query_tokens = pad_rows(queries[part], pad_id, "left").to(device)
+        responses, _ = sample_responses(model, query_tokens, noise, pad_id, stop_id, R, settings.temperature, size)
         found.append(responses.cpu())
     return torch.cat(found)
 
@@ -380,12 +378,12 @@ def read_policy(model, queries, responses, pad_id: int, temperature: float, prog
     found = []
     for part in in_batches(queries, progress):
         mask = responses[part] != pad_id
-        real = [ppo.strip_pads(row, pad_id) for row in responses[part]]
-        logits, targets = ppo.response_logits(model, queries[part], real)  # [N, V], [N]
+        real = [strip_pads(row, pad_id) for row in responses[part]]
+        logits, targets = response_logits(model, queries[part], real)  # [N, V], [N]
         # rank 1 is the largest logit; the temperature changes no order
         ranks = 1 + (logits > logits.gather(1, targets[:, None])).sum(1)
-        columns = ppo.token_logprobs(logits, targets, temperature), ranks, logits.argmax(1)
-        found.append([ppo.spread(column.cpu(), mask, 0.0) for column in columns])
+        columns = token_logprobs(logits, targets, temperature), ranks, logits.argmax(1)
+        found.append([spread(column.cpu(), mask, 0.0) for column in columns])
     logprobs, ranks, top = (torch.cat(column) for column in zip(*found))
     return logprobs, ranks.long(), top.long()
 
@@ -397,15 +395,15 @@ def read_head(model, bias: float, queries, responses, pad_id: int, device, progr
     network = ppo.PolicyAndValue(None, model, bias).to(device)
     for part in in_batches(queries, progress):
         mask = responses[part] != pad_id
-        real = [ppo.strip_pads(row, pad_id) for row in responses[part]]
-        scores = ppo.read_rewards(model, bias, [q + r for q, r in zip(queries[part], real)])
+        real = [strip_pads(row, pad_id) for row in responses[part]]
+        scores = read_rewards(model, bias, [q + r for q, r in zip(queries[part], real)])
         # `values` reads BEFORE each token: with one more of each row, those one place on are those AT each token; the
         # last is the value at the position right after the end, where there is room for it
         counts = [len(row) + 1 for row in real]
         read = network.values(queries[part], real, counts).cpu().split(counts)
         R, mask_p1 = responses.shape[1], torch.arange(responses.shape[1]) < torch.tensor(counts)[:, None]
-        before = ppo.spread(torch.cat([row[:R] for row in read]), mask_p1, 0.0)
-        found.append([scores.cpu(), before, ppo.spread(torch.cat([row[1:] for row in read]), mask, 0.0)])
+        before = spread(torch.cat([row[:R] for row in read]), mask_p1, 0.0)
+        found.append([scores.cpu(), before, spread(torch.cat([row[1:] for row in read]), mask, 0.0)])
     return tuple(torch.cat(column) for column in zip(*found))
 
 
@@ -413,7 +411,7 @@ def score_everything(plan: SimpleNamespace, queries, references, rows: list[int]
     """Sample from each policy, then let each model read all responses: column name -> Scores."""
     settings, pad_id = plan.settings, ids[0]
     references = [[*reference, pad_id] for reference in references]  # room behind the longest
-    columns = {REFERENCE: Scores(ppo.pad_rows(references, pad_id, "right"))}
+    columns = {REFERENCE: Scores(pad_rows(references, pad_id, "right"))}
     read = lambda model, responses, progress: read_policy(
         model, queries, responses, pad_id, settings.logprob_temperature, progress
     )
@@ -822,8 +820,8 @@ def main(args: Args) -> dict[str, Any]:
     ids = (pad_id, stop_id, len(tokenizer))
     because = f": {plan.base_note}" if plan.base_note else ""
     print(f"{len(rows)} posts of {plan.dataset}; ranks by {plan.base}{because}", flush=True)
-    queries = [ppo.strip_pads(q, pad_id) for q in rows["query_token"]]
-    references = [ppo.strip_pads(r, pad_id) for r in rows["reference_response_token"]]
+    queries = [strip_pads(q, pad_id) for q in rows["query_token"]]
+    references = [strip_pads(r, pad_id) for r in rows["reference_response_token"]]
     numbers = list(range(args.first, args.first + len(rows)))
     columns = score_everything(plan, queries, references, numbers, ids, device)
     page = make_page(args, plan, rows, columns, tokenizer, ids)

@@ -25,12 +25,8 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # of the libraries that write the wo
 import torch  # noqa: E402
 from workload import Workload, make, matmul_peak, real_tokens, trunk_flops, useful_flops  # noqa: E402
 
-from summarize_from_feedback_details.run_folder import (  # noqa: E402
-    command_line,
-    drawing,
-    new_figure,
-    save_figure,
-)
+from summarize_from_feedback_details.common.arguments import command_line  # noqa: E402
+from summarize_from_feedback_details.common.figures import drawing, new_figure, save_figure  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 TRL_PPO = HERE.parent / ".venv-bench" / "trl-ppo"  # the last release that had PPO, see the Makefile

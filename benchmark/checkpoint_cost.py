@@ -14,8 +14,9 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from summarize_from_feedback_details import checkpoints, sft  # noqa: E402
-from summarize_from_feedback_details.run_folder import refuse  # noqa: E402
+from summarize_from_feedback_details import sft  # noqa: E402
+from summarize_from_feedback_details.common import checkpoints  # noqa: E402
+from summarize_from_feedback_details.common.arguments import refuse  # noqa: E402
 
 
 @dataclass

@@ -23,7 +23,9 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from summarize_from_feedback_details.run_folder import command_line, print_table, refuse, write_json  # noqa: E402
+from summarize_from_feedback_details.common.arguments import command_line, refuse  # noqa: E402
+from summarize_from_feedback_details.common.console import print_table  # noqa: E402
+from summarize_from_feedback_details.common.files import write_json  # noqa: E402
 
 BUCKET = 5e8  # elements of DeepSpeed's reduce bucket (its default), held once per gradient dtype
 ROOM = 0.1  # of a card: for what the formula leaves out (measured peaks are within 9 %), CUDA's context, fragments

@@ -104,8 +104,8 @@ class Clock:
 def run_ours(args: Args, clock: Clock, scratch: str) -> None:
     """The stage's `main`, on a run folder in `scratch`."""
     from summarize_from_feedback_details import ppo_left_padding, reward, sft
-    from summarize_from_feedback_details.checkpoints import Checkpoints
-    from summarize_from_feedback_details.run_folder import RunFolder
+    from summarize_from_feedback_details.common.checkpoints import Checkpoints
+    from summarize_from_feedback_details.common.run_folder import RunFolder
 
     data, models = args.folder.resolve(), args.folder.resolve()
     os.chdir(scratch)

@@ -20,7 +20,9 @@ from typing import Any
 
 import psutil
 
-from summarize_from_feedback_details.run_folder import Progress, refuse, refuse_uncreatable
+from summarize_from_feedback_details.common.arguments import refuse
+from summarize_from_feedback_details.common.console import Progress
+from summarize_from_feedback_details.common.files import refuse_uncreatable
 
 CHARACTERS_PER_TOKEN = 4  # of English text, for the estimate of the cost
 ANSWER_TOKENS = 60  # of an answer as the prompt asks for, for the estimate of the cost

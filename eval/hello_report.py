@@ -17,16 +17,10 @@ import pandas
 from read_runs import number, read_folder
 from rich.table import Table
 
-from summarize_from_feedback_details.run_folder import (
-    command_line,
-    drawing,
-    new_figure,
-    print_table,
-    refuse,
-    refuse_uncreatable,
-    save_figure,
-    write_whole,
-)
+from summarize_from_feedback_details.common.arguments import command_line, refuse
+from summarize_from_feedback_details.common.console import print_table
+from summarize_from_feedback_details.common.figures import drawing, new_figure, save_figure
+from summarize_from_feedback_details.common.files import refuse_uncreatable, write_whole
 from summarize_from_feedback_details.toy_tldr import annotator_ceiling, blind_accuracy
 
 STAGES = ("sft", "reward", "ppo")

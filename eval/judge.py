@@ -34,17 +34,10 @@ from rich.table import Table
 from scipy import stats
 from scipy.special import expit
 
-from summarize_from_feedback_details.run_folder import (
-    Progress,
-    atomic_folder,
-    command_line,
-    on_gpu,
-    print_table,
-    quiet_libraries,
-    refuse,
-    refuse_uncreatable,
-    write_json,
-)
+from summarize_from_feedback_details.common.arguments import command_line, refuse
+from summarize_from_feedback_details.common.console import Progress, print_table, quiet_libraries
+from summarize_from_feedback_details.common.files import atomic_folder, refuse_uncreatable, write_json
+from summarize_from_feedback_details.common.machine import on_gpu
 
 HERE = Path(__file__).resolve().parent
 LENGTH_RATIOS = (0.0, 0.5, 0.75, 0.9, 1.1, 1.33, 2.0, math.inf)  # words of the response over words of the reference
@@ -249,7 +242,7 @@ def tokenise(tokenizer, texts: list[str]) -> list[list[int]]:
 
     A text that says `[PAD]` says just that, though the tokenizer of a checkpoint knows it as the pad token.
     """
-    from summarize_from_feedback_details.check_inputs import PAD_TOKEN
+    from summarize_from_feedback_details.common.check_inputs import PAD_TOKEN
     from summarize_from_feedback_details.tldr_dataset import encode
 
     split = lambda text: tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -260,7 +253,7 @@ def judge_by_reward(pairs: pandas.DataFrame, model, bias: float, tokenizer, batc
     """A reward model: the reward at the last token of query and response, an end-of-text token behind it."""
     import torch
 
-    from summarize_from_feedback_details.ppo_left_padding import read_rewards
+    from summarize_from_feedback_details.common.reward_models import read_rewards
 
     # a response that was cut off has no end-of-text token, neither here nor when it was sampled
     ended = [str(e) != "False" for side in ("", "reference_") for e in pairs.get(f"{side}has_eos", [True] * len(pairs))]
@@ -585,8 +578,8 @@ def make_judge(args: Args) -> tuple[str, Callable[[pandas.DataFrame], pandas.Dat
         name = args.name or args.model.rstrip("/").split("/")[-1]
         sent = [0]  # requests of all tables together: the budget is the command's
         return name, lambda pairs: judge_by_server(pairs, args, sent)
-    from summarize_from_feedback_details.check_inputs import find_model, find_tokenizer
-    from summarize_from_feedback_details.ppo_left_padding import load_reward_model
+    from summarize_from_feedback_details.common.check_inputs import find_model, find_tokenizer
+    from summarize_from_feedback_details.common.reward_models import load_reward_model
 
     find_model("reward_model", args.reward_model, args.reward_model_revision, "reward")
     if args.reward_tokenizer:

@@ -27,7 +27,8 @@ from typing import Any, Literal
 import numpy as np
 import pandas
 
-from summarize_from_feedback_details.run_folder import refuse, refuse_uncreatable
+from summarize_from_feedback_details.common.arguments import refuse
+from summarize_from_feedback_details.common.files import refuse_uncreatable
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN_COLUMNS = ["run", "stage", "state", "reason", "seed", "size", "parameters", "kl_coef"]

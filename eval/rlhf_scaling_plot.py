@@ -40,7 +40,8 @@ from sft_rm_scale import (
     write_all,
 )
 
-from summarize_from_feedback_details.run_folder import command_line, drawing, new_figure, refuse
+from summarize_from_feedback_details.common.arguments import command_line, refuse
+from summarize_from_feedback_details.common.figures import drawing, new_figure
 
 PANELS = {  # metric: label of its panel
     "objective/scores": "score of the reward model",

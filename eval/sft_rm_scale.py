@@ -26,7 +26,10 @@ from read_runs import ACCURACY, COLUMNS, FINAL, ROUGE, RUN_COLUMNS, ReadArgs, re
 from rich.table import Table
 from scipy import stats
 
-from summarize_from_feedback_details.run_folder import command_line, drawing, new_figure, print_table, write_whole
+from summarize_from_feedback_details.common.arguments import command_line
+from summarize_from_feedback_details.common.console import print_table
+from summarize_from_feedback_details.common.figures import drawing, new_figure
+from summarize_from_feedback_details.common.files import write_whole
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe-Ito, without yellow
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")

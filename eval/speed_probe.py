@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from summarize_from_feedback_details.run_folder import command_line
+from summarize_from_feedback_details.common.arguments import command_line
 
 # calibrated on 2 cores of an AMD EPYC (Zen 5): what the runs took there, and the probe's rate there
 MEASURED_RATE = 39.0  # steps per second

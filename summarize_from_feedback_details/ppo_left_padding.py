@@ -17,84 +17,91 @@ One update: every process samples its share of the batch; the rollouts (a few MB
 whitening and mini-batches are those of the whole batch on any number of processes; then the mini-batches are dealt out.
 """
 
-import json
 import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from rich.table import Table
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     get_scheduler,
 )
-from transformers.integrations import unset_hf_deepspeed_config
 
-from summarize_from_feedback_details.check_inputs import (
-    check_context,
-    check_push,
-    check_same_tokenizer,
-    check_same_vocabulary,
+from summarize_from_feedback_details.common.arguments import (
     check_scheduler,
     check_sizes,
-    check_tokens,
+    command_line,
     drop_revisions,
+    refuse,
+)
+from summarize_from_feedback_details.common.check_inputs import (
+    check_context,
+    check_same_tokenizer,
+    check_same_vocabulary,
+    check_tokens,
     find_model,
     find_stop_id,
     find_tokenizer,
     load_rows,
     refuse_bad_weights,
 )
-from summarize_from_feedback_details.checkpoints import Checkpoints, fingerprint, gathered, update_masters
-from summarize_from_feedback_details.packed_rows import (
-    cast_parameters,
-    exact,
-    hidden_at,
-    keep_exact,
-    logits_at,
-    pack,
-    packs,
-    read_queries,
-    use_float32_head,
-    use_packed_attention,
+from summarize_from_feedback_details.common.checkpoints import Checkpoints, fingerprint
+from summarize_from_feedback_details.common.console import Progress, print_table, quiet_libraries
+from summarize_from_feedback_details.common.files import refuse_unwritable
+from summarize_from_feedback_details.common.hub import check_push, push
+from summarize_from_feedback_details.common.logprobs import (
+    INVALID_LOGPROB,
+    masked_mean,
+    masked_var,
+    masked_whiten,
+    response_logits,
+    response_positions,
+    spread,
+    token_entropies,
+    token_logprobs,
 )
-from summarize_from_feedback_details.run_folder import (
-    Progress,
+from summarize_from_feedback_details.common.machine import keep_freed_memory, memory_gb
+from summarize_from_feedback_details.common.packed_rows import hidden_at, packs, use_packed_attention
+from summarize_from_feedback_details.common.precision import cast_parameters, exact, keep_exact
+from summarize_from_feedback_details.common.reward_models import load_reward_model, read_rewards
+from summarize_from_feedback_details.common.run_folder import (
     RunFolder,
     as_typed,
     choose_run_name,
-    command_line,
     finished_before,
-    keep_freed_memory,
-    leave_group,
-    memory_gb,
-    on_gpu,
-    print_table,
-    push,
-    quiet_libraries,
-    refuse,
-    refuse_unwritable,
-    save_model,
     stop_if_wanted,
     stop_wanted,
-    warn_of_busy_cores,
 )
+from summarize_from_feedback_details.common.sampling import (
+    episode_noise,
+    first_true_indices,
+    pad_rows,
+    sample_responses,
+    strip_pads,
+)
+from summarize_from_feedback_details.common.training import (
+    deal,
+    disable_dropout,
+    epoch_order,
+    leave_group,
+    make_accelerator,
+    save_model,
+    train_step,
+)
+from summarize_from_feedback_details.common.zero import gathered
 
 STATISTICS = ("loss/policy", "loss/value", "policy/ratio", "policy/clipfrac", "policy/approxkl", "value/clipfrac",
               "policy/entropy")  # fmt: skip
 CLOSING_METRICS = ("objective/scores", "objective/kl", "objective/eos_rate", "objective/response_length",
                    "policy/first_pass_ratio_error", "value/explained_variance")  # fmt: skip
-INVALID_LOGPROB = 1.0  # stands at positions without a real token; masked wherever numbers are taken
 DROPPED = {
     "cuda": "CUDA_VISIBLE_DEVICES, or ACCELERATE_USE_CPU=true for the CPU",
     "load_from_cache_file": "nothing: the tokenised dataset is read as it is",
@@ -304,245 +311,6 @@ def check_ppo_batch_sizes(args: Args, world_size: int) -> None:
     args.num_updates = updates
 
 
-def choose_precision(wanted: str) -> str:
-    """Name of accelerate's mixed precision ("bf16" or "no") for `auto`, `bf16` or `fp32` on this hardware."""
-    if on_gpu():
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if wanted == "bf16" and not native and os.environ.get("RANK", "0") == "0":
-        times = []
-        for dtype in (torch.float32, torch.bfloat16):
-            x = torch.ones(128, 128, dtype=dtype)
-            start = time.perf_counter()
-            x @ x
-            times.append(time.perf_counter() - start)
-        print(f"warning: no native bf16 here; a product took {times[1] / times[0]:.0f} times that of fp32", flush=True)
-    return "bf16" if wanted == "bf16" or (wanted == "auto" and native) else "no"
-
-
-def make_accelerator(args) -> Accelerator:
-    """The processes of this run. Refuses a launch that is not what the arguments say."""
-    if not on_gpu():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would take a GPU wherever there is one
-    # without a handler, DeepSpeed on CPU leaves each process believing that it is the only one
-    handlers = [] if on_gpu() or args.world_size == 1 else [InitProcessGroupKwargs(backend="gloo")]
-    accelerator = Accelerator(mixed_precision=choose_precision(args.precision), kwargs_handlers=handlers)
-    if accelerator.is_main_process:
-        warn_of_busy_cores()
-    if accelerator.num_processes != args.world_size:
-        refuse("world_size", f"{accelerator.num_processes} connected processes", f"{args.world_size}, as launched")
-    plugin = accelerator.state.deepspeed_plugin
-    if args.deepspeed and plugin is None:
-        refuse("deepspeed", "a launch without DeepSpeed", "`accelerate launch --config_file deepspeed.yaml`")
-    if plugin is not None:
-        if plugin.zero_stage == 0:
-            refuse("deepspeed", "zero_stage 0", "1, 2 or 3, or a launch without DeepSpeed")
-        if plugin.zero_stage == 3:
-            unset_hf_deepspeed_config()  # models are loaded whole; the trained ones are sharded when they are prepared
-            plugin.deepspeed_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
-        if accelerator.mixed_precision == "bf16" and plugin.zero_stage > 1:  # stage 1 would take another optimiser
-            # Deviates: many small gradients are added up in float32, not in bf16
-            plugin.deepspeed_config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
-        # the loops accumulate by hand, so that a short last batch is scaled right
-        plugin.deepspeed_config["gradient_accumulation_steps"] = 1
-        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.local_micro_batch_size
-        plugin.deepspeed_config["gradient_clipping"] = args.max_grad_norm or 0.0
-    return accelerator
-
-
-def epoch_order(rows: int, episodes: int, seed: int) -> np.ndarray:
-    """One global permutation per pass over the data, the same on every process: [episodes] row numbers."""
-    # Deviates: the original shuffled with a per-rank seed and then sharded: rows came twice, others never
-    rng = np.random.default_rng(seed)
-    passes = [rng.permutation(rows) for _ in range(math.ceil(episodes / rows))]
-    return np.concatenate(passes)[:episodes]
-
-
-def deal(lengths: list[int], micro: int, rank: int, world_size: int, alike: bool = False) -> list[list[int]]:
-    """Cut a batch into this rank's micro batches, each with about as many tokens: what is packed needs most room once.
-
-    Every rank gets the same number of micro batches (so that collectives match); those of a batch that does not fill
-    may be empty. With `alike`, rows of similar length come together, longest first: what is padded wastes least.
-
-    >>> deal([5, 9, 7], micro=1, rank=1, world_size=2)
-    [[2], []]
-    >>> deal([1, 2, 3, 4], micro=2, rank=0, world_size=1), deal([1, 2, 3, 4], 2, 0, 1, alike=True)
-    ([[3, 0], [2, 1]], [[3, 2], [1, 0]])
-    """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    steps = math.ceil(math.ceil(len(order) / world_size) / micro)
-    mine = order[rank::world_size]
-    if alike:
-        return [mine[i * micro : (i + 1) * micro] for i in range(steps)]
-    there_and_back = [*range(steps), *reversed(range(steps))]
-    parts = [[row for i, row in enumerate(mine) if there_and_back[i % (2 * steps)] == step] for step in range(steps)]
-    # the largest one first: what it leaves free is wide enough for the others
-    return sorted(parts, key=lambda part: -sum(lengths[i] for i in part))
-
-
-def train_step(accelerator, model, optimizer, micro_batches, loss_of, max_grad_norm, on_bad, stop) -> float | None:
-    """One optimiser update from this rank's micro batches; returns the global gradient norm.
-
-    Args:
-        micro_batches: this rank's part of the batch, as `deal` cut it.
-        loss_of: micro batch -> this micro batch's part of the loss over the GLOBAL batch (a sum over ranks and micro
-            batches gives the loss).
-        max_grad_norm: clip to this norm, or None.
-        on_bad: called with (what, rows) where the loss of a micro batch or the gradient of them all is not finite;
-            must raise.
-        stop: asked between micro batches, the same answer on all ranks: where True, no step is made and
-            None is returned.
-    """
-    ddp = isinstance(model, torch.nn.parallel.DistributedDataParallel)
-    for i, micro in enumerate(micro_batches):
-        last = i == len(micro_batches) - 1
-        accelerator.sync_gradients = last
-        with model.no_sync() if ddp and not last else nullcontext():
-            loss = loss_of(micro) * accelerator.num_processes  # gradients are averaged over ranks: undo it
-            if not torch.isfinite(loss):
-                on_bad("loss", micro)
-            accelerator.backward(loss)  # with DeepSpeed, the last one also steps
-        if not last and stop():
-            return None
-    norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
-    norm = float(norm if norm is not None else math.nan)
-    if not math.isfinite(norm):
-        on_bad("gradient", sum(micro_batches, []))
-    optimizer.step()
-    update_masters(model)
-    optimizer.zero_grad(set_to_none=False)
-    return norm
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# tensors
-
-
-def pad_rows(rows: list[list[int]], pad_id: int, side: str) -> torch.Tensor:
-    """Lists of token ids -> [B, longest], padded on one side only as far as needed."""
-    longest = max(map(len, rows))
-    if side == "left":
-        return torch.tensor([[pad_id] * (longest - len(row)) + row for row in rows], dtype=torch.long)
-    return torch.tensor([row + [pad_id] * (longest - len(row)) for row in rows], dtype=torch.long)
-
-
-def strip_pads(row, pad_id: int) -> list[int]:
-    """The real tokens of a padded row."""
-    row = np.asarray(row)
-    return row[row != pad_id].tolist()
-
-
-def model_inputs(tokens: torch.Tensor, pad_id: int) -> dict[str, torch.Tensor]:
-    """What a model needs to read [B, T] tokens so that padding, left or right, changes nothing.
-
-    Pads are masked and replaced by id 0 (theirs may lie outside the embedding); positions count real tokens only, for
-    models with absolute positions.
-    """
-    mask = tokens != pad_id  # [B, T]
-    positions = (mask.long().cumsum(1) - 1).clamp(min=0)  # [B, T]
-    return {"input_ids": tokens.masked_fill(~mask, 0), "attention_mask": mask.long(), "position_ids": positions}
-
-
-def first_true_indices(bools: torch.Tensor) -> torch.Tensor:
-    """Index of the first True along the last axis, or its length where there is none: [..., N] -> [...]."""
-    n = bools.shape[-1]
-    return torch.where(bools, torch.arange(n, device=bools.device), n).min(dim=-1).values
-
-
-def truncate_response(responses: torch.Tensor, stop_id: int, pad_id: int) -> torch.Tensor:
-    """Replace everything after the first stop token by pads: [B, R] -> [B, R]."""
-    # Detail: EOS trick - all tokens are sampled with EOS allowed, what stands after it is cut off
-    ends = first_true_indices(responses == stop_id).unsqueeze(-1)  # [B, 1]
-    after = torch.arange(responses.shape[1], device=responses.device) > ends
-    return responses.masked_fill(after, pad_id)
-
-
-def disable_dropout(model: torch.nn.Module) -> None:
-    """Set every dropout probability to 0."""
-    # Detail: dropout off [7] - or the first-pass ratio of PPO is not 1, and the KL not reproducible
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    # configurations, and the layers of some architectures, keep probabilities as numbers (OPT: `dropout`, `layerdrop`)
-    for keeper in (model.config, *model.modules()):
-        for name in [k for k, v in vars(keeper).items() if "drop" in k and isinstance(v, float)]:
-            setattr(keeper, name, 0.0)
-
-
-def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean of the values where `mask` is True: [...], [...] -> []."""
-    return (values * mask).sum() / mask.sum()
-
-
-def masked_var(values: torch.Tensor, mask: torch.Tensor, unbiased: bool = True) -> torch.Tensor:
-    """Variance of the values where `mask` is True: [...], [...] -> []."""
-    variance = masked_mean((values - masked_mean(values, mask)) ** 2, mask)
-    return variance * mask.sum() / (mask.sum() - 1) if unbiased else variance
-
-
-def masked_whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) -> torch.Tensor:
-    """Values with variance 1 (biased estimate) and, with `shift_mean`, mean 0 over `mask`: [...] -> [...]."""
-    mean = masked_mean(values, mask)
-    whitened = (values - mean) * torch.rsqrt(masked_var(values, mask, unbiased=False) + 1e-8)
-    return whitened if shift_mean else whitened + mean
-
-
-def episode_noise(seed: int, episodes: list[int], device: torch.device) -> list[torch.Generator]:
-    """One random generator per episode: token t of episode i gets the t-th draw of (seed, i)."""
-    keys = [int(np.random.SeedSequence([seed, int(i)]).generate_state(1, np.uint64)[0] >> 1) for i in episodes]
-    return [torch.Generator(device).manual_seed(key) for key in keys]
-
-
-@torch.no_grad()
-def sample_responses(model, queries, noise, pad_id, stop_id, response_length, temperature, vocab_size):
-    """Sample a response to each query over the KV cache, one forward pass per position.
-
-    Args:
-        model: a causal language model, in eval mode.
-        queries: [B, Q] token ids, left-padded with `pad_id`.
-        noise: B generators, see `episode_noise`.
-        pad_id, stop_id: id of the pad; id of the token that ends a response.
-        response_length: R, tokens at most.
-        temperature: divides the logits; 0 takes the most likely token.
-        vocab_size: ids from here on are not in the tokenizer and never drawn.
-
-    Returns:
-        responses [B, R], pads after the first stop token, and the log-probabilities [B, R] of the drawn tokens at this
-        temperature (over all ids, as `token_logprobs` computes them), INVALID_LOGPROB at pads.
-    """
-    inputs = model_inputs(queries, pad_id)
-    mask, positions = inputs["attention_mask"], inputs["position_ids"]
-    logits, past = read_queries(model, inputs, response_length)  # [B, V]
-    B = len(queries)
-    responses = queries.new_full((B, response_length), pad_id)  # [B, R]
-    logprobs = torch.full((B, response_length), INVALID_LOGPROB, device=queries.device)  # [B, R]
-    alive = torch.ones(B, dtype=torch.bool, device=queries.device)
-    for t in range(response_length):
-        logits = logits.float() / (temperature or 1.0)
-        allowed = logits.clone()
-        # Deviates: the original could draw the pad or an id outside the tokenizer, and took it for padding
-        allowed[:, vocab_size:] = -math.inf
-        if pad_id < logits.shape[1]:
-            allowed[:, pad_id] = -math.inf
-        if temperature > 0:  # argmax(logits + Gumbel noise) is a draw from the softmax; Gumbel = -log(exponential)
-            for i in alive.nonzero()[:, 0].tolist():
-                exponential = torch.empty(logits.shape[1], device=logits.device).exponential_(generator=noise[i])
-                allowed[i] -= exponential.log()
-        drawn = allowed.argmax(-1)  # [B]
-        responses[:, t] = drawn
-        logprobs[:, t] = logits.log_softmax(-1).gather(1, drawn[:, None])[:, 0]
-        # tokens after EOS influence nothing that is kept: sampling may stop there
-        alive &= drawn != stop_id
-        if not alive.any() or t + 1 == response_length:
-            break
-        mask = torch.cat([mask, mask.new_ones(B, 1)], dim=1)
-        positions = positions[:, -1:] + 1
-        logits = model(input_ids=drawn[:, None], attention_mask=mask, position_ids=positions, **past).logits[:, -1]
-    responses = truncate_response(responses, stop_id, pad_id)
-    return responses, logprobs.masked_fill(responses == pad_id, INVALID_LOGPROB)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # models
 
@@ -582,161 +350,6 @@ class PolicyAndValue(torch.nn.Module):
         inputs, before = response_positions(self.value_model, queries, responses, value_counts)
         values = self.value_model.score(hidden_at(self.value_model, inputs, before))[:, 0]
         return values + exact(self.value_bias)
-
-
-def response_positions(model, queries, responses, counts) -> tuple[dict, torch.Tensor]:
-    """Inputs of a model, and the positions in its output before the first `counts` tokens of each response."""
-    device = next(model.parameters()).device
-    inputs, starts = pack([q + r for q, r in zip(queries, responses)], packs(model), device)
-    before = [range(s + len(q) - 1, s + len(q) - 1 + n) for s, q, n in zip(starts, queries, counts)]
-    return inputs, torch.tensor([i for each in before for i in each], device=device)
-
-
-def response_logits(policy, queries, responses) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [N, V] that predict the N tokens of the responses, and these tokens [N]."""
-    inputs, before = response_positions(policy, queries, responses, list(map(len, responses)))
-    return logits_at(policy, inputs, before), torch.tensor([i for r in responses for i in r], device=before.device)
-
-
-class TokenLogprobs(torch.autograd.Function):
-    """See `token_logprobs`."""
-
-    @staticmethod
-    def forward(ctx, logits, targets, temperature):
-        logprobs, totals = (torch.empty(len(logits), device=logits.device) for _ in range(2))
-        for part in cut(logits):
-            scaled = logits[part].float() / temperature
-            totals[part] = scaled.logsumexp(-1)
-            logprobs[part] = scaled.gather(1, targets[part, None])[:, 0] - totals[part]
-        ctx.save_for_backward(logits, targets, totals)
-        ctx.temperature = temperature
-        return logprobs
-
-    @staticmethod
-    def backward(ctx, grad):
-        logits, targets, totals = ctx.saved_tensors
-        grad = grad / ctx.temperature
-        for part in cut(logits):
-            softmax = (logits[part].float() / ctx.temperature).sub_(totals[part, None]).exp_()
-            gradient = softmax.mul_(-grad[part, None])
-            gradient.scatter_add_(1, targets[part, None], grad[part, None])
-            logits[part] = gradient.to(logits.dtype)
-        return logits, None, None
-
-
-def cut(logits: torch.Tensor) -> list[slice]:
-    """Slices of rows of [N, V] logits, so small that the intermediate results of one stay in the cache of a CPU."""
-    rows = max(1, 2 ** (20 if logits.device.type == "cpu" else 27) // logits.shape[1])
-    return [slice(i, i + rows) for i in range(0, len(logits), rows)]
-
-
-def token_logprobs(logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Log-probabilities of tokens at this temperature: [N, V], [N] -> [N] nats.
-
-    The same as `-F.cross_entropy(logits.float() / temperature, targets, reduction="none")`, without its three copies of
-    the logits: the backward pass writes their gradient over them, so it can be run only once.
-    """
-    # Detail: temperature - divides the logits of old, new and reference log-probs alike
-    return TokenLogprobs.apply(logits, targets, temperature)
-
-
-@torch.no_grad()
-def token_entropies(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Entropy of each next-token distribution: [N, V] -> [N] nats."""
-    entropies = torch.empty(len(logits), device=logits.device)
-    for part in cut(logits):
-        logprobs = (logits[part].float() / temperature).log_softmax(-1)
-        entropies[part] = -(logprobs.exp() * logprobs).sum(-1)
-    return entropies
-
-
-def spread(values: torch.Tensor, mask: torch.Tensor, fill: float) -> torch.Tensor:
-    """Numbers of real tokens, one row behind the other, to their places: [N], [B, R] with N True -> [B, R]."""
-    return torch.full(mask.shape, fill, device=mask.device).masked_scatter(mask, values.float())
-
-
-def read_rewards(model, bias: float, rows: list[list[int]]) -> torch.Tensor:
-    """Reward of each row (token ids without pads), read at its last token, normalised: [B] reward units."""
-    device = next(model.parameters()).device
-    inputs, starts = pack(rows, packs(model), device)
-    # Detail: reward at the EOS token [12]
-    last = torch.tensor([start + len(row) - 1 for start, row in zip(starts, rows)], device=device)
-    return model.score(hidden_at(model, inputs, last))[:, 0] + bias
-
-
-def load_reward_model(path: str, revision: str | None = None, argument: str = "reward_model_path"):
-    """Load a reward model of ours, or of the original code (`ScalarModel`).
-
-    A `ScalarModel` checkpoint holds `lm_backbone.*`, `scalar_head.{weight,bias}`, and in its config the base model's
-    configuration (`base_config`) and a `bias` to subtract; paths of the training machine in it are not used.
-
-    Args:
-        path: folder or hub id.
-        revision: hub revision, or None.
-        argument: the argument's name, for messages.
-
-    Returns:
-        (sequence-classification model in float32, bias): reward = logit at the last real token + bias.
-    """
-    revision = None if os.path.isdir(path) else revision
-    config_file = find_file(path, revision, ["config.json"])
-    config = json.loads(Path(config_file).read_text())
-    if "base_config" not in config:
-        model, loaded = AutoModelForSequenceClassification.from_pretrained(
-            path, revision=revision, num_labels=1, dtype=torch.float32, output_loading_info=True
-        )
-        refuse_bad_weights(argument, path, loaded["missing_keys"], model)
-        use_float32_head(model)
-        use_packed_attention(model)
-        return model, float(getattr(model.config, "reward_bias", 0.0))
-    base_config = AutoConfig.for_model(**config["base_config"])
-    base_config.num_labels = 1
-    model = AutoModelForSequenceClassification.from_config(base_config, dtype=torch.float32)
-    names = ["model.safetensors", "pytorch_model.bin"]
-    file = find_file(path, revision, [*names, *(f"{name}.index.json" for name in names)])
-    if file.endswith(".index.json"):  # of several files
-        files = sorted(set(json.loads(Path(file).read_text())["weight_map"].values()))
-        files = [find_file(path, revision, [name]) for name in files]
-    else:
-        files = [file]
-    saved = {}
-    for file in files:
-        if file.endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            saved |= load_file(file)
-        else:
-            saved |= torch.load(file, map_location="cpu", weights_only=True)
-    saved = {name: weight.float() for name, weight in saved.items()}
-    state = {"score.weight": saved.pop("scalar_head.weight")}
-    bias = float(saved.pop("scalar_head.bias")) - float(config.get("bias", 0.0))
-    trunk = set(getattr(model, model.base_model_prefix).state_dict())
-    for name, weight in saved.items():
-        name = name.removeprefix("lm_backbone.")
-        if name in trunk:  # old checkpoints hold buffers (rotary frequencies, causal masks) that are computed today
-            state[f"{model.base_model_prefix}.{name}"] = weight
-    model.load_state_dict(state, strict=True)
-    refuse_bad_weights(argument, path, set(), model)
-    use_float32_head(model)
-    use_packed_attention(model)
-    return model, bias
-
-
-def find_file(path: str, revision: str | None, names: list[str]) -> str:
-    """The first of these files that a checkpoint has, in a folder or on the hub."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    for name in names:
-        if os.path.isdir(path):
-            if os.path.exists(os.path.join(path, name)):
-                return os.path.join(path, name)
-        else:
-            try:
-                return hf_hub_download(path, name, revision=revision)
-            except EntryNotFoundError:
-                continue
-    raise FileNotFoundError(f"{path} has none of {', '.join(names)}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

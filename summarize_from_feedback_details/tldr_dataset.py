@@ -43,22 +43,19 @@ from datasets import (
     disable_progress_bars,
 )
 from datasets.utils import logging as datasets_logging
-from rich.console import Console
 from rich.table import Table
 
-from summarize_from_feedback_details.check_inputs import PAD_TOKEN, find_rows, read_tokenizer
-from summarize_from_feedback_details.dataset_files import reason
-from summarize_from_feedback_details.run_folder import (
+from summarize_from_feedback_details.common.arguments import command_line, reason, refuse
+from summarize_from_feedback_details.common.check_inputs import PAD_TOKEN, find_rows, read_tokenizer
+from summarize_from_feedback_details.common.console import print_table
+from summarize_from_feedback_details.common.figures import drawing, new_figure, save_figure
+from summarize_from_feedback_details.common.files import (
     atomic_folder,
-    command_line,
-    drawing,
-    new_figure,
-    refuse,
     refuse_uncreatable,
     refuse_unwritable,
-    save_figure,
     write_json,
 )
+from summarize_from_feedback_details.common.hub import hub_user
 
 CNNDM_BATCHES = ("batch0_cnndm", "cnndm0", "cnndm2")
 SFT_COLUMNS = ("id", "subreddit", "title", "post", "summary")
@@ -566,7 +563,7 @@ def draw_lengths(title: str, measured: list[Lengths], path: Path) -> None:
     save_figure(figure, path, dpi=100)
 
 
-def print_table(measured: list[Lengths]) -> None:
+def print_lengths(measured: list[Lengths]) -> None:
     table = Table(title="tokens (mean / max); overlong: longer than declared, so that their EOS is cut off")
     names = ("dataset", "split", "rows", "query", "response", "query + response", "truncated", "overlong", "o. joined")
     for i, name in enumerate(names):
@@ -584,23 +581,11 @@ def print_table(measured: list[Lengths]) -> None:
         names = ("empty_posts", "empty_summaries", "equal_summaries", "posts_of_train")
         counts = [f"{m.doubtful[name]:,}" if name in m.doubtful else "-" for name in names]
         doubtful.add_row("sft" if m.kind == "sft" else "comparisons", m.split, f"{m.rows:,}", *counts)
-    console = Console()
-    Console(width=None if console.is_terminal else 130).print(table, doubtful)
+    print_table(table)
+    print_table(doubtful)
 
 
 # ------------------------------------------------------------------------------------------------------------- main
-def hub_entity(args: Args) -> str:
-    """Whom to push to; refuses without a login."""
-    expected = "a login: `hf auth login`, or HF_TOKEN in the environment"
-    if huggingface_hub.get_token() is None:
-        refuse("push_to_hub", "no hub login on this machine", expected)
-    try:
-        user = huggingface_hub.whoami()["name"]
-    except Exception as error:
-        refuse("push_to_hub", f"a login that the hub does not confirm ({reason(error)})", expected)
-    return args.hf_entity or user
-
-
 def is_ours(folder: Path) -> bool:
     """Whether this script has written the folder."""
     try:
@@ -700,7 +685,7 @@ def save(args: Args, done: dict[str, DatasetDict], summary: dict[str, Any]) -> l
     return [os.path.join(args.output_dir, name) for name in (*done, "summary.json")]
 
 
-def push(args: Args, done: dict[str, DatasetDict], entity: str) -> list[str]:
+def push_datasets(args: Args, done: dict[str, DatasetDict], entity: str) -> list[str]:
     """Upload both datasets; returns their addresses."""
     datasets_logging.set_verbosity_error()
     if not sys.stderr.isatty():
@@ -729,7 +714,7 @@ def main(args: Args) -> dict[str, Any]:
     check_args(args)
     if not sys.stderr.isatty():
         disable_progress_bars()
-    entity = hub_entity(args) if args.push_to_hub else ""
+    user = hub_user() if args.push_to_hub else ""
     encoder, pad_id = load_tokenizer("base_model", args.base_model)
     sft = load_raw("sft_dataset", args.sft_dataset)
     comparisons = load_raw(
@@ -746,7 +731,7 @@ def main(args: Args) -> dict[str, Any]:
     everything = [*measured["sft"], *measured["comparisons"]]
     rows = sum(m.rows for m in everything)
     rows_per_second = rows / (time.time() - start)
-    print_table(everything)
+    print_lengths(everything)
     print(f"{rows:,} rows tokenised, {rows_per_second:,.0f} rows/s")
 
     # ------------------------------------------------------------------ check, and only then save
@@ -766,7 +751,7 @@ def main(args: Args) -> dict[str, Any]:
         with drawing():
             draw_lengths(f"{name}: token lengths", group, Path(paths[-1]))
     if args.push_to_hub:
-        paths += push(args, done, entity)
+        paths += push_datasets(args, done, args.hf_entity or user)
     print("written:", *paths, sep="\n  ")
     return summary | {"paths": paths}
 

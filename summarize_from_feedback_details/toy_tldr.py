@@ -37,7 +37,8 @@ from tokenizers.models import BPE
 from torch.nn import functional as F
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast, set_seed
 
-from summarize_from_feedback_details.run_folder import atomic_folder, command_line, refuse, refuse_unwritable
+from summarize_from_feedback_details.common.arguments import command_line, refuse
+from summarize_from_feedback_details.common.files import atomic_folder, refuse_unwritable
 
 # ----------------------------------------------------------------------------------------------------------- lengths
 # Tokens, EOS included: what to pass to `tldr_dataset.py` and to the stages. Every row fits; `main` checks it.

@@ -15,11 +15,11 @@ import datasets
 import pytest
 from conftest import OFFLINE, STAGES, launch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from summarize_from_feedback_details import ppo_left_padding, reward, sft
+from summarize_from_feedback_details.common.arguments import refuse_dropped
 from summarize_from_feedback_details.ppo_left_padding import PpoHParams
-from summarize_from_feedback_details.run_folder import refuse_dropped
 
 MODULES = {"sft": sft, "reward": reward, "ppo": ppo_left_padding}
 ROWS = "query_reference_response_token"  # a token column that SFT and the reward model read
@@ -301,9 +301,8 @@ def test_refused(stage, argument, value, words, world, bad, workdir, monkeypatch
     def loaded(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    for name in ("AutoModelForCausalLM", "AutoModelForSequenceClassification"):
-        if hasattr(module, name):
-            monkeypatch.setattr(getattr(module, name), "from_pretrained", loaded)
+    for model in (AutoModelForCausalLM, AutoModelForSequenceClassification):  # the classes, whoever imports them
+        monkeypatch.setattr(model, "from_pretrained", loaded)
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)

@@ -75,7 +75,7 @@ def test_ends_are_forced_where_the_rows_say(folder, monkeypatch):
     from transformers import GPTNeoXForCausalLM
 
     from summarize_from_feedback_details import ppo_left_padding as ppo
-    from summarize_from_feedback_details.packed_rows import use_packed_attention
+    from summarize_from_feedback_details.common.packed_rows import use_packed_attention
 
     monkeypatch.setattr(GPTNeoXForCausalLM, "forward", GPTNeoXForCausalLM.forward)  # put back after the test
     workload.force_ends(folder)

@@ -1,4 +1,4 @@
-"""dataset_files.py: the same rows from every container, and faults that name their file, row and column."""
+"""common/dataset_files.py: the same rows from every container, and faults that name their file, row and column."""
 
 import bz2
 import csv
@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import OFFLINE
 
-from summarize_from_feedback_details.check_inputs import check_tokens, find_rows, load_rows
+from summarize_from_feedback_details.common.check_inputs import check_tokens, find_rows, load_rows
 
 PACK = {"gz": gzip.compress, "xz": lzma.compress, "bz2": bz2.compress}
 
@@ -355,7 +355,8 @@ def test_one_line_is_all_there_is(tmp_path, fault):
     (tmp_path / "rows/train.parquet").write_bytes(garbled_parquet())
     (tmp_path / "file").write_text("")
     home = "file/x" if fault == "HF_HOME" else "home"
-    code = "from summarize_from_feedback_details.check_inputs import find_rows as f; import sys; f('a', sys.argv[1])"
+    module = "summarize_from_feedback_details.common.check_inputs"
+    code = f"from {module} import find_rows as f; import sys; f('a', sys.argv[1])"
     env = {k: v for k, v in os.environ.items() if k != "HF_DATASETS_CACHE"} | OFFLINE
     command = [sys.executable, "-c", code, str(tmp_path / "rows")]
     done = subprocess.run(command, env=env | {"HF_HOME": str(tmp_path / home)}, capture_output=True, text=True)

@@ -95,6 +95,7 @@ def test_named_files_exist():
     scripts = {
         p.name for folder in (STAGES, ROOT / "eval", ROOT / "sbatches") for p in folder.glob("*.*")
     }  # named without their folder
+    scripts |= {f"common/{p.name}" for p in (STAGES / "common").glob("*.py")}
     outputs = {"sft/", "comparisons/", "report.md"}  # of tldr_dataset.py in its --output_dir, and of the judge
     named = [n for n in named if n not in scripts | outputs and not n.startswith(GENERATED)]
     assert len(named) > 15
@@ -213,13 +214,14 @@ def top_level(name: str) -> dict[str, tuple[int, int]]:
 def marks(word: str) -> list[tuple[str, str]]:
     """(text after `Detail:` or `Deviates:`, file.py:function) of each such comment."""
     found = []
-    for path in sorted(STAGES.glob("*.py")):
+    for path in sorted([*STAGES.glob("*.py"), *STAGES.glob("common/*.py")]):
+        name = str(path.relative_to(STAGES))
         for number, line in enumerate(path.read_text().splitlines(), start=1):
             mark = re.search(rf"(?:^\s*|# ){word}: (.+)", line)
             if mark:
-                inside = [n for n, (first, last) in top_level(path.name).items() if first <= number <= last]
-                assert inside, f"{path.name}:{number} is in no function"
-                found.append((mark[1], f"{path.name}:{inside[0]}"))
+                inside = [n for n, (first, last) in top_level(name).items() if first <= number <= last]
+                assert inside, f"{name}:{number} is in no function"
+                found.append((mark[1], f"{name}:{inside[0]}"))
     return found
 
 

@@ -17,7 +17,7 @@ import tyro
 from accelerate.commands.launch import launch_command_parser
 from conftest import OFFLINE, ROOT
 
-from summarize_from_feedback_details.check_inputs import check_batch_sizes
+from summarize_from_feedback_details.common.arguments import check_batch_sizes
 from summarize_from_feedback_details.ppo_left_padding import check_ppo_batch_sizes
 
 

@@ -651,7 +651,7 @@ def test_reward_judge_adds_no_tokens_of_the_tokenizers_own(added, side, world, r
 
 def test_a_response_that_was_cut_off_has_no_end_in_any_container(world, tmp_path):
     """`False` in a csv with a hole is text, and still false."""
-    from summarize_from_feedback_details.ppo_left_padding import load_reward_model
+    from summarize_from_feedback_details.common.reward_models import load_reward_model
 
     tokenizer = AutoTokenizer.from_pretrained(world.reward)
     pairs = pandas.DataFrame({"query": ["q", "q"], "response": ["my vase"] * 2, "reference": ["a"] * 2})

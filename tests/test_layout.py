@@ -24,8 +24,8 @@ from transformers import (
 )
 
 from summarize_from_feedback_details import ppo_left_padding, reward, sft
-from summarize_from_feedback_details.check_inputs import find_tokenizer
-from summarize_from_feedback_details.ppo_left_padding import choose_precision
+from summarize_from_feedback_details.common.check_inputs import find_tokenizer
+from summarize_from_feedback_details.common.precision import choose_precision
 
 MODULES = {"sft": sft, "reward": reward, "ppo_left_padding": ppo_left_padding}
 LOAD = {

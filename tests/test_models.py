@@ -22,8 +22,8 @@ from transformers import (
 
 from summarize_from_feedback_details import ppo_left_padding as ppo
 from summarize_from_feedback_details import reward, sft, tldr_dataset
-from summarize_from_feedback_details.check_inputs import check_context, find_model, find_tokenizer
-from summarize_from_feedback_details.packed_rows import packs, use_packed_attention
+from summarize_from_feedback_details.common.check_inputs import check_context, find_model, find_tokenizer
+from summarize_from_feedback_details.common.packed_rows import packs, use_packed_attention
 
 VOCAB, PAD, BOS, EOS = 96, 96, 1, 2  # the pad lies behind the embedding
 SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

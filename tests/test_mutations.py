@@ -19,8 +19,9 @@ from datasets import Dataset, load_dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from summarize_from_feedback_details import checkpoints, reward, sft
 from summarize_from_feedback_details import ppo_left_padding as ppo
+from summarize_from_feedback_details import reward, sft
+from summarize_from_feedback_details.common import checkpoints
 
 STAGES = {"sft": sft, "reward": reward, "ppo": ppo}
 

@@ -5,17 +5,17 @@ import torch
 from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, Gemma3TextConfig, MistralConfig
 
 from summarize_from_feedback_details import ppo_left_padding, reward, sft
-from summarize_from_feedback_details.packed_rows import (
-    RoomyLayer,
-    cast_parameters,
+from summarize_from_feedback_details.common import logprobs
+from summarize_from_feedback_details.common.packed_rows import (
     join,
     logits_at,
     pack,
     packed_attention,
     packs,
-    use_float32_head,
     use_packed_attention,
 )
+from summarize_from_feedback_details.common.precision import cast_parameters, use_float32_head
+from summarize_from_feedback_details.common.sampling import RoomyLayer
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
 ROWS = [[3, 4, 5, 6, 7], [8, 9], [1, 2, 3, 4, 5, 6, 7, 8, 9]]
@@ -198,9 +198,9 @@ def test_token_logprobs_are_cross_entropy(temperature, dtype):
     torch.manual_seed(0)
     logits, targets = torch.randn(100, 50_000).to(dtype), torch.randint(0, 50_000, (100,))
     ours, plain = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    assert len(sft.cut(logits)) > 3
+    assert len(logprobs.cut(logits)) > 3
     expected = -torch.nn.functional.cross_entropy(plain.float() / temperature, targets, reduction="none")
-    found = sft.token_logprobs(ours * 1, targets, temperature)  # a product: a leaf may not be written over
+    found = logprobs.token_logprobs(ours * 1, targets, temperature)  # a product: a leaf may not be written over
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     weights = torch.randn(100)
     (found * weights).sum().backward()

@@ -21,7 +21,7 @@ import read_runs
 import rlhf_scaling_plot
 import sft_rm_scale
 
-from summarize_from_feedback_details.run_folder import command_line
+from summarize_from_feedback_details.common.arguments import command_line
 
 T_3 = 4.302652729911275  # Student's t, 97.5 %, 2 degrees of freedom: three seeds
 STAGE_OF = {"sft": "sft", "reward": "reward", "ppo": "ppo_left_padding"}

@@ -27,32 +27,35 @@ from transformers import (
 )
 
 from summarize_from_feedback_details import ppo_left_padding as ppo
-from summarize_from_feedback_details import reward, run_folder, sft
-from summarize_from_feedback_details.check_inputs import fill_episodes
-from summarize_from_feedback_details.packed_rows import use_packed_attention
-from summarize_from_feedback_details.ppo_left_padding import (
+from summarize_from_feedback_details import reward, sft
+from summarize_from_feedback_details.common import machine, precision, training
+from summarize_from_feedback_details.common.arguments import fill_episodes
+from summarize_from_feedback_details.common.logprobs import (
     INVALID_LOGPROB,
-    PolicyAndValue,
-    PpoHParams,
-    compute_advantages,
-    deal,
-    episode_noise,
-    epoch_order,
-    first_true_indices,
-    generalised_advantages,
-    load_reward_model,
     masked_mean,
     masked_var,
     masked_whiten,
-    micro_batch_loss,
-    model_inputs,
-    ppo_losses,
-    read_rewards,
-    sample_responses,
-    strip_pads,
     token_entropies,
     token_logprobs,
+)
+from summarize_from_feedback_details.common.packed_rows import use_packed_attention
+from summarize_from_feedback_details.common.reward_models import load_reward_model, read_rewards
+from summarize_from_feedback_details.common.sampling import (
+    episode_noise,
+    first_true_indices,
+    model_inputs,
+    sample_responses,
+    strip_pads,
     truncate_response,
+)
+from summarize_from_feedback_details.common.training import deal, epoch_order
+from summarize_from_feedback_details.ppo_left_padding import (
+    PolicyAndValue,
+    PpoHParams,
+    compute_advantages,
+    generalised_advantages,
+    micro_batch_loss,
+    ppo_losses,
 )
 
 PAD, EOS, VOCAB = 60, 0, 64
@@ -996,31 +999,32 @@ def test_precision_follows_the_hardware(native, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert ppo.choose_precision("auto") == ("bf16" if native else "no")
-    assert ppo.choose_precision("fp32") == "no"
+    assert precision.choose_precision("auto") == ("bf16" if native else "no")
+    assert precision.choose_precision("fp32") == "no"
     assert capsys.readouterr().out == ""
-    assert ppo.choose_precision("bf16") == "bf16"
+    assert precision.choose_precision("bf16") == "bf16"
     said = capsys.readouterr().out
     assert bool(re.fullmatch(r"warning: no native bf16 here; a product took \d+ times that of fp32\n", said)) != native
 
 
-@pytest.mark.parametrize("stage", [sft, reward, ppo])
-def test_a_run_on_the_cpu_of_a_machine_with_gpus_asks_the_cpu(stage, monkeypatch):
+def test_a_run_on_the_cpu_of_a_machine_with_gpus_asks_the_cpu(monkeypatch):
     """ACCELERATE_USE_CPU: precision, process group and memory follow the device that computes."""
 
     def never(*_, **__):
         raise AssertionError("the GPU was asked")
 
-    expected = stage.choose_precision("auto")  # there is no GPU here
+    expected = precision.choose_precision("auto")  # there is no GPU here
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert run_folder.on_gpu()
+    assert machine.on_gpu()
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", never)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    assert not run_folder.on_gpu() and stage.choose_precision("auto") == expected
+    assert not machine.on_gpu() and precision.choose_precision("auto") == expected
     handlers = []
-    monkeypatch.setattr(stage, "Accelerator", lambda kwargs_handlers, **_: handlers.extend(kwargs_handlers) or never())
+    monkeypatch.setattr(
+        training, "Accelerator", lambda kwargs_handlers, **_: handlers.extend(kwargs_handlers) or never()
+    )
     with pytest.raises(AssertionError):
-        stage.make_accelerator(SimpleNamespace(world_size=2, precision="auto"))
+        training.make_accelerator(SimpleNamespace(world_size=2, precision="auto"))
     assert [handler.backend for handler in handlers] == ["gloo"]
 
 

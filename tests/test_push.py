@@ -20,7 +20,8 @@ import pytest
 from conftest import launch_command
 from huggingface_hub.utils import validate_repo_id
 
-from summarize_from_feedback_details import ppo_left_padding, reward, run_folder, sft, tldr_dataset
+from summarize_from_feedback_details import ppo_left_padding, reward, sft, tldr_dataset
+from summarize_from_feedback_details.common.hub import _push_to
 
 REPO = re.compile(r"/api/(models|datasets)/([\w.-]+/[\w.-]+)(?:/([\w-]+)(?:/(.+))?)?")
 MODULES = {"sft": sft, "reward": reward, "ppo_left_padding": ppo_left_padding, "tldr_dataset": tldr_dataset}
@@ -236,7 +237,7 @@ def test_each_base_model_gives_a_name_that_the_hub_takes(base_model, stage):
 
     args = {"base_model": base_model, "seed": 1, "output_dir": "model", "hf_entity": "someone"}
     args = SimpleNamespace(**args, hf_repo_id=None, hf_repo_revision=None)
-    revision, repo = run_folder._push_to(Api(), args, stage, 7)
+    revision, repo = _push_to(Api(), args, stage, 7)
     validate_repo_id(repo)
     end = f"__{stage}__tldr"
     assert (revision, repo) == (f"{stage}__1__7", f"someone/{NAMES[base_model][-96 + len(end) :]}{end}")

@@ -17,9 +17,11 @@ from conftest import launch, launch_command
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from summarize_from_feedback_details import checkpoints, ppo_left_padding, reward, run_folder, sft
-from summarize_from_feedback_details.checkpoints import Checkpoints
-from summarize_from_feedback_details.run_folder import REQUEUE_ME, RunFolder
+from summarize_from_feedback_details import ppo_left_padding, reward, sft
+from summarize_from_feedback_details.common import checkpoints, files, zero
+from summarize_from_feedback_details.common.checkpoints import Checkpoints
+from summarize_from_feedback_details.common.precision import choose_precision
+from summarize_from_feedback_details.common.run_folder import REQUEUE_ME, RunFolder
 
 MAIN = {"sft": sft.main, "reward": reward.main, "ppo_left_padding": ppo_left_padding.main}
 STAGE_NAMES = list(MAIN)
@@ -145,15 +147,15 @@ def test_the_step_of_the_optimiser_is_where_its_parameters_are():
     """Fused AdamW reads it there: on GPUs, one on the CPU would be an illegal address."""
     model = torch.nn.Linear(3, 2, device="meta")
     optimizer = torch.optim.AdamW(model.parameters())
-    checkpoints._set_whole_tensors(model, optimizer, lambda key: torch.zeros(1), 5)
+    zero.set_whole_tensors(model, optimizer, lambda key: torch.zeros(1), 5)
     assert all(value.device.type == "meta" for state in optimizer.state.values() for value in state.values())
 
 
 def test_numbers_that_are_not_finite_are_null(tmp_path):
-    run_folder.write_json(tmp_path / "a.json", {"metrics": {"a": math.nan, "b": [math.inf, 1.0]}})
+    files.write_json(tmp_path / "a.json", {"metrics": {"a": math.nan, "b": [math.inf, 1.0]}})
     found = json.loads((tmp_path / "a.json").read_text())
     assert found == {"metrics": {"a": None, "b": [None, 1.0]}}
-    assert math.isnan(run_folder.read_metrics({"a": None, "b": 2.0})["a"])
+    assert math.isnan(files.read_metrics({"a": None, "b": 2.0})["a"])
 
 
 MOMENTS = {  # where a process is killed: (stage, owner of the function, its name, at which call)
@@ -162,7 +164,7 @@ MOMENTS = {  # where a process is killed: (stage, owner of the function, its nam
     "before a checkpoint's rename": ("ppo_left_padding", checkpoints, "sync_folder", 3),
     "after a checkpoint's rename": ("sft", checkpoints, "sync_folder", 4),
     "before the model is noted": ("reward", RunFolder, "note_written", 1),
-    "after the model's rename": ("ppo_left_padding", run_folder, "sync_folder", 1),
+    "after the model's rename": ("ppo_left_padding", files, "sync_folder", 1),
     "after the table": ("sft", RunFolder, "log", 8),
     "before the checkpoints' removal": ("reward", Checkpoints, "remove", 1),
     "before the last summary": ("ppo_left_padding", RunFolder, "_write_summary", 2),
@@ -254,7 +256,7 @@ def test_several_processes(world, workdir, undisturbed, zero, tmp_path_factory, 
 @pytest.mark.parametrize("zero", [2, 3])
 def test_float32_masters_of_a_run_in_bf16(world, workdir, zero):
     """The same bits: weights, and the heads and biases that compute in float32 beside DeepSpeed's bf16."""
-    if ppo_left_padding.choose_precision("auto") != "bf16":
+    if choose_precision("auto") != "bf16":
         pytest.skip("this CPU does not multiply in bf16")
     stage, two = "ppo_left_padding", {"local_micro_batch_size": 1, "world_size": 2, "deepspeed": True}
     for name in ("whole", "stopped"):

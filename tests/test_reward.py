@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from summarize_from_feedback_details import ppo_left_padding, reward
-from summarize_from_feedback_details.packed_rows import use_packed_attention
-from summarize_from_feedback_details.ppo_left_padding import load_reward_model, read_rewards
+from summarize_from_feedback_details.common.packed_rows import use_packed_attention
+from summarize_from_feedback_details.common.reward_models import load_reward_model, read_rewards
 from summarize_from_feedback_details.reward import (
     RewardModel,
     init_head,

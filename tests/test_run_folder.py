@@ -22,17 +22,12 @@ import torch
 from conftest import ROOT
 from rich.table import Table
 
-from summarize_from_feedback_details import checkpoints, reward, run_folder, sft, tldr_dataset, toy_tldr
 from summarize_from_feedback_details import ppo_left_padding as ppo
-from summarize_from_feedback_details.run_folder import (
-    Progress,
-    atomic_folder,
-    command_line,
-    print_table,
-    refuse_left_over,
-    refuse_unwritable,
-    write_whole,
-)
+from summarize_from_feedback_details import reward, sft, tldr_dataset, toy_tldr
+from summarize_from_feedback_details.common import checkpoints, console, machine, run_folder
+from summarize_from_feedback_details.common.arguments import command_line, refuse_left_over
+from summarize_from_feedback_details.common.console import Progress, print_table
+from summarize_from_feedback_details.common.files import atomic_folder, refuse_unwritable, write_whole
 
 CONTROLS = re.compile(r"[\r\x1b]")
 
@@ -167,7 +162,7 @@ def test_what_cannot_be_shown_is_replaced(tmp_path):
     (tmp_path / "script.py").write_text(
         "import errno, sys\n"
         "from dataclasses import dataclass\n"
-        "from summarize_from_feedback_details.run_folder import command_line\n"
+        "from summarize_from_feedback_details.common.arguments import command_line\n"
         "@dataclass\nclass Args:\n    pass\n"
         "def main(args):\n"
         "    print('it\u2019s', 'na\u00efve', '\U0001f600')\n"
@@ -373,7 +368,7 @@ def test_runs_of_another_form_do_not_stop_a_new_one(world, workdir, content):
 def clock(monkeypatch):
     """A clock that stands still until it is told to move: `clock.now += 1.0`."""
     found = SimpleNamespace(now=5000.0)
-    monkeypatch.setattr(run_folder, "time", SimpleNamespace(monotonic=lambda: found.now))
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: found.now))
     return found
 
 
@@ -603,31 +598,31 @@ def test_ppo_warns_while_it_runs(world, workdir, capsys, monkeypatch):
 
 def test_memory_that_fragments_is_given_back():
     """What is freed is kept for the next update, until the process has grown by a twentieth."""
-    run_folder.keep_freed_memory()
+    machine.keep_freed_memory()
     blocks = [torch.ones(250_000) for _ in range(300)]  # 300 MB
-    most = run_folder.resident_bytes()
+    most = machine.resident_bytes()
     del blocks[::2]  # holes of 1 MB
-    assert run_folder.give_back_fragments(0) > 0.95 * most  # the first call only looks
-    assert run_folder.give_back_fragments(most) == most
-    assert run_folder.give_back_fragments(most // 2) == 0
-    assert run_folder.resident_bytes() < most - 100e6 and len(blocks) == 150
+    assert machine.give_back_fragments(0) > 0.95 * most  # the first call only looks
+    assert machine.give_back_fragments(most) == most
+    assert machine.give_back_fragments(most // 2) == 0
+    assert machine.resident_bytes() < most - 100e6 and len(blocks) == 150
 
 
 def test_what_is_kept_of_every_shape_is_limited(monkeypatch):
     """oneDNN's cache and torch's above it; what the user has set stays."""
     monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
     monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
-    run_folder.keep_freed_memory()
+    machine.keep_freed_memory()
     assert (os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"], os.environ["LRU_CACHE_CAPACITY"]) == ("128", "7")
 
 
 def test_threads_beside_busy_cores_are_told_of(capsys):
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in os.sched_getaffinity(0)]
     try:
-        run_folder.warn_of_busy_cores()  # one thread waits for nobody
+        machine.warn_of_busy_cores()  # one thread waits for nobody
         assert capsys.readouterr().out == ""
         torch.set_num_threads(2)
-        run_folder.warn_of_busy_cores()
+        machine.warn_of_busy_cores()
         assert "OMP_NUM_THREADS=1" in capsys.readouterr().out
     finally:
         torch.set_num_threads(1)

@@ -13,16 +13,10 @@ from test_ppo_left_padding import ARCHITECTURES, EOS, PAD, golden, needs_golden,
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from summarize_from_feedback_details import sft
-from summarize_from_feedback_details.packed_rows import use_packed_attention
-from summarize_from_feedback_details.sft import (
-    Policy,
-    batch_losses,
-    model_inputs,
-    read_rows,
-    rouge_means,
-    sft_losses,
-    token_logprobs,
-)
+from summarize_from_feedback_details.common.logprobs import token_logprobs
+from summarize_from_feedback_details.common.packed_rows import use_packed_attention
+from summarize_from_feedback_details.common.sampling import model_inputs
+from summarize_from_feedback_details.sft import Policy, batch_losses, read_rows, rouge_means, sft_losses
 
 
 def padded_losses(logits, tokens, counted):

@@ -10,12 +10,7 @@ Nothing here knows about RLHF. Architectures that do not let their attention be 
 same numbers, more work.
 """
 
-import inspect
-
 import torch
-import torch.nn.functional as F
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -156,99 +151,3 @@ def hidden_at(model, inputs: dict, at: torch.Tensor) -> torch.Tensor:
     """Last hidden states [N, D] at these positions [N] of the flattened output, after the final norm."""
     trunk = getattr(model, model.base_model_prefix)
     return trunk(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[at]
-
-
-def cast_parameters(model, dtype: torch.dtype) -> None:
-    """Cast a model's parameters in place, as DeepSpeed casts those that it trains; float32 heads stay as they are.
-
-    Never its buffers, as `model.to(dtype)` would: rounded rotary frequencies make another network of it.
-    """
-    for parameter in model.parameters():
-        if not hasattr(parameter, "master"):
-            parameter.data = parameter.data.to(dtype)
-
-
-def keep_exact(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
-    """Compute with this parameter in float32 although DeepSpeed trains a bf16 copy of it.
-
-    Call it once the parameter has its first value. `checkpoints.update_masters` keeps `parameter.master` up to date;
-    without DeepSpeed nobody reads it.
-    """
-    parameter.master = parameter.detach().float().clone()
-    return parameter
-
-
-def exact(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """The value in float32 of a parameter that `keep_exact` marked; the gradient goes to the parameter."""
-    if parameter.dtype == torch.float32:
-        return parameter
-    rounded = parameter.float()
-    return rounded + (parameter.master - rounded).detach()
-
-
-class Float32Head(torch.nn.Linear):
-    """A linear head in float32, also where the trunk computes in bf16, whose steps are 1/32 between 4 and 8."""
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        # Deviates: the original's scores and values were rounded to bf16: ties, and steps in what PPO learns from
-        with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear(hidden.float(), exact(self.weight))
-
-
-def use_float32_head(model) -> None:
-    """Let the head of a sequence-classification model compute in float32; weight and checkpoint stay as they are."""
-    head = Float32Head(model.score.in_features, model.score.out_features, bias=False, device="meta")
-    head.weight = keep_exact(model.score.weight)
-    model.score = head
-
-
-class RoomyLayer(DynamicLayer):
-    """Keys and values of one layer, [B, heads, tokens, head width], with room behind them: more are written in place.
-
-    transformers' own layer copies all of them for each token that is added.
-    """
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, room: int):
-        super().__init__()
-        self.lazy_initialization(keys, values)
-        self.room = [F.pad(states, (0, 0, 0, room)) for states in (keys, values)]
-        self.keys, self.values = (states[:, :, : keys.shape[2]] for states in self.room)
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        begin, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
-        for states, more in zip(self.room, (key_states, value_states)):
-            states[:, :, begin:end] = more
-        self.keys, self.values = (states[:, :, :end] for states in self.room)
-        return self.keys, self.values
-
-
-def read_queries(model, inputs: dict, room: int) -> tuple[torch.Tensor, dict]:
-    """Read left-padded queries before sampling, without their pads where the model packs.
-
-    Args:
-        inputs: `input_ids`, `attention_mask`, `position_ids`, [B, Q] each.
-        room: tokens that will be sampled at most.
-
-    Returns:
-        logits [B, V] that predict the next token; the model's arguments that hold the cache, left-padded as the
-        queries are.
-    """
-    cache = DynamicCache(config=model.config)
-    # transformers 5.24 renamed the argument
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    past = {name: cache, "use_cache": True}
-    # layers of a sliding window keep the last tokens of what they read, whichever row's these are
-    if packs(model) and all(type(layer) is DynamicLayer for layer in cache.layers):
-        Q, lengths = inputs["input_ids"].shape[1], inputs["attention_mask"].sum(1).tolist()
-        rows = [row[Q - n :] for row, n in zip(inputs["input_ids"].tolist(), lengths)]
-        packed, starts = pack(rows, True, inputs["input_ids"].device)
-        last = torch.tensor([start + n - 1 for start, n in zip(starts, lengths)], device=inputs["input_ids"].device)
-        logits = model(**packed, **past, logits_to_keep=last).logits[0]
-        pad = lambda states: torch.cat([F.pad(s, (0, 0, Q - s.shape[2], 0)) for s in states.split(lengths, 2)])
-    else:
-        logits = model(**inputs, **past, logits_to_keep=1).logits[:, -1]
-        pad = lambda states: states
-    for i, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer:
-            cache.layers[i] = RoomyLayer(pad(layer.keys), pad(layer.values), room)
-    return logits, past

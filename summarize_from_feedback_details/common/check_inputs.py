@@ -10,63 +10,16 @@ import os
 import unicodedata
 import zipfile
 from pathlib import Path
-from typing import Any
 
-from summarize_from_feedback_details.dataset_files import EXPECTED, read_folder, reason, refuse_unwritable_cache
-from summarize_from_feedback_details.run_folder import refuse
+from summarize_from_feedback_details.common.arguments import reason, refuse
+from summarize_from_feedback_details.common.dataset_files import EXPECTED, read_folder, refuse_unwritable_cache
+from summarize_from_feedback_details.common.hub import find_on_hub
 
 PAD_TOKEN = "[PAD]"
 KINDS = {
     "policy": "a causal language model",
     "reward": "a reward model (sequence classification with one label, or the original's ScalarModel)",
 }
-
-
-def find_on_hub(argument: str, name: str, revision: str | None, kind: str, expected: str) -> None:
-    """Refuse what is not on the hub, after ONE request: the libraries' own retries take most of a minute.
-
-    Args:
-        kind: "model" or "dataset".
-    """
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    if constants.HF_HUB_OFFLINE:
-        return  # the libraries then look into their cache only, and say at once what is not there
-    try:
-        getattr(HfApi(), f"{kind}_info")(name, revision=revision, timeout=5)
-    except HFValidationError as error:
-        refuse(argument, f"'{name}', neither a folder here nor an id of the hub: {reason(error)}", expected)
-    except HfHubHTTPError as error:
-        if error.response is not None and error.response.status_code == 404:
-            refuse(argument, f"'{name}', neither a folder here nor on the hub: {reason(error)}", expected)
-        refuse(argument, f"'{name}', which the hub does not show: {reason(error)}", expected)
-    except Exception:
-        found = f"'{name}', which is not a folder here, and no network to look for it on the hub (offline)"
-        refuse(argument, found, f"{expected} (HF_HUB_OFFLINE=1 takes it from the local cache)")
-
-
-def check_sizes(args: Any, positive: tuple[str, ...] = (), at_least_zero: tuple[str, ...] = ()) -> None:
-    """Refuse arguments that are not positive (or not at least zero); None passes. `ppo.lam` style names work."""
-    for names, ok, expected in (
-        (positive, lambda v: math.isfinite(v) and v > 0, "more than 0"),
-        (at_least_zero, lambda v: math.isfinite(v) and v >= 0, "at least 0"),
-    ):
-        for name in names:
-            value = args
-            for part in name.split("."):
-                value = getattr(value, part)
-            if value is not None and not ok(value):
-                refuse(name, str(value), expected)
-
-
-def drop_revisions(args: Any, *models: str) -> None:
-    """Set `<model>_revision` to None where `<model>_path` is not the default: the default revision is of that one."""
-    for model in models:
-        path, revision = f"{model}_path", f"{model}_revision"
-        default = type(args)
-        if getattr(args, path) != getattr(default, path) and getattr(args, revision) == getattr(default, revision):
-            setattr(args, revision, None)
 
 
 def find_rows(argument: str, path: str, revision: str | None = None, data_dir: str = ""):
@@ -432,77 +385,6 @@ def check_context(argument: str, path: str, config: dict, longest: int, what: st
     context = context_of(config)
     if longest > context:
         refuse(argument, f"'{path}' with a context of {context} tokens", f"at least {longest}: {what}")
-
-
-def check_push(args: Any) -> None:
-    """Refuse --push_to_hub without a login, or to a name that the hub does not allow."""
-    if args.push_to_hub:
-        from huggingface_hub import get_token, whoami
-        from huggingface_hub.errors import HFValidationError
-        from huggingface_hub.utils import validate_repo_id
-
-        expected = "`hf auth login`, or HF_TOKEN in the environment"
-        if get_token() is None:
-            refuse("push_to_hub", "no hub login on this machine", expected)
-        try:
-            whoami()
-        except Exception as error:
-            refuse("push_to_hub", f"a login that the hub does not confirm: {reason(error)}", expected)
-        for name, repo in (("hf_entity", f"{args.hf_entity or 'me'}/name"), ("hf_repo_id", args.hf_repo_id or "name")):
-            try:
-                validate_repo_id(repo)
-            except HFValidationError as error:
-                refuse(name, f"'{getattr(args, name)}' ({reason(error)})", "a name that the hub allows")
-
-
-def check_batch_sizes(args, world_size: int, default_batch_size: int) -> None:
-    """Fill in the batch sizes that were left out; refuse those that contradict each other.
-
-    micro batch (one forward pass) <= batch (one update); `local_` is per process.
-    Deviates: the global batch is what stays the same on another number of processes, so it is the default, and
-    --gradient_accumulation_steps follows from it (the original kept the accumulation: 1 GPU trained on an eighth).
-    """
-    if args.world_size not in (None, world_size):
-        refuse("world_size", str(args.world_size), f"{world_size}, the number of processes launched")
-    args.world_size = world_size
-    positive = "local_micro_batch_size gradient_accumulation_steps micro_batch_size local_batch_size batch_size"
-    check_sizes(args, positive=tuple(positive.split()))
-    micro = args.local_micro_batch_size * world_size
-    if args.gradient_accumulation_steps is None:
-        batch_size = args.batch_size or (args.local_batch_size or 0) * world_size or default_batch_size
-        if batch_size % micro:
-            expected = f"a multiple of {micro} (--local_micro_batch_size {args.local_micro_batch_size} x {world_size}"
-            refuse("batch_size", str(batch_size), f"{expected} processes)")
-        args.gradient_accumulation_steps = batch_size // micro
-    local = args.local_micro_batch_size * args.gradient_accumulation_steps
-    for name, value in (("micro_batch_size", micro), ("local_batch_size", local), ("batch_size", local * world_size)):
-        if getattr(args, name) not in (None, value):
-            how = (
-                f"micro {args.local_micro_batch_size} x accumulation {args.gradient_accumulation_steps} x {world_size}"
-            )
-            refuse(name, str(getattr(args, name)), f"{value} ({how} processes)")
-        setattr(args, name, value)
-
-
-def check_scheduler(args) -> None:
-    """Refuse a learning rate schedule that transformers does not know, or that needs more than a name."""
-    known = ["linear", "cosine", "constant", "constant_with_warmup"]
-    if args.scheduler not in known:
-        refuse("scheduler", args.scheduler, f"one of {', '.join(known)}")
-
-
-def fill_episodes(args, rows: int) -> None:
-    """Fill in how many rows and updates there will be; refuse more than the data can serve."""
-    available = rows * args.num_train_epochs
-    if args.total_episodes is None:
-        args.total_episodes = min(available, (args.num_updates or available) * args.batch_size)
-    if args.total_episodes > available:
-        found = f"at most {available} ({rows} rows x {args.num_train_epochs} epochs)"
-        refuse("total_episodes", str(args.total_episodes), found)
-    updates = math.ceil(args.total_episodes / args.batch_size)
-    if args.num_updates not in (None, updates):
-        refuse("num_updates", str(args.num_updates), f"{updates} ({args.total_episodes} episodes / {args.batch_size})")
-    args.num_updates = updates
 
 
 def find_stop_id(truncate_token: str, tokenizer) -> int:

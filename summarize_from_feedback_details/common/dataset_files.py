@@ -26,25 +26,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from summarize_from_feedback_details.run_folder import refuse
+from summarize_from_feedback_details.common.arguments import reason, refuse
 
 EXPECTED = "a folder of parquet, jsonl or csv files or of `save_to_disk`, or a hub id"
 DATA_FILE = re.compile(r"\.(?:(jsonl|ndjson|json|csv|tsv)(\.gz|\.xz|\.bz2)?|parquet|arrow)$")
 OPEN = {None: open, ".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 FAULTS = (ValueError, TypeError, OverflowError)  # of pyarrow, too
 CHUNK = 1000  # rows that are Python objects at a time
-
-
-def reason(error: BaseException) -> str:
-    """The first line of a library's error, and whether the hub could not be reached at all."""
-    while type(error).__name__.startswith("DatasetGeneration") and error.__cause__:
-        error = error.__cause__  # "An error occurred while generating the dataset" says nothing
-    text = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-    chain, names = error, ""
-    while chain is not None:
-        names, chain = names + type(chain).__name__ + str(chain), chain.__cause__ or chain.__context__
-    offline = any(w in names for w in ("Connect", "Offline", "Max retries", "couldn't connect", "name resolution"))
-    return f"the hub cannot be reached (offline): {text}" if offline else text
 
 
 def refuse_unwritable_cache() -> None:

@@ -14,14 +14,13 @@ when all of it is on the disk, and is verified when it is read.
 Nothing here knows about RLHF: this is the plumbing that the stage scripts would otherwise repeat at length.
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,17 +30,17 @@ from accelerate.utils import gather_object
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from summarize_from_feedback_details.run_folder import (
-    REQUEUE_ME,
-    RunFolder,
-    follow_umask,
-    on_gpu,
-    refuse,
-    stop_wanted,
-    sync_folder,
+from summarize_from_feedback_details.common.arguments import refuse
+from summarize_from_feedback_details.common.files import follow_umask, sync_folder
+from summarize_from_feedback_details.common.machine import on_gpu
+from summarize_from_feedback_details.common.run_folder import REQUEUE_ME, RunFolder, stop_wanted
+from summarize_from_feedback_details.common.zero import (
+    optimizer_steps,
+    set_masters,
+    set_whole_tensors,
+    update_masters,
+    whole_tensors,
 )
-
-MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam and AdamW keep of each parameter, besides the number of steps
 
 
 class Checkpoints:
@@ -154,7 +153,7 @@ class Checkpoints:
         mine = {f"local.{name}": tensor for name, tensor in (local | _random_state()).items()}
         if self.rank == 0:
             mine |= {f"shared.{name}": tensor for name, tensor in shared.items()}
-        for i, (name, tensor) in enumerate(_whole_tensors(self.model, self.optimizer)):
+        for i, (name, tensor) in enumerate(whole_tensors(self.model, self.optimizer)):
             if i % self.world == self.rank:  # off the GPU at once: in all it is 12 bytes a parameter
                 mine[name] = tensor.detach().to("cpu", copy=True)
         mine = {name: tensor.cpu().contiguous() for name, tensor in mine.items()}
@@ -168,7 +167,7 @@ class Checkpoints:
             "update": update,
             "step": step,
             "world_size": self.world,
-            "optimizer_steps": _optimizer_steps(self.optimizer),
+            "optimizer_steps": optimizer_steps(self.optimizer),
             "scheduler": self.scheduler.state_dict(),
             "logs": self.run.sync_logs(),
             "seconds": self.run.seconds(),
@@ -214,7 +213,7 @@ class Checkpoints:
             self.accelerator.wait_for_everyone()
         if name is None:
             self.run.reset_logs(None)
-            _set_masters(self.model, self.optimizer)
+            set_masters(self.model, self.optimizer)
             return {"found": False, "update": 0, "step": None, "shared": {}, "local": {}}
         state = json.loads((folder / "state.json").read_text())
         for argument, value in self.fixed.items():
@@ -227,7 +226,7 @@ class Checkpoints:
             group["lr"] = lr
         files = [safe_open(folder / f"rank_{r:05d}.safetensors", "pt") for r in range(state["world_size"])]
         owner = {key: file for file in files for key in file.keys() if not key.startswith("local.")}  # noqa: SIM118
-        _set_whole_tensors(self.model, self.optimizer, lambda key: owner[key].get_tensor(key), state["optimizer_steps"])
+        set_whole_tensors(self.model, self.optimizer, lambda key: owner[key].get_tensor(key), state["optimizer_steps"])
         update_masters(self.model)
         own = files[self.rank if self.world == state["world_size"] else 0]
         _set_random_state({key: own.get_tensor(f"local.{key}") for key in _random_state() if f"local.{key}" in own.keys()})  # noqa: E501, SIM118  # fmt: skip
@@ -279,163 +278,6 @@ class Checkpoints:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # tensors of model and optimiser, whole, whatever holds them
-
-
-def _zero_optimizer(optimizer):
-    """DeepSpeed's ZeRO optimiser (stage 1 to 3) inside accelerate's wrapper, or None."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    sharded = hasattr(inner, "single_partition_of_fp32_groups") or hasattr(inner, "fp32_partitioned_groups_flat")
-    return inner if sharded else None
-
-
-def _flat_partitions(zero) -> list[torch.Tensor]:
-    """This rank's flat float32 partitions, which the optimiser inside ZeRO steps."""
-    if hasattr(zero, "fp32_partitioned_groups_flat"):  # ZeRO-3
-        return list(zero.fp32_partitioned_groups_flat)
-    return list(zero.single_partition_of_fp32_groups)
-
-
-def _parameters(model) -> list[tuple[str, torch.nn.Parameter]]:
-    """Names and parameters, the same under any wrapper."""
-    return [(name.removeprefix("module."), p) for name, p in model.named_parameters()]
-
-
-def _optimizer_steps(optimizer) -> int:
-    zero = _zero_optimizer(optimizer)
-    states = zero.optimizer.state if zero is not None else optimizer.state
-    return max((int(s["step"]) for s in states.values() if "step" in s), default=0)
-
-
-def _whole_tensors(model, optimizer) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and value of each weight and moment, in float32; under ZeRO put together from all ranks, one at a time."""
-    zero = _zero_optimizer(optimizer)
-    if zero is not None:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-    stepped = _optimizer_steps(optimizer) > 0
-    for name, parameter in _parameters(model):
-        if zero is not None:
-            yield f"weight.{name}", safe_get_full_fp32_param(parameter)
-            for moment in MOMENTS if stepped else ():
-                yield f"{moment}.{name}", safe_get_full_optimizer_state(parameter, moment)
-        else:
-            yield f"weight.{name}", parameter.data
-            for moment in MOMENTS if parameter in optimizer.state else ():
-                yield f"{moment}.{name}", optimizer.state[parameter][moment]
-
-
-@torch.no_grad()
-def _set_whole_tensors(model, optimizer, value_of: Callable[[str], torch.Tensor], steps: int) -> None:
-    """Undo `_whole_tensors`."""
-    zero = _zero_optimizer(optimizer)
-    if zero is None:
-        for name, parameter in _parameters(model):
-            parameter.copy_(value_of(f"weight.{name}"))
-            if steps:
-                state = {moment: value_of(f"{moment}.{name}").to(parameter.device) for moment in MOMENTS}
-                step = torch.tensor(float(steps), device=parameter.device)  # fused AdamW reads it there
-                optimizer.state[parameter] = {"step": step, **state}
-        return
-    if steps:  # ZeRO's inner optimiser makes its state at the first step
-        for flat in _flat_partitions(zero):
-            moments = {moment: torch.zeros_like(flat) for moment in MOMENTS}
-            zero.optimizer.state[flat] = {"step": torch.tensor(float(steps), device=flat.device), **moments}
-    if hasattr(zero, "fp32_partitioned_groups_flat"):
-        _set_zero3(zero, model, value_of, steps)
-        return
-    from deepspeed.utils import safe_set_full_optimizer_state
-
-    if steps:
-        zero._lazy_init_hp_params_optimizer_state()  # links each parameter to its part of that state
-    for name, parameter in _parameters(model):
-        _set_master(zero, parameter, value_of(f"weight.{name}"))
-        for moment in MOMENTS if steps else ():
-            safe_set_full_optimizer_state(parameter, value_of(f"{moment}.{name}"), moment)
-    zero.update_lp_params()  # the weights that the model computes with, from their float32 masters
-
-
-def _set_zero3(zero, model, value_of, steps: int) -> None:
-    from deepspeed.utils import safe_set_local_optimizer_state
-
-    for name, parameter in _parameters(model):
-        _set_master(zero, parameter, value_of(f"weight.{name}"))
-        for moment in MOMENTS if steps else ():
-            safe_set_local_optimizer_state(parameter, _own_part(zero, parameter, value_of(f"{moment}.{name}")), moment)
-    if zero.persistent_parameters:  # small ones are whole on every rank: give them back before they change
-        zero.persistent_parameters[0].partition(zero.persistent_parameters)
-    for group in range(len(zero.fp16_groups)):
-        zero._reassign_or_swap_out_partitioned_parameters(group)
-    if zero.persistent_parameters:
-        zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
-
-
-def _with_masters(model) -> list[torch.nn.Parameter]:
-    """Parameters that compute in float32 (`packed_rows.exact`) while DeepSpeed trains a copy in bf16."""
-    return [p for p in model.parameters() if hasattr(p, "master") and p.dtype != torch.float32]
-
-
-@torch.no_grad()
-def update_masters(model) -> None:
-    """Look up the float32 masters of parameters that compute in float32; call on all ranks after each optimiser step.
-
-    Args:
-        model: as `accelerator.prepare` returned it.
-    """
-    for parameter in _with_masters(model):
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        parameter.master = safe_get_full_fp32_param(parameter).to(parameter.device)
-
-
-@torch.no_grad()
-def _set_masters(model, optimizer) -> None:
-    """The other way round, at the beginning: DeepSpeed makes its masters of weights that it has rounded."""
-    for parameter in _with_masters(model):
-        parameter.master = parameter.master.to(parameter.device)
-        _set_master(_zero_optimizer(optimizer), parameter, parameter.master)
-
-
-def _set_master(zero, parameter, value: torch.Tensor) -> None:
-    """Write a whole parameter's float32 master; of ZeRO-3, this rank's part."""
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
-
-    if hasattr(zero, "fp32_partitioned_groups_flat"):
-        safe_set_local_fp32_param(parameter, _own_part(zero, parameter, value))
-    else:
-        safe_set_full_fp32_param(parameter, value)
-
-
-def _own_part(zero, parameter, value: torch.Tensor) -> torch.Tensor:
-    """Of a whole tensor, what ZeRO-3 keeps on this rank."""
-    n, rank = parameter.ds_tensor.numel(), zero._get_param_partition_rank(parameter)
-    part = value.flatten()[n * rank : n * (rank + 1)]
-    return torch.nn.functional.pad(part, (0, n - part.numel()))  # the last rank's part may be short
-
-
-@contextlib.contextmanager
-def gathered(model) -> Iterator[None]:
-    """Under ZeRO-3: whole weights on every rank and no communication inside, so that ranks may do as many passes of the
-    unwrapped model as each needs. Elsewhere nothing.
-
-    Args:
-        model: as `accelerator.prepare` returned it.
-    """
-    offload = getattr(getattr(model, "optimizer", None), "parameter_offload", None)
-    if offload is None:
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(list(model.parameters())):
-        # the hooks fetch and release the weights of each layer
-        for parameter in model.parameters():
-            parameter.ds_active_sub_modules.clear()
-        for hook in [*offload.forward_hooks, *offload.backward_hooks]:
-            hook.remove()
-        offload.forward_hooks, offload.backward_hooks = [], []
-        try:
-            yield
-        finally:
-            offload._register_deepspeed_module(offload.module)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,99 @@
+"""Log-probabilities of the tokens of responses, and means over real tokens.
+
+Dimensions: B rows, R response tokens, N real tokens of all rows, V vocabulary.
+"""
+
+import torch
+
+from summarize_from_feedback_details.common.packed_rows import logits_at, pack, packs
+
+INVALID_LOGPROB = 1.0  # stands at positions without a real token; masked wherever numbers are taken
+
+
+def response_positions(model, queries, responses, counts) -> tuple[dict, torch.Tensor]:
+    """Inputs of a model, and the positions in its output before the first `counts` tokens of each response."""
+    device = next(model.parameters()).device
+    inputs, starts = pack([q + r for q, r in zip(queries, responses)], packs(model), device)
+    before = [range(s + len(q) - 1, s + len(q) - 1 + n) for s, q, n in zip(starts, queries, counts)]
+    return inputs, torch.tensor([i for each in before for i in each], device=device)
+
+
+def response_logits(policy, queries, responses) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [N, V] that predict the N tokens of the responses, and these tokens [N]."""
+    inputs, before = response_positions(policy, queries, responses, list(map(len, responses)))
+    return logits_at(policy, inputs, before), torch.tensor([i for r in responses for i in r], device=before.device)
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """See `token_logprobs`."""
+
+    @staticmethod
+    def forward(ctx, logits, targets, temperature):
+        logprobs, totals = (torch.empty(len(logits), device=logits.device) for _ in range(2))
+        for part in cut(logits):
+            scaled = logits[part].float() / temperature
+            totals[part] = scaled.logsumexp(-1)
+            logprobs[part] = scaled.gather(1, targets[part, None])[:, 0] - totals[part]
+        ctx.save_for_backward(logits, targets, totals)
+        ctx.temperature = temperature
+        return logprobs
+
+    @staticmethod
+    def backward(ctx, grad):
+        logits, targets, totals = ctx.saved_tensors
+        grad = grad / ctx.temperature
+        for part in cut(logits):
+            softmax = (logits[part].float() / ctx.temperature).sub_(totals[part, None]).exp_()
+            gradient = softmax.mul_(-grad[part, None])
+            gradient.scatter_add_(1, targets[part, None], grad[part, None])
+            logits[part] = gradient.to(logits.dtype)
+        return logits, None, None
+
+
+def cut(logits: torch.Tensor) -> list[slice]:
+    """Slices of rows of [N, V] logits, so small that the intermediate results of one stay in the cache of a CPU."""
+    rows = max(1, 2 ** (20 if logits.device.type == "cpu" else 27) // logits.shape[1])
+    return [slice(i, i + rows) for i in range(0, len(logits), rows)]
+
+
+def token_logprobs(logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Log-probabilities of tokens at this temperature: [N, V], [N] -> [N] nats.
+
+    The same as `-F.cross_entropy(logits.float() / temperature, targets, reduction="none")`, without its three copies of
+    the logits: the backward pass writes their gradient over them, so it can be run only once.
+    """
+    # Detail: temperature - divides the logits of old, new and reference log-probs alike
+    return TokenLogprobs.apply(logits, targets, temperature)
+
+
+@torch.no_grad()
+def token_entropies(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Entropy of each next-token distribution: [N, V] -> [N] nats."""
+    entropies = torch.empty(len(logits), device=logits.device)
+    for part in cut(logits):
+        logprobs = (logits[part].float() / temperature).log_softmax(-1)
+        entropies[part] = -(logprobs.exp() * logprobs).sum(-1)
+    return entropies
+
+
+def spread(values: torch.Tensor, mask: torch.Tensor, fill: float) -> torch.Tensor:
+    """Numbers of real tokens, one row behind the other, to their places: [N], [B, R] with N True -> [B, R]."""
+    return torch.full(mask.shape, fill, device=mask.device).masked_scatter(mask, values.float())
+
+
+def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of the values where `mask` is True: [...], [...] -> []."""
+    return (values * mask).sum() / mask.sum()
+
+
+def masked_var(values: torch.Tensor, mask: torch.Tensor, unbiased: bool = True) -> torch.Tensor:
+    """Variance of the values where `mask` is True: [...], [...] -> []."""
+    variance = masked_mean((values - masked_mean(values, mask)) ** 2, mask)
+    return variance * mask.sum() / (mask.sum() - 1) if unbiased else variance
+
+
+def masked_whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) -> torch.Tensor:
+    """Values with variance 1 (biased estimate) and, with `shift_mean`, mean 0 over `mask`: [...] -> [...]."""
+    mean = masked_mean(values, mask)
+    whitened = (values - mean) * torch.rsqrt(masked_var(values, mask, unbiased=False) + 1e-8)
+    return whitened if shift_mean else whitened + mean

@@ -1,0 +1,80 @@
+"""Reward models, ours or the original's: loading one, and reading the reward of whole rows."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from summarize_from_feedback_details.common.check_inputs import refuse_bad_weights
+from summarize_from_feedback_details.common.hub import find_file
+from summarize_from_feedback_details.common.packed_rows import hidden_at, pack, packs, use_packed_attention
+from summarize_from_feedback_details.common.precision import use_float32_head
+
+
+def load_reward_model(path: str, revision: str | None = None, argument: str = "reward_model_path"):
+    """Load a reward model of ours, or of the original code (`ScalarModel`).
+
+    A `ScalarModel` checkpoint holds `lm_backbone.*`, `scalar_head.{weight,bias}`, and in its config the base model's
+    configuration (`base_config`) and a `bias` to subtract; paths of the training machine in it are not used.
+
+    Args:
+        path: folder or hub id.
+        revision: hub revision, or None.
+        argument: the argument's name, for messages.
+
+    Returns:
+        (sequence-classification model in float32, bias): reward = logit at the last real token + bias.
+    """
+    revision = None if os.path.isdir(path) else revision
+    config_file = find_file(path, revision, ["config.json"])
+    config = json.loads(Path(config_file).read_text())
+    if "base_config" not in config:
+        model, loaded = AutoModelForSequenceClassification.from_pretrained(
+            path, revision=revision, num_labels=1, dtype=torch.float32, output_loading_info=True
+        )
+        refuse_bad_weights(argument, path, loaded["missing_keys"], model)
+        use_float32_head(model)
+        use_packed_attention(model)
+        return model, float(getattr(model.config, "reward_bias", 0.0))
+    base_config = AutoConfig.for_model(**config["base_config"])
+    base_config.num_labels = 1
+    model = AutoModelForSequenceClassification.from_config(base_config, dtype=torch.float32)
+    names = ["model.safetensors", "pytorch_model.bin"]
+    file = find_file(path, revision, [*names, *(f"{name}.index.json" for name in names)])
+    if file.endswith(".index.json"):  # of several files
+        files = sorted(set(json.loads(Path(file).read_text())["weight_map"].values()))
+        files = [find_file(path, revision, [name]) for name in files]
+    else:
+        files = [file]
+    saved = {}
+    for file in files:
+        if file.endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            saved |= load_file(file)
+        else:
+            saved |= torch.load(file, map_location="cpu", weights_only=True)
+    saved = {name: weight.float() for name, weight in saved.items()}
+    state = {"score.weight": saved.pop("scalar_head.weight")}
+    bias = float(saved.pop("scalar_head.bias")) - float(config.get("bias", 0.0))
+    trunk = set(getattr(model, model.base_model_prefix).state_dict())
+    for name, weight in saved.items():
+        name = name.removeprefix("lm_backbone.")
+        if name in trunk:  # old checkpoints hold buffers (rotary frequencies, causal masks) that are computed today
+            state[f"{model.base_model_prefix}.{name}"] = weight
+    model.load_state_dict(state, strict=True)
+    refuse_bad_weights(argument, path, set(), model)
+    use_float32_head(model)
+    use_packed_attention(model)
+    return model, bias
+
+
+def read_rewards(model, bias: float, rows: list[list[int]]) -> torch.Tensor:
+    """Reward of each row (token ids without pads), read at its last token, normalised: [B] reward units."""
+    device = next(model.parameters()).device
+    inputs, starts = pack(rows, packs(model), device)
+    # Detail: reward at the EOS token [12]
+    last = torch.tensor([start + len(row) - 1 for start, row in zip(starts, rows)], device=device)
+    return model.score(hidden_at(model, inputs, last))[:, 0] + bias

@@ -1,0 +1,162 @@
+"""Responses to queries, sampled over the KV cache with random numbers that belong to each episode.
+
+Dimensions: B rows, Q query tokens, R response tokens, T = Q + R, V vocabulary.
+"""
+
+import inspect
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from summarize_from_feedback_details.common.logprobs import INVALID_LOGPROB
+from summarize_from_feedback_details.common.packed_rows import pack, packs
+
+
+def pad_rows(rows: list[list[int]], pad_id: int, side: str) -> torch.Tensor:
+    """Lists of token ids -> [B, longest], padded on one side only as far as needed."""
+    longest = max(map(len, rows))
+    if side == "left":
+        return torch.tensor([[pad_id] * (longest - len(row)) + row for row in rows], dtype=torch.long)
+    return torch.tensor([row + [pad_id] * (longest - len(row)) for row in rows], dtype=torch.long)
+
+
+def strip_pads(row, pad_id: int) -> list[int]:
+    """The real tokens of a padded row."""
+    row = np.asarray(row)
+    return row[row != pad_id].tolist()
+
+
+def model_inputs(tokens: torch.Tensor, pad_id: int) -> dict[str, torch.Tensor]:
+    """What a model needs to read [B, T] tokens so that padding, left or right, changes nothing.
+
+    Pads are masked and replaced by id 0 (theirs may lie outside the embedding); positions count real tokens only, for
+    models with absolute positions.
+    """
+    mask = tokens != pad_id  # [B, T]
+    positions = (mask.long().cumsum(1) - 1).clamp(min=0)  # [B, T]
+    return {"input_ids": tokens.masked_fill(~mask, 0), "attention_mask": mask.long(), "position_ids": positions}
+
+
+def first_true_indices(bools: torch.Tensor) -> torch.Tensor:
+    """Index of the first True along the last axis, or its length where there is none: [..., N] -> [...]."""
+    n = bools.shape[-1]
+    return torch.where(bools, torch.arange(n, device=bools.device), n).min(dim=-1).values
+
+
+def truncate_response(responses: torch.Tensor, stop_id: int, pad_id: int) -> torch.Tensor:
+    """Replace everything after the first stop token by pads: [B, R] -> [B, R]."""
+    # Detail: EOS trick - all tokens are sampled with EOS allowed, what stands after it is cut off
+    ends = first_true_indices(responses == stop_id).unsqueeze(-1)  # [B, 1]
+    after = torch.arange(responses.shape[1], device=responses.device) > ends
+    return responses.masked_fill(after, pad_id)
+
+
+def episode_noise(seed: int, episodes: list[int], device: torch.device) -> list[torch.Generator]:
+    """One random generator per episode: token t of episode i gets the t-th draw of (seed, i)."""
+    keys = [int(np.random.SeedSequence([seed, int(i)]).generate_state(1, np.uint64)[0] >> 1) for i in episodes]
+    return [torch.Generator(device).manual_seed(key) for key in keys]
+
+
+@torch.no_grad()
+def sample_responses(model, queries, noise, pad_id, stop_id, response_length, temperature, vocab_size):
+    """Sample a response to each query over the KV cache, one forward pass per position.
+
+    Args:
+        model: a causal language model, in eval mode.
+        queries: [B, Q] token ids, left-padded with `pad_id`.
+        noise: B generators, see `episode_noise`.
+        pad_id, stop_id: id of the pad; id of the token that ends a response.
+        response_length: R, tokens at most.
+        temperature: divides the logits; 0 takes the most likely token.
+        vocab_size: ids from here on are not in the tokenizer and never drawn.
+
+    Returns:
+        responses [B, R], pads after the first stop token, and the log-probabilities [B, R] of the drawn tokens at this
+        temperature (over all ids, as `token_logprobs` computes them), INVALID_LOGPROB at pads.
+    """
+    inputs = model_inputs(queries, pad_id)
+    mask, positions = inputs["attention_mask"], inputs["position_ids"]
+    logits, past = read_queries(model, inputs, response_length)  # [B, V]
+    B = len(queries)
+    responses = queries.new_full((B, response_length), pad_id)  # [B, R]
+    logprobs = torch.full((B, response_length), INVALID_LOGPROB, device=queries.device)  # [B, R]
+    alive = torch.ones(B, dtype=torch.bool, device=queries.device)
+    for t in range(response_length):
+        logits = logits.float() / (temperature or 1.0)
+        allowed = logits.clone()
+        # Deviates: the original could draw the pad or an id outside the tokenizer, and took it for padding
+        allowed[:, vocab_size:] = -math.inf
+        if pad_id < logits.shape[1]:
+            allowed[:, pad_id] = -math.inf
+        if temperature > 0:  # argmax(logits + Gumbel noise) is a draw from the softmax; Gumbel = -log(exponential)
+            for i in alive.nonzero()[:, 0].tolist():
+                exponential = torch.empty(logits.shape[1], device=logits.device).exponential_(generator=noise[i])
+                allowed[i] -= exponential.log()
+        drawn = allowed.argmax(-1)  # [B]
+        responses[:, t] = drawn
+        logprobs[:, t] = logits.log_softmax(-1).gather(1, drawn[:, None])[:, 0]
+        # tokens after EOS influence nothing that is kept: sampling may stop there
+        alive &= drawn != stop_id
+        if not alive.any() or t + 1 == response_length:
+            break
+        mask = torch.cat([mask, mask.new_ones(B, 1)], dim=1)
+        positions = positions[:, -1:] + 1
+        logits = model(input_ids=drawn[:, None], attention_mask=mask, position_ids=positions, **past).logits[:, -1]
+    responses = truncate_response(responses, stop_id, pad_id)
+    return responses, logprobs.masked_fill(responses == pad_id, INVALID_LOGPROB)
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values of one layer, [B, heads, tokens, head width], with room behind them: more are written in place.
+
+    transformers' own layer copies all of them for each token that is added.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, room: int):
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.room = [F.pad(states, (0, 0, 0, room)) for states in (keys, values)]
+        self.keys, self.values = (states[:, :, : keys.shape[2]] for states in self.room)
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        begin, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        for states, more in zip(self.room, (key_states, value_states)):
+            states[:, :, begin:end] = more
+        self.keys, self.values = (states[:, :, :end] for states in self.room)
+        return self.keys, self.values
+
+
+def read_queries(model, inputs: dict, room: int) -> tuple[torch.Tensor, dict]:
+    """Read left-padded queries before sampling, without their pads where the model packs.
+
+    Args:
+        inputs: `input_ids`, `attention_mask`, `position_ids`, [B, Q] each.
+        room: tokens that will be sampled at most.
+
+    Returns:
+        logits [B, V] that predict the next token; the model's arguments that hold the cache, left-padded as the
+        queries are.
+    """
+    cache = DynamicCache(config=model.config)
+    # transformers 5.24 renamed the argument
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    past = {name: cache, "use_cache": True}
+    # layers of a sliding window keep the last tokens of what they read, whichever row's these are
+    if packs(model) and all(type(layer) is DynamicLayer for layer in cache.layers):
+        Q, lengths = inputs["input_ids"].shape[1], inputs["attention_mask"].sum(1).tolist()
+        rows = [row[Q - n :] for row, n in zip(inputs["input_ids"].tolist(), lengths)]
+        packed, starts = pack(rows, True, inputs["input_ids"].device)
+        last = torch.tensor([start + n - 1 for start, n in zip(starts, lengths)], device=inputs["input_ids"].device)
+        logits = model(**packed, **past, logits_to_keep=last).logits[0]
+        pad = lambda states: torch.cat([F.pad(s, (0, 0, Q - s.shape[2], 0)) for s in states.split(lengths, 2)])
+    else:
+        logits = model(**inputs, **past, logits_to_keep=1).logits[:, -1]
+        pad = lambda states: states
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[i] = RoomyLayer(pad(layer.keys), pad(layer.values), room)
+    return logits, past

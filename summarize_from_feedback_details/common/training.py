@@ -1,0 +1,170 @@
+"""What training needs whatever the loss is: processes, the order of the data, micro batches, the update, the checkpoint
+that it ends with."""
+
+import math
+import os
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from transformers.integrations import unset_hf_deepspeed_config
+
+from summarize_from_feedback_details.common.arguments import refuse
+from summarize_from_feedback_details.common.files import atomic_folder
+from summarize_from_feedback_details.common.machine import on_gpu, warn_of_busy_cores
+from summarize_from_feedback_details.common.precision import choose_precision
+from summarize_from_feedback_details.common.run_folder import RunFolder
+from summarize_from_feedback_details.common.zero import update_masters
+
+
+def make_accelerator(args) -> Accelerator:
+    """The processes of this run. Refuses a launch that is not what the arguments say."""
+    if not on_gpu():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would take a GPU wherever there is one
+    # without a handler, DeepSpeed on CPU leaves each process believing that it is the only one
+    handlers = [] if on_gpu() or args.world_size == 1 else [InitProcessGroupKwargs(backend="gloo")]
+    accelerator = Accelerator(mixed_precision=choose_precision(args.precision), kwargs_handlers=handlers)
+    if accelerator.is_main_process:
+        warn_of_busy_cores()
+    if accelerator.num_processes != args.world_size:
+        refuse("world_size", f"{accelerator.num_processes} connected processes", f"{args.world_size}, as launched")
+    plugin = accelerator.state.deepspeed_plugin
+    if args.deepspeed and plugin is None:
+        refuse("deepspeed", "a launch without DeepSpeed", "`accelerate launch --config_file deepspeed.yaml`")
+    if plugin is not None:
+        if plugin.zero_stage == 0:
+            refuse("deepspeed", "zero_stage 0", "1, 2 or 3, or a launch without DeepSpeed")
+        if plugin.zero_stage == 3:
+            unset_hf_deepspeed_config()  # models are loaded whole; the trained ones are sharded when they are prepared
+            plugin.deepspeed_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+        if accelerator.mixed_precision == "bf16" and plugin.zero_stage > 1:  # stage 1 would take another optimiser
+            # Deviates: many small gradients are added up in float32, not in bf16
+            plugin.deepspeed_config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+        # the loops accumulate by hand, so that a short last batch is scaled right
+        plugin.deepspeed_config["gradient_accumulation_steps"] = 1
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.local_micro_batch_size
+        plugin.deepspeed_config["gradient_clipping"] = args.max_grad_norm or 0.0
+    return accelerator
+
+
+def epoch_order(rows: int, episodes: int, seed: int) -> np.ndarray:
+    """One global permutation per pass over the data, the same on every process: [episodes] row numbers."""
+    # Deviates: the original shuffled with a per-rank seed and then sharded: rows came twice, others never
+    rng = np.random.default_rng(seed)
+    passes = [rng.permutation(rows) for _ in range(math.ceil(episodes / rows))]
+    return np.concatenate(passes)[:episodes]
+
+
+def deal(lengths: list[int], micro: int, rank: int, world_size: int, alike: bool = False) -> list[list[int]]:
+    """Cut a batch into this rank's micro batches, each with about as many tokens: what is packed needs most room once.
+
+    Every rank gets the same number of micro batches (so that collectives match); those of a batch that does not fill
+    may be empty. With `alike`, rows of similar length come together, longest first: what is padded wastes least.
+
+    >>> deal([5, 9, 7], micro=1, rank=1, world_size=2)
+    [[2], []]
+    >>> deal([1, 2, 3, 4], micro=2, rank=0, world_size=1), deal([1, 2, 3, 4], 2, 0, 1, alike=True)
+    ([[3, 0], [2, 1]], [[3, 2], [1, 0]])
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    steps = math.ceil(math.ceil(len(order) / world_size) / micro)
+    mine = order[rank::world_size]
+    if alike:
+        return [mine[i * micro : (i + 1) * micro] for i in range(steps)]
+    there_and_back = [*range(steps), *reversed(range(steps))]
+    parts = [[row for i, row in enumerate(mine) if there_and_back[i % (2 * steps)] == step] for step in range(steps)]
+    # the largest one first: what it leaves free is wide enough for the others
+    return sorted(parts, key=lambda part: -sum(lengths[i] for i in part))
+
+
+def train_step(accelerator, model, optimizer, micro_batches, loss_of, max_grad_norm, on_bad, stop) -> float | None:
+    """One optimiser update from this rank's micro batches; returns the global gradient norm.
+
+    Args:
+        micro_batches: this rank's part of the batch, as `deal` cut it.
+        loss_of: micro batch -> this micro batch's part of the loss over the GLOBAL batch (a sum over ranks and micro
+            batches gives the loss).
+        max_grad_norm: clip to this norm, or None.
+        on_bad: called with (what, rows) where the loss of a micro batch or the gradient of them all is not finite;
+            must raise.
+        stop: asked between micro batches, the same answer on all ranks: where True, no step is made and
+            None is returned.
+    """
+    ddp = isinstance(model, torch.nn.parallel.DistributedDataParallel)
+    for i, micro in enumerate(micro_batches):
+        last = i == len(micro_batches) - 1
+        accelerator.sync_gradients = last
+        with model.no_sync() if ddp and not last else nullcontext():
+            loss = loss_of(micro) * accelerator.num_processes  # gradients are averaged over ranks: undo it
+            if not torch.isfinite(loss):
+                on_bad("loss", micro)
+            accelerator.backward(loss)  # with DeepSpeed, the last one also steps
+        if not last and stop():
+            return None
+    norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
+    norm = float(norm if norm is not None else math.nan)
+    if not math.isfinite(norm):
+        on_bad("gradient", sum(micro_batches, []))
+    optimizer.step()
+    update_masters(model)
+    optimizer.zero_grad(set_to_none=False)
+    return norm
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    """Set every dropout probability to 0."""
+    # Detail: dropout off [7] - or the first-pass ratio of PPO is not 1, and the KL not reproducible
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    # configurations, and the layers of some architectures, keep probabilities as numbers (OPT: `dropout`, `layerdrop`)
+    for keeper in (model.config, *model.modules()):
+        for name in [k for k, v in vars(keeper).items() if "drop" in k and isinstance(v, float)]:
+            setattr(keeper, name, 0.0)
+
+
+def save_model(accelerator, run: RunFolder, wrapped, model, tokenizer, path: str) -> None:
+    """Write a standard checkpoint: safetensors, config, tokenizer; loads with the plain Auto classes.
+
+    Args:
+        run: the run that writes it.
+        wrapped: what `accelerator.prepare` returned; `model`, or a module that holds it as an attribute.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    state = accelerator.get_state_dict(wrapped) or {}  # ZeRO-3 puts it together on rank 0 only
+    prefix = next(
+        (f"{name}." for name, child in accelerator.unwrap_model(wrapped).named_children() if child is model), ""
+    )
+    state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    if state:  # DeepSpeed lists tied weights twice, and rounds the heads that compute in float32
+        names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+        state = {name: weight for name, weight in state.items() if name in names}
+        for name, parameter in model.named_parameters():
+            if hasattr(parameter, "master") and parameter.dtype != torch.float32:
+                state[name] = parameter.master
+    # the plain class reads a row's reward at its last token that is not this one, so the end-of-text token cannot be it
+    inside = tokenizer.pad_token_id < model.config.vocab_size
+    model.config.pad_token_id = tokenizer.pad_token_id if inside else None
+    if model.can_generate():  # with the ids of the config, and without the base model's habits of sampling
+        model.generation_config = GenerationConfig.from_model_config(model.config)
+    if accelerator.is_main_process:
+        with run.one_line_for_a_full_disk(), atomic_folder(path, run) as folder:
+            model.save_pretrained(folder, state_dict=state)
+            tokenizer.save_pretrained(folder)
+    accelerator.wait_for_everyone()
+
+
+def leave_group() -> None:
+    """Leave torch's process group at the end of a stage, on all ranks.
+
+    Left to the end of the interpreter, gloo's threads sometimes abort a rank, and the launcher then fails a run that
+    has finished (https://github.com/pytorch/pytorch/pull/179291).
+    """
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
