@@ -47,8 +47,8 @@ from summarize_from_feedback_details.common.check_inputs import (
     check_same_tokenizer,
     check_same_vocabulary,
     check_tokens,
+    find_ids,
     find_model,
-    find_stop_id,
     find_tokenizer,
     load_rows,
 )
@@ -311,7 +311,7 @@ def check_plan(args: Args, plan: SimpleNamespace):
     longest = max(map(sum, zip(lengths("query_token"), lengths("reference_response_token"))))
     if longest >= positions:
         refuse("query_dataset", f"a post and reference of {longest} tokens", f"fewer than the {positions} positions")
-    return tokenizer, rows, find_stop_id(plan.settings.truncate_token, tokenizer)
+    return tokenizer, rows, find_ids(plan.settings.truncate_token, tokenizer)
 
 
 def check_output(argument: str, path: str) -> None:
@@ -327,11 +327,10 @@ def check_output(argument: str, path: str) -> None:
 
 @contextlib.contextmanager
 def loaded(argument: str, model: Model, device: torch.device, kind: str = "policy"):
-    """Yield a language model, or (reward model, bias), in float32, ready to read; its memory is given back after."""
-    bias = None
+    """Yield a language model or a reward model in float32, ready to read; its memory is given back after."""
     try:
         if kind == "reward":
-            network, bias = load_reward_model(*model, argument)
+            network = load_reward_model(*model, argument)
         else:
             network = AutoModelForCausalLM.from_pretrained(model.path, revision=model.revision, dtype=torch.float32)
     except (OSError, RuntimeError, ValueError) as error:  # e.g. a hub id whose configuration alone is in the cache
@@ -341,7 +340,7 @@ def loaded(argument: str, model: Model, device: torch.device, kind: str = "polic
     if kind != "reward":
         use_packed_attention(network)
     network = network.to(device).eval().requires_grad_(False)
-    yield (network, bias) if kind == "reward" else network
+    yield network
     network.to("meta")  # whoever still holds it holds no weights
     torch.cuda.empty_cache()
 
@@ -357,12 +356,11 @@ def in_batches(queries: list[list[int]], progress: Progress):
 @torch.no_grad()
 def sample(model, queries, rows: list[int], ids, settings, device, progress: Progress) -> torch.Tensor:
     """Responses [B, R] of a policy; token t of row i gets the t-th draw of (seed, i), as in PPO's evaluation."""
-    pad_id, stop_id, size = ids
     R, found = settings.response_length, []
     for part in in_batches(queries, progress):
         noise = episode_noise(settings.seed, rows[part], device)
-        query_tokens = pad_rows(queries[part], pad_id, "left").to(device)
-        responses, _ = sample_responses(model, query_tokens, noise, pad_id, stop_id, R, settings.temperature, size)
+        query_tokens = pad_rows(queries[part], ids.pad, "left").to(device)
+        responses, _ = sample_responses(model, query_tokens, noise, ids, R, settings.temperature)
         found.append(responses.cpu())
     return torch.cat(found)
 
@@ -389,14 +387,14 @@ def read_policy(model, queries, responses, pad_id: int, temperature: float, prog
 
 
 @torch.no_grad()
-def read_head(model, bias: float, queries, responses, pad_id: int, device, progress: Progress):
+def read_head(model, queries, responses, pad_id: int, device, progress: Progress):
     """A reward or value network read everywhere: scores [B], before each token [B, R], at each token [B, R]."""
     found = []
-    network = ppo.PolicyAndValue(None, model, bias).to(device)
+    network = ppo.PolicyAndValue(None, model).to(device)
     for part in in_batches(queries, progress):
         mask = responses[part] != pad_id
         real = [strip_pads(row, pad_id) for row in responses[part]]
-        scores = read_rewards(model, bias, [q + r for q, r in zip(queries[part], real)])
+        scores = read_rewards(model, [q + r for q, r in zip(queries[part], real)])
         # `values` reads BEFORE each token: with one more of each row, those one place on are those AT each token; the
         # last is the value at the position right after the end, where there is room for it
         counts = [len(row) + 1 for row in real]
@@ -409,7 +407,7 @@ def read_head(model, bias: float, queries, responses, pad_id: int, device, progr
 
 def score_everything(plan: SimpleNamespace, queries, references, rows: list[int], ids, device) -> dict[str, Scores]:
     """Sample from each policy, then let each model read all responses: column name -> Scores."""
-    settings, pad_id = plan.settings, ids[0]
+    settings, pad_id = plan.settings, ids.pad
     references = [[*reference, pad_id] for reference in references]  # room behind the longest
     columns = {REFERENCE: Scores(pad_rows(references, pad_id, "right"))}
     read = lambda model, responses, progress: read_policy(
@@ -434,10 +432,10 @@ def score_everything(plan: SimpleNamespace, queries, references, rows: list[int]
                 columns[name] = column
     for network in dict.fromkeys(model for model in (plan.reward, plan.value) if model is not None):
         what = "reward_model" if network == plan.reward else "value_model"
-        with loaded(what, network, device, "reward") as (model, bias):
+        with loaded(what, network, device, "reward") as model:
             progress = Progress(f"{what.replace('_', ' ')}: responses read", total)
             for name, column in columns.items():
-                scores, values, logits = read_head(model, bias, queries, column.responses, pad_id, device, progress)
+                scores, values, logits = read_head(model, queries, column.responses, pad_id, device, progress)
                 if network == plan.reward:
                     column = column._replace(scores=scores, reward_logits=logits)
                 if network == plan.value:
@@ -514,7 +512,7 @@ def band_of(rank: int) -> int:
 
 def read_columns(name: str, column: Scores, ids, settings, read: Callable[[int], bytes]) -> list[dict[str, Any]]:
     """One column of responses as plain data, one object per post with one object per token."""
-    pad_id, stop_id, _ = ids
+    pad_id = ids.pad
     per_token = {"base_logprob": column.base_logprobs, "logprob": column.logprobs, "ref_logprob": column.ref_logprobs,
                  "value": column.values, "reward_logit": column.reward_logits}  # fmt: skip
     adv, scored_as = None, column.scores
@@ -522,7 +520,7 @@ def read_columns(name: str, column: Scores, ids, settings, read: Callable[[int],
         per_token["kl"] = column.logprobs - column.ref_logprobs
         if column.scores is not None:
             adv = ppo.compute_advantages(
-                column.responses, column.logprobs, column.ref_logprobs, column.values, column.scores, pad_id, stop_id,
+                column.responses, column.logprobs, column.ref_logprobs, column.values, column.scores, pad_id, ids.stop,
                 settings,
             )  # fmt: skip
             per_token |= {"reward": adv.rewards, "advantage": adv.advantages}
@@ -539,7 +537,7 @@ def read_columns(name: str, column: Scores, ids, settings, read: Callable[[int],
                 tokens[-1]["bytes"] = read(token).hex(" ")
             tokens[-1] |= {key: number(values[b, t]) for key, values in per_token.items() if values is not None}
         response = {"name": name, "text": "".join(token["text"] for token in tokens), "tokens": tokens}
-        response |= {"ended": stop_id in row, "shares": band_shares(tokens)}
+        response |= {"ended": ids.stop in row, "shares": band_shares(tokens)}
         if column.scores is not None:
             response |= {"score": number(column.scores[b]), "scored_as": number(scored_as[b])}
         if column.logprobs is not None:
@@ -814,10 +812,9 @@ def main(args: Args) -> dict[str, Any]:
     quiet_libraries()
     huggingface_hub.utils.logging.set_verbosity_error()  # where there is no network: one line of ours, not six of its
     plan = make_plan(args)
-    tokenizer, rows, stop_id = check_plan(args, plan)
+    tokenizer, rows, ids = check_plan(args, plan)
     device = torch.device("cuda" if on_gpu() else "cpu")
     pad_id = tokenizer.pad_token_id
-    ids = (pad_id, stop_id, len(tokenizer))
     because = f": {plan.base_note}" if plan.base_note else ""
     print(f"{len(rows)} posts of {plan.dataset}; ranks by {plan.base}{because}", flush=True)
     queries = [strip_pads(q, pad_id) for q in rows["query_token"]]

@@ -249,7 +249,7 @@ def tokenise(tokenizer, texts: list[str]) -> list[list[int]]:
     return [split(text) if PAD_TOKEN in text else ids for text, ids in zip(texts, encode(tokenizer, texts))]
 
 
-def judge_by_reward(pairs: pandas.DataFrame, model, bias: float, tokenizer, batch_size: int) -> pandas.DataFrame:
+def judge_by_reward(pairs: pandas.DataFrame, model, tokenizer, batch_size: int) -> pandas.DataFrame:
     """A reward model: the reward at the last token of query and response, an end-of-text token behind it."""
     import torch
 
@@ -266,7 +266,7 @@ def judge_by_reward(pairs: pandas.DataFrame, model, bias: float, tokenizer, batc
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
         with torch.no_grad():
-            scores[part] = read_rewards(model, bias, [tokens[i] for i in part]).tolist()
+            scores[part] = read_rewards(model, [tokens[i] for i in part]).tolist()
         progress.step(len(part))
     scores, reference_scores = np.split(scores, 2)
     outcome = outcome_of_scores(scores, reference_scores)
@@ -590,9 +590,9 @@ def make_judge(args: Args) -> tuple[str, Callable[[pandas.DataFrame], pandas.Dat
 
     def judge(pairs: pandas.DataFrame) -> pandas.DataFrame:
         if not loaded:
-            model, bias = load_reward_model(args.reward_model, args.reward_model_revision, "reward_model")
-            loaded.append((model.eval().to("cuda" if on_gpu() else "cpu"), bias))
-        return judge_by_reward(pairs, *loaded[0], tokenizer, args.batch_size)
+            model = load_reward_model(args.reward_model, args.reward_model_revision, "reward_model")
+            loaded.append(model.eval().to("cuda" if on_gpu() else "cpu"))
+        return judge_by_reward(pairs, loaded[0], tokenizer, args.batch_size)
 
     return args.name or Path(args.reward_model).name, judge
 

@@ -47,8 +47,8 @@ from summarize_from_feedback_details.common.check_inputs import (
     check_same_tokenizer,
     check_same_vocabulary,
     check_tokens,
+    find_ids,
     find_model,
-    find_stop_id,
     find_tokenizer,
     load_rows,
     refuse_bad_weights,
@@ -323,14 +323,14 @@ class PolicyAndValue(torch.nn.Module):
 
     Args:
         policy: causal language model.
-        value_model: sequence-classification model with one label.
-        bias: the reward model's normalising constant, where the value head's bias starts.
+        value_model: sequence-classification model with one label; its normalising constant, `config.reward_bias`, is
+            where the value head's bias starts.
     """
 
-    def __init__(self, policy, value_model, bias: float):
+    def __init__(self, policy, value_model):
         super().__init__()
         self.policy, self.value_model = policy, value_model
-        self.value_bias = keep_exact(torch.nn.Parameter(torch.tensor([bias])))
+        self.value_bias = keep_exact(torch.nn.Parameter(torch.tensor([value_model.config.reward_bias])))
 
     def forward(
         self, queries: list[list[int]], responses: list[list[int]], value_counts: list[int], temperature: float
@@ -511,8 +511,7 @@ def lent(model, device) -> Iterator[None]:
 
 @torch.no_grad()
 def make_rollout(
-    policy_and_value, ref_policy, reward_model, reward_bias, queries, query_rows, episodes, resample, ids, args,
-    poll=lambda: None,
+    policy_and_value, ref_policy, reward_model, queries, query_rows, episodes, resample, ids, args, poll=lambda: None,
 ):  # fmt: skip
     """Sample a response to each query and compute what PPO needs of it, --local_rollout_forward_batch_size at a time.
 
@@ -520,10 +519,8 @@ def make_rollout(
         queries: list of B token lists; query_rows, episodes: [B] their rows in the dataset and numbers of episodes.
         resample: compute the policy's log-probs again by the forward pass of training instead of taking those of
             sampling: in bf16 the two differ by rounding, and the first-pass ratio has to be 1.
-        ids: (pad, stop, size of the tokenizer).
         poll: called before each forward pass that samples.
     """
-    pad_id, stop_id, tokenizer_size = ids
     device, R = policy_and_value.value_bias.device, args.response_length
     policy, at_once = policy_and_value.policy, args.local_rollout_forward_batch_size
     parts = [slice(start, start + at_once) for start in range(0, len(queries), at_once)]
@@ -531,14 +528,12 @@ def make_rollout(
     for part in parts:
         poll()
         # Detail: left padding - queries are left-padded, responses right-padded
-        query_tokens = pad_rows(queries[part], pad_id, "left").to(device)  # [b, Q]
+        query_tokens = pad_rows(queries[part], ids.pad, "left").to(device)  # [b, Q]
         noise = episode_noise(args.seed, episodes[part], device)
-        sampled.append(
-            sample_responses(policy, query_tokens, noise, pad_id, stop_id, R, args.temperature, tokenizer_size)
-        )
+        sampled.append(sample_responses(policy, query_tokens, noise, ids, R, args.temperature))
     responses, logprobs = map(torch.cat, zip(*sampled))  # [B, R] each
-    real = [strip_pads(row, pad_id) for row in responses.cpu()]
-    mask = responses != pad_id  # [B, R]
+    real = [strip_pads(row, ids.pad) for row in responses.cpu()]
+    mask = responses != ids.pad  # [B, R]
 
     def logprobs_of(model) -> torch.Tensor:
         read = lambda part: token_logprobs(*response_logits(model, queries[part], real[part]), args.temperature)
@@ -555,21 +550,20 @@ def make_rollout(
     values = torch.cat([policy_and_value.values(queries[part], real[part], counts[part]) for part in parts])
     with lent(reward_model, device):
         rows = [q + r for q, r in zip(queries, real)]
-        scores = torch.cat([read_rewards(reward_model, reward_bias, rows[part]) for part in parts])
+        scores = torch.cat([read_rewards(reward_model, rows[part]) for part in parts])
     values = spread(values, mask_p1, 0.0)
     return Rollout(torch.tensor(query_rows, device=device), responses, logprobs, ref_logprobs, values, scores)
 
 
 @torch.no_grad()
-def evaluate_policy(
-    accelerator, policy_and_value, reward_model, reward_bias, rows, tokenizer, stop_id, args, what: str
-):
+def evaluate_policy(accelerator, policy, reward_model, rows, tokenizer, args, what: str) -> dict[str, list]:
     """A response to each row of a split with its score, and the reference's score; each row once.
 
     Returns:
         columns `query, response, reference, score, reference_score, response_length, has_eos`, on every rank.
     """
-    pad_id, device = tokenizer.pad_token_id, accelerator.device
+    ids, device = find_ids(args.truncate_token, tokenizer), accelerator.device
+    pad_id = ids.pad
     lengths = np.asarray([len(strip_pads(q, pad_id)) for q in rows["query_token"]])
     mine = np.argsort(-lengths, kind="stable")[accelerator.process_index :: accelerator.num_processes].tolist()
     progress, found = Progress(f"{what} rows", len(mine), accelerator.is_main_process), []
@@ -581,16 +575,16 @@ def evaluate_policy(
         with accelerator.autocast():
             query_tokens = pad_rows(queries, pad_id, "left").to(device)
             responses, _ = sample_responses(
-                policy_and_value.policy, query_tokens, episode_noise(args.seed, part, device), pad_id, stop_id,
-                args.response_length, args.eval_temperature, len(tokenizer),
+                policy, query_tokens, episode_noise(args.seed, part, device), ids, args.response_length,
+                args.eval_temperature,
             )  # fmt: skip
             scores, reference_scores = (
-                read_rewards(reward_model, reward_bias, [q + r for q, r in zip(queries, written)]).tolist()
+                read_rewards(reward_model, [q + r for q, r in zip(queries, written)]).tolist()
                 for written in ([strip_pads(r, pad_id) for r in responses.cpu()], references)
             )
         texts = tokenizer.batch_decode(responses.tolist(), skip_special_tokens=True)
         for i, row in enumerate(part):
-            length, ended = int((responses[i] != pad_id).sum()), bool((responses[i] == stop_id).any())
+            length, ended = int((responses[i] != pad_id).sum()), bool((responses[i] == ids.stop).any())
             reference = batch["reference_response"][i].replace(tokenizer.eos_token, "").strip()
             texts_of_row = (batch["query"][i], texts[i].strip(), reference)
             found.append((row, *texts_of_row, scores[i], reference_scores[i], length, ended))
@@ -661,7 +655,7 @@ def warn(update: int, metrics: dict[str, float], in_float32: bool) -> None:
 
 
 def check_args(args: Args):
-    """Refuse what cannot work; fill in what was left out. Returns (tokenizer, dataset, id of the stop token)."""
+    """Refuse what cannot work; fill in what was left out. Returns (tokenizer, dataset, ids)."""
     check_sizes(
         args,
         positive=("eps", "response_length", "temperature", "max_grad_norm", "local_eval_batch_size", "num_eval_rows",
@@ -701,9 +695,9 @@ def check_args(args: Args):
     for name, model in (("sft_model_path", sft), ("reward_model_path", reward)):
         check_context(name, getattr(args, name), model, longest, "the longest query and its response")
     check_same_tokenizer("query_dataset", dataset["train"][0], "query", "query_token", tokenizer)
-    stop_id = find_stop_id(args.truncate_token, tokenizer)
+    ids = find_ids(args.truncate_token, tokenizer)
     RunFolder.refuse_taken(args)
-    return tokenizer, dataset, stop_id
+    return tokenizer, dataset, ids
 
 
 def main(args: Args) -> dict[str, float]:
@@ -718,12 +712,11 @@ def main(args: Args) -> dict[str, float]:
     args.run_name = choose_run_name(args, "ppo_left_padding")
     if (done := finished_before(args, "ppo_left_padding", stamp)) is not None:
         return done
-    tokenizer, dataset, stop_id = check_args(args)
+    tokenizer, dataset, ids = check_args(args)
     accelerator = make_accelerator(args)
     args.run_name = broadcast_object_list([args.run_name])[0]  # the time in it may differ between processes
     is_main, device, pad_id = accelerator.is_main_process, accelerator.device, tokenizer.pad_token_id
     rank, world_size = accelerator.process_index, args.world_size
-    ids = (pad_id, stop_id, len(tokenizer))
     if is_main:
         print(f"{world_size} process(es) on {device}, precision {accelerator.mixed_precision}")
         cut = f"{world_size} x {args.nminibatches} x {args.gradient_accumulation_steps} x {args.local_micro_batch_size}"
@@ -752,8 +745,8 @@ def main(args: Args) -> dict[str, float]:
         )
         (policy, loaded), (ref_policy, _) = load(), load()
         refuse_bad_weights("sft_model_path", args.sft_model_path, loaded["missing_keys"], policy)
-        reward_model, reward_bias = load_reward_model(args.reward_model_path, args.reward_model_revision)
-        value_model, _ = load_reward_model(args.reward_model_path, args.reward_model_revision)
+        reward_model = load_reward_model(args.reward_model_path, args.reward_model_revision)
+        value_model = load_reward_model(args.reward_model_path, args.reward_model_revision)
         for model in (policy, ref_policy, reward_model, value_model):
             disable_dropout(model)
         packed = all([use_packed_attention(policy), use_packed_attention(ref_policy), packs(reward_model)])
@@ -763,7 +756,7 @@ def main(args: Args) -> dict[str, float]:
         if args.gradient_checkpointing:
             policy.gradient_checkpointing_enable({"use_reentrant": False})
             value_model.gradient_checkpointing_enable({"use_reentrant": False})
-        model = PolicyAndValue(policy, value_model, reward_bias)
+        model = PolicyAndValue(policy, value_model)
         # Detail: optimiser - AdamW, eps 1e-5, lr 3e-6 in all stages; weight decay 0.01 is torch's default
         make = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
         run.parameters = sum(p.numel() for p in policy.parameters())
@@ -786,9 +779,7 @@ def main(args: Args) -> dict[str, float]:
         def evaluate(rows, what: str):
             model.eval()
             with gathered(model), lent(reward_model, device):
-                return evaluate_policy(
-                    accelerator, whole, reward_model, reward_bias, rows, tokenizer, stop_id, args, what
-                )
+                return evaluate_policy(accelerator, whole.policy, reward_model, rows, tokenizer, args, what)
 
         # --------------------------------------------------------------------------------------------------------------
         # loop
@@ -823,14 +814,14 @@ def main(args: Args) -> dict[str, float]:
 
                 with accelerator.autocast(), gathered(model):
                     local = make_rollout(
-                        whole, ref_policy, reward_model, reward_bias, [queries[i] for i in mine],
+                        whole, ref_policy, reward_model, [queries[i] for i in mine],
                         order[episodes[mine]], episodes[mine], accelerator.mixed_precision == "bf16", ids, args, poll,
                     )  # fmt: skip
                 # from the order of ranks to that of episodes
                 back = accelerator.gather(torch.tensor(mine, device=device)).argsort()
                 rollout = Rollout(*(accelerator.gather(column)[back] for column in local))
             assert torch.equal(rollout.query_rows.cpu(), torch.from_numpy(order[episodes]))
-            adv = compute_advantages(*rollout[1:], pad_id, stop_id, args)
+            adv = compute_advantages(*rollout[1:], ids.pad, ids.stop, args)
             rollout_seconds = time.time() - start
 
             # optimisation: passes over the whole batch, cut into the same mini-batches on any number of ranks

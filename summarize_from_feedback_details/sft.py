@@ -35,8 +35,8 @@ from summarize_from_feedback_details.common.check_inputs import (
     check_context,
     check_same_tokenizer,
     check_tokens,
+    find_ids,
     find_model,
-    find_stop_id,
     find_tokenizer,
     load_rows,
     refuse_bad_weights,
@@ -257,13 +257,14 @@ def decode(tokenizer, rows: torch.Tensor) -> list[str]:
 
 
 @torch.no_grad()
-def evaluate_policy(accelerator, model, rows, tokenizer, args, stop_id: int, what: str) -> dict[str, list]:
+def evaluate_policy(accelerator, model, rows, tokenizer, args, what: str) -> dict[str, list]:
     """Loss and a sampled summary for each row of a split; every rank reads its share, each row once.
 
     Returns:
         columns `query, response, reference, loss, response_length, has_eos`, in the rows' order, on every rank.
     """
-    pad_id, device = tokenizer.pad_token_id, accelerator.device
+    ids, device = find_ids(args.truncate_token, tokenizer), accelerator.device
+    pad_id = ids.pad
     wrapped, model = model, accelerator.unwrap_model(model)
     packed = packs(model.model)
     was_training = model.training
@@ -285,12 +286,12 @@ def evaluate_policy(accelerator, model, rows, tokenizer, args, stop_id: int, wha
                     for i in range(0, len(given), at_once)
                 ])  # fmt: skip
                 responses, _ = sample_responses(
-                    model.model, queries, noise, pad_id, stop_id, args.response_length, args.temperature, len(tokenizer)
+                    model.model, queries, noise, ids, args.response_length, args.temperature
                 )
             texts = [text.strip() for text in decode(tokenizer, responses)]
             for i, row in enumerate(chosen):
                 real = responses[i][responses[i] != pad_id]
-                ended = bool((real == stop_id).any())
+                ended = bool((real == ids.stop).any())
                 reference = batch["reference_response"][i].replace(tokenizer.eos_token, "").strip()
                 found.append((row, batch["query"][i], texts[i], reference, losses[i].item(), len(real), ended))
             progress.step(len(chosen))
@@ -323,7 +324,7 @@ def report(split: str, rows: dict[str, list]) -> dict[str, float]:
 
 
 def check_args(args: Args):
-    """Refuse what cannot work; fill in what was left out. Returns (tokenizer, dataset, id of the stop token)."""
+    """Refuse what cannot work; fill in what was left out. Returns (tokenizer, dataset)."""
     check_sizes(
         args,
         positive=("eps", "response_length", "num_train_epochs", "total_episodes", "num_updates", "max_grad_norm",
@@ -349,9 +350,9 @@ def check_args(args: Args):
     longest = max(longest["query_token"] + args.response_length, longest["query_reference_response_token"])
     check_context("base_model", args.base_model, config, longest, "the longest query and its response")
     fill_episodes(args, len(dataset["train"]))
-    stop_id = find_stop_id(args.truncate_token, tokenizer)
+    find_ids(args.truncate_token, tokenizer)
     RunFolder.refuse_taken(args)
-    return tokenizer, dataset, stop_id
+    return tokenizer, dataset
 
 
 def main(args: Args) -> dict[str, float]:
@@ -365,7 +366,7 @@ def main(args: Args) -> dict[str, float]:
     args.run_name = choose_run_name(args, "sft")
     if (done := finished_before(args, "sft", stamp)) is not None:
         return done
-    tokenizer, dataset, stop_id = check_args(args)
+    tokenizer, dataset = check_args(args)
     accelerator = make_accelerator(args)
     args.run_name = broadcast_object_list([args.run_name])[0]  # the time in it may differ between processes
     is_main, device, pad_id = accelerator.is_main_process, accelerator.device, tokenizer.pad_token_id
@@ -413,7 +414,7 @@ def main(args: Args) -> dict[str, float]:
         if args.run_eval and not position["found"]:
             before = {}
             for split, rows in splits.items():
-                base = evaluate_policy(accelerator, model, rows, tokenizer, args, stop_id, f"base model, {split}")
+                base = evaluate_policy(accelerator, model, rows, tokenizer, args, f"base model, {split}")
                 shuffled = rouge_means(base["reference"][1:] + base["reference"][:1], base["reference"])
                 before |= {f"{split}/shuffled_references/rouge/{k}": v for k, v in shuffled.items()}
                 before |= {k.replace("/sft/", "/base/"): v for k, v in report(split, base).items()}
@@ -458,13 +459,11 @@ def main(args: Args) -> dict[str, float]:
                 "memory/sft/peak_gb": memory_gb(device),
             }  # fmt: skip
             if args.eval_freq and update % args.eval_freq == 0 and update < args.num_updates and "validation" in splits:
-                found = evaluate_policy(
-                    accelerator, model, splits["validation"], tokenizer, args, stop_id, "validation"
-                )
+                found = evaluate_policy(accelerator, model, splits["validation"], tokenizer, args, "validation")
                 metrics |= report("validation", found)
             if args.print_sample_output_freq and update % args.print_sample_output_freq == 0 and "validation" in splits:
                 few = splits["validation"].select(range(min(len(splits["validation"]), 2 * args.world_size)))
-                found = evaluate_policy(accelerator, model, few, tokenizer, args, stop_id, "samples")
+                found = evaluate_policy(accelerator, model, few, tokenizer, args, "samples")
                 for query, text, reference in zip(found["query"], found["response"], found["reference"]):
                     if is_main:
                         print(f"{query[-300:]}\n  policy:    {text}\n  reference: {reference}", flush=True)
@@ -479,7 +478,7 @@ def main(args: Args) -> dict[str, float]:
         final, paths, references = {"train/sft/loss": run.metrics["train/sft/loss"]}, [], {}
         if args.run_eval:
             for split, rows in splits.items():
-                found = evaluate_policy(accelerator, model, rows, tokenizer, args, stop_id, f"policy, {split}")
+                found = evaluate_policy(accelerator, model, rows, tokenizer, args, f"policy, {split}")
                 final |= report(split, found)
                 paths.append(run.table(split, found))
                 references[split] = rouge_means(found["reference"], found["reference"])

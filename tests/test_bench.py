@@ -75,6 +75,7 @@ def test_ends_are_forced_where_the_rows_say(folder, monkeypatch):
     from transformers import GPTNeoXForCausalLM
 
     from summarize_from_feedback_details import ppo_left_padding as ppo
+    from summarize_from_feedback_details.common.check_inputs import TokenIds
     from summarize_from_feedback_details.common.packed_rows import use_packed_attention
 
     monkeypatch.setattr(GPTNeoXForCausalLM, "forward", GPTNeoXForCausalLM.forward)  # put back after the test
@@ -83,9 +84,10 @@ def test_ends_are_forced_where_the_rows_say(folder, monkeypatch):
     queries = [ppo.strip_pads(row, workload.PAD) for row in rows["query_token"]]
     model = GPTNeoXForCausalLM.from_pretrained(folder / "policy").eval()
     tokens, R = ppo.pad_rows(queries, workload.PAD, "left"), TINY.response_length
+    ids = TokenIds(workload.PAD, workload.EOS, workload.PAD + 1)
     for _ in range(2):
         noise = ppo.episode_noise(1, range(4), torch.device("cpu"))
-        found, _ = ppo.sample_responses(model, tokens, noise, workload.PAD, workload.EOS, R, 0.7, workload.PAD + 1)
+        found, _ = ppo.sample_responses(model, tokens, noise, ids, R, 0.7)
         lengths = [len(ppo.strip_pads(row, workload.PAD)) for row in found]
         assert lengths == rows["reference_response_token_len"].tolist() == TINY.response_lengths(0).tolist()
         assert use_packed_attention(model)
@@ -127,7 +129,7 @@ def test_committed_report_is_made_of_its_measurements(file):
         assert len(theirs) == len(ours) >= 3
         value, low, high = bench.ratio(theirs, ours)
         line = f"| {name} | **{value:.2f}x** | {low:.2f} to {high:.2f} |"
-        assert line in text and line in (ROOT / "README.md").read_text()
+        assert line in text and line in (ROOT / "docs/benchmark.md").read_text()
     assert np.isfinite([s for run in runs.found.values() for s in run.get("seconds", [])]).all()
     assert not re.search(r"/(home|root|work|tmp)/", file.read_text() + text)
 

@@ -655,9 +655,9 @@ def test_a_response_that_was_cut_off_has_no_end_in_any_container(world, tmp_path
 
     tokenizer = AutoTokenizer.from_pretrained(world.reward)
     pairs = pandas.DataFrame({"query": ["q", "q"], "response": ["my vase"] * 2, "reference": ["a"] * 2})
-    model, bias = load_reward_model(world.reward)
-    typed = judge.judge_by_reward(pairs.assign(has_eos=[False, True]), model, bias, tokenizer, 4)
-    text = judge.judge_by_reward(pairs.assign(has_eos=["False", ""]), model, bias, tokenizer, 4)
+    model = load_reward_model(world.reward)
+    typed = judge.judge_by_reward(pairs.assign(has_eos=[False, True]), model, tokenizer, 4)
+    text = judge.judge_by_reward(pairs.assign(has_eos=["False", ""]), model, tokenizer, 4)
     assert typed.equals(text) and typed["score"][0] != typed["score"][1]
 
 

@@ -22,7 +22,7 @@ from transformers import (
 
 from summarize_from_feedback_details import ppo_left_padding as ppo
 from summarize_from_feedback_details import reward, sft, tldr_dataset
-from summarize_from_feedback_details.common.check_inputs import check_context, find_model, find_tokenizer
+from summarize_from_feedback_details.common.check_inputs import TokenIds, check_context, find_model, find_tokenizer
 from summarize_from_feedback_details.common.packed_rows import packs, use_packed_attention
 
 VOCAB, PAD, BOS, EOS = 96, 96, 1, 2  # the pad lies behind the embedding
@@ -112,7 +112,7 @@ def test_a_policy_along_plain_passes(family):
         logits, targets = ppo.response_logits(policy, QUERIES, RESPONSES)
         close(ppo.token_logprobs(logits, targets, 0.7), torch.cat(plain_response_logprobs(plain, 0.7)))
         queries, R = sft.pad_rows(QUERIES, PAD, "left"), 8
-        responses, logprobs = sft.sample_responses(policy, queries, None, PAD, EOS, R, 0.0, VOCAB)
+        responses, logprobs = sft.sample_responses(policy, queries, None, TokenIds(PAD, EOS, VOCAB), R, 0.0)
         for query, written, found in zip(QUERIES, responses.tolist(), logprobs):
             row = list(query)
             while len(row) < len(query) + R and row[-1] != EOS:
@@ -140,8 +140,9 @@ def test_a_reward_model_and_ppo_along_plain_passes(family):
     """Rewards, values at each prefix, and the gradients of a reward model's loss and of PPO's."""
     scorer, plain = ours_and_plain(family, AutoModelForSequenceClassification)
     alone = lambda row: plain(torch.tensor([row])).logits[0, 0]
+    scorer.config.reward_bias = 0.25
     with torch.no_grad():
-        close(ppo.read_rewards(scorer, 0.25, ROWS), torch.stack([alone(row) + 0.25 for row in ROWS]))
+        close(ppo.read_rewards(scorer, ROWS), torch.stack([alone(row) + 0.25 for row in ROWS]))
     pairs = [(ROWS[0], QUERIES[0] + [30, EOS]), (ROWS[1], [7, EOS]), (ROWS[2], QUERIES[2] + [31, 32, 33, EOS])]
     chosen, rejected = reward.pair_rewards(reward.RewardModel(scorer), pairs, packs(scorer), packs(scorer), "cpu")
     loss = reward.preference_losses(chosen, rejected).mean()
@@ -153,7 +154,8 @@ def test_a_reward_model_and_ppo_along_plain_passes(family):
     scorer.zero_grad(), plain.zero_grad()
 
     policy, plain_policy = ours_and_plain(family, AutoModelForCausalLM)
-    model = ppo.PolicyAndValue(policy, scorer, bias=0.5)
+    scorer.config.reward_bias = 0.5
+    model = ppo.PolicyAndValue(policy, scorer)
     responses, R = sft.pad_rows(RESPONSES, PAD, "right"), 6
     args = SimpleNamespace(ppo=ppo.PpoHParams(), non_eos_penalty=True, penalty_reward_value=-1.0, temperature=0.7)
     then = [torch.linspace(-1.0 - i, -0.5, 3 * R).view(3, R) for i in range(3)]  # log-probs, of the reference, values
@@ -198,13 +200,14 @@ def compare_with_the_plain_class(folder: str, bias_of_ours: bool = True) -> None
 
     It looks for the last token that is not the config's pad: another one's would be a reward at the wrong token.
     """
-    model, bias = ppo.load_reward_model(folder)
+    model = ppo.load_reward_model(folder)
+    bias = model.config.reward_bias
     tokenizer = AutoTokenizer.from_pretrained(folder)
     plain = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     rows = [[*ROWS[0][:-1], eos], [*ROWS[1][:-1], 5, eos], [*ROWS[2], tokenizer.bos_token_id], [5, 5], [9, 8, eos, eos]]
     with torch.no_grad():
-        ours = ppo.read_rewards(model.eval(), bias, rows)
+        ours = ppo.read_rewards(model.eval(), rows)
         for reward_of_row, row in zip(ours, rows):
             close(reward_of_row, plain(torch.tensor([row])).logits[0, 0] + bias)
         if pad >= plain.config.vocab_size:

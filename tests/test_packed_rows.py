@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, Gemma3
 
 from summarize_from_feedback_details import ppo_left_padding, reward, sft
 from summarize_from_feedback_details.common import logprobs
+from summarize_from_feedback_details.common.check_inputs import TokenIds
 from summarize_from_feedback_details.common.packed_rows import (
     join,
     logits_at,
@@ -150,7 +151,7 @@ def test_sampling_with_a_sliding_window():
     found = []
     for _ in range(2):
         noise = sft.episode_noise(1, range(len(queries)), torch.device("cpu"))
-        found.append(sft.sample_responses(model, queries, noise, 63, 62, R, 1.0, 63))
+        found.append(sft.sample_responses(model, queries, noise, TokenIds(63, 62, 63), R, 1.0))
         assert use_packed_attention(model)
     assert torch.equal(found[0][0], found[1][0]) and (found[0][0] != 63).sum(1).max() == R
     torch.testing.assert_close(found[0][1], found[1][1], rtol=0, atol=1e-5)

@@ -30,6 +30,7 @@ from summarize_from_feedback_details import ppo_left_padding as ppo
 from summarize_from_feedback_details import reward, sft
 from summarize_from_feedback_details.common import machine, precision, training
 from summarize_from_feedback_details.common.arguments import fill_episodes
+from summarize_from_feedback_details.common.check_inputs import TokenIds
 from summarize_from_feedback_details.common.logprobs import (
     INVALID_LOGPROB,
     masked_mean,
@@ -97,7 +98,7 @@ def tiny_policy(name="gpt_neox", seed=0):
 def tiny_reward(name="gpt_neox", seed=1):
     torch.manual_seed(seed)
     config = tiny_config(name)
-    config.num_labels = 1
+    config.num_labels, config.reward_bias = 1, 0.1
     return AutoModelForSequenceClassification.from_config(config).eval()
 
 
@@ -214,14 +215,14 @@ def test_golden_models():
         SHARED / "golden/tiny_par", num_labels=1, dtype=torch.float32
     ).eval()
     reward.score.weight.data.copy_(g["scalar_w"])
-    bias = float(g["scalar_b"]) - g["scalar_bias"]
+    reward.config.reward_bias = float(g["scalar_b"]) - g["scalar_bias"]
     tokens, responses = g["query_responses"], g["responses"]
     R = responses.shape[1]
     with torch.no_grad():
         logits = policy(**model_inputs(tokens, PAD)).logits
         real = tokens != PAD
         close(logits[real], g["logits"][real])
-        trained = PolicyAndValue(policy, reward, bias)
+        trained = PolicyAndValue(policy, reward)
         queries = [strip_pads(row, PAD) for row in tokens[:, :-R]]
         written = [strip_pads(row, PAD) for row in responses]
         counts, mask = list(map(len, written)), responses != PAD
@@ -234,7 +235,7 @@ def test_golden_models():
             expected = g["values_full"][:, -R - 1 : -1, 0]
             close(ppo.spread(values, mask, 0.0)[before], expected[before])  # head, bias and normalising constant
             # Detail: layouts agree
-            rewards = read_rewards(reward, bias, [q + r for q, r in zip(queries, written)])
+            rewards = read_rewards(reward, [q + r for q, r in zip(queries, written)])
             close(rewards, g["reward"])
             close(rewards, g["reward_rp"])
 
@@ -255,7 +256,7 @@ def test_golden_generation():
         # divided by T = 0.01, float32 rounding grows a hundredfold
         close(logits / T, g[f"gen_{name}_scores"][usable], atol=1e-5 / T)
     noise = episode_noise(0, list(range(6)), queries.device)
-    ours, _ = sample_responses(policy, queries, noise, PAD, -1, 8, 0.0, VOCAB)
+    ours, _ = sample_responses(policy, queries, noise, TokenIds(PAD, -1, VOCAB), 8, 0.0)
     theirs, scores = g["gen_T001_tokens"][:, 12:], g["gen_T001_scores"]
     for i in usable.nonzero()[:, 0].tolist():
         differ = (ours[i] != theirs[i]).nonzero()[:, 0].tolist()
@@ -451,7 +452,7 @@ def draw(policy, rows, temperature, R=12, seed=7, episodes=None, stop=EOS, vocab
     queries = ppo.pad_rows(rows, PAD, "left")
     queries = torch.nn.functional.pad(queries, (width, 0), value=PAD)
     noise = episode_noise(seed, episodes or list(range(len(rows))), queries.device)
-    return sample_responses(policy, queries, noise, PAD, stop, R, temperature, vocab)
+    return sample_responses(policy, queries, noise, TokenIds(PAD, stop, vocab), R, temperature)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -534,20 +535,22 @@ def test_no_pass_is_made_once_every_row_has_its_eos(sample):
     policy, passes = tiny_policy(), []
     policy.register_forward_hook(lambda *_: passes.append(1))
     queries = ppo.pad_rows(some_queries(), PAD, "left")
-    responses, _ = sample(policy, queries, episode_noise(7, range(4), queries.device), PAD, -1, 12, 0.7, PAD)
+    noise = lambda: episode_noise(7, range(4), queries.device)
+    responses, _ = sample(policy, queries, noise(), TokenIds(PAD, -1, PAD), 12, 0.7)
     assert len(passes) == 12 and (responses != PAD).all()  # one for the queries, one for each token but the last
     passes.clear()
     stop = 5
     policy.gpt_neox.final_layer_norm.bias.data.fill_(5.0)
     policy.lm_head.weight.data[stop] = 5.0  # a logit of 800: every row draws it first
-    responses, _ = sample(policy, queries, episode_noise(7, range(4), queries.device), PAD, stop, 12, 0.7, PAD)
+    responses, _ = sample(policy, queries, noise(), TokenIds(PAD, stop, PAD), 12, 0.7)
     assert len(passes) == 1 and responses[:, 0].tolist() == [stop] * 4 and (responses[:, 1:] == PAD).all()
 
 
 def test_tokens_after_eos_influence_nothing_that_is_kept():
     """Values, log-probs and score of a response are the same whatever was sampled after its EOS."""
     reward, policy = tiny_reward(), tiny_policy()
-    model = PolicyAndValue(policy, reward, 0.3)
+    reward.config.reward_bias = 0.3
+    model = PolicyAndValue(policy, reward)
     queries = some_queries((3, 6))
     truncated = torch.tensor([[5, 7, EOS, PAD, PAD, PAD], [9, EOS, PAD, PAD, PAD, PAD]])
     untruncated = torch.tensor([[5, 7, EOS, 12, 13, 14], [9, EOS, 31, EOS, 2, 2]])
@@ -565,7 +568,7 @@ def test_tokens_after_eos_influence_nothing_that_is_kept():
             logits, _ = ppo.response_logits(policy, queries, [row.tolist() for row in untruncated])
             logprobs = token_logprobs(logits, truncated.clamp(max=logits.shape[1] - 1)[everything], 0.7)
             logprobs = ppo.spread(logprobs, everything, 0.0)
-            score = read_rewards(reward, 0.3, [q + r for q, r in zip(queries, kept)])
+            score = read_rewards(reward, [q + r for q, r in zip(queries, kept)])
             results.append(compute_advantages(truncated, logprobs, logprobs - 0.1, values, score, PAD, EOS, args))
     for ours, theirs in zip(*results):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
@@ -574,12 +577,13 @@ def test_tokens_after_eos_influence_nothing_that_is_kept():
 def test_a_rollout_along_plain_forward_passes():
     """What `make_rollout` returns, each row by itself: log-probs of policy and reference at T = 0.7, values, score."""
     policy, ref, reward, value = tiny_policy(), tiny_policy(seed=5), tiny_reward(), tiny_reward(seed=6)
-    model, R, T = PolicyAndValue(policy, value, 0.3), 8, 0.7
+    value.config.reward_bias, reward.config.reward_bias = 0.3, -0.2
+    model, R, T = PolicyAndValue(policy, value), 8, 0.7
     queries = some_queries((3, 9, 5, 1, 7, 2))
     numbers = np.arange(6)
     args = SimpleNamespace(seed=3, response_length=R, temperature=T, local_rollout_forward_batch_size=4)
     stop = int(draw(policy, queries, T, R=R, seed=3, stop=-1)[0][0, 3])  # so that at least one response ends early
-    found = ppo.make_rollout(model, ref, reward, -0.2, queries, numbers, numbers, False, (PAD, stop, PAD), args)
+    found = ppo.make_rollout(model, ref, reward, queries, numbers, numbers, False, TokenIds(PAD, stop, PAD), args)
     assert torch.equal(found.query_rows, torch.arange(6))
     lengths = (found.responses != PAD).sum(1).tolist()
     assert min(lengths) < R == max(lengths)
@@ -626,11 +630,11 @@ def test_a_frozen_network_is_on_the_gpu_for_its_own_pass_only(monkeypatch):
             events.append(f"{name} goes")
 
     monkeypatch.setattr(ppo, "lent", watch)
-    model = PolicyAndValue(networks["policy"], networks["value"], 0.3)
+    model = PolicyAndValue(networks["policy"], networks["value"])
     args = SimpleNamespace(seed=3, response_length=4, temperature=0.7, local_rollout_forward_batch_size=2)
     polls = []
-    ppo.make_rollout(model, networks["ref"], networks["reward"], 0.0, some_queries((3, 5, 2)), np.arange(3),
-                     np.arange(3), False, (PAD, 1, PAD), args, lambda: polls.append(1))  # fmt: skip
+    ppo.make_rollout(model, networks["ref"], networks["reward"], some_queries((3, 5, 2)), np.arange(3), np.arange(3),
+                     False, TokenIds(PAD, 1, PAD), args, lambda: polls.append(1))  # fmt: skip
     assert events == ["ref comes", "ref goes", "reward comes", "reward goes"] and len(polls) == 2
 
 
@@ -733,11 +737,11 @@ def test_padding_and_packing_change_nothing(name):
     counts = [4, 3, 4, 2]  # of values: one more where there is room
     results = []
     for packed in (True, False):
-        model = PolicyAndValue(tiny_policy(name), tiny_reward(name), 0.1)
+        model = PolicyAndValue(tiny_policy(name), tiny_reward(name))
         if packed:
             assert use_packed_attention(model.policy) and use_packed_attention(model.value_model)
         logprobs, entropies, values = model(queries, written, counts, 0.7)
-        rewards = read_rewards(model.value_model, 0.1, [q + r for q, r in zip(queries, written)])
+        rewards = read_rewards(model.value_model, [q + r for q, r in zip(queries, written)])
         (logprobs.sin().sum() + values.square().sum() + rewards.sum()).backward()
         results.append(((logprobs, entropies, values, rewards), model))
         ends = np.cumsum([0, *map(len, written)]), np.cumsum([0, *counts])
@@ -788,7 +792,7 @@ def test_reads_the_original_scalar_model(tmp_path, layout):
     config = {"architectures": ["ScalarModel"], "base_model": "/some/training/machine/models/sft_policy",
               "base_config": base, "bias": 1.5, "hidden_size": 32}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
-    loaded, bias = load_reward_model(str(tmp_path))
+    loaded = load_reward_model(str(tmp_path))
     rows = [[5, 6, 7, EOS]]
     if layout != "bin":  # the same in several files, as large models are
         first = {k: v.clone() for k, v in state.items() if "layers.0" in k}
@@ -799,30 +803,31 @@ def test_reads_the_original_scalar_model(tmp_path, layout):
         weight_map = {name: file for file, part in files.items() for name in part}
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
         (tmp_path / "model.safetensors").unlink()
-        again, again_bias = load_reward_model(str(tmp_path))
-        assert again_bias == bias
+        again = load_reward_model(str(tmp_path))
+        assert again.config.reward_bias == loaded.config.reward_bias
         for name, weight in loaded.state_dict().items():
             assert torch.equal(weight, again.state_dict()[name])
     with torch.no_grad():
         expected = model.score(model.gpt_neox(torch.tensor(rows)).last_hidden_state[:, -1])[:, 0] + 0.25 - 1.5
-        torch.testing.assert_close(read_rewards(loaded.eval(), bias, rows), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(read_rewards(loaded.eval(), rows), expected, rtol=0, atol=1e-5)
 
 
 def test_the_stage_reads_the_original_scalar_model(world, workdir):
     """The same reward model written as the original did: the same responses and scores, and its value network loads."""
-    model, bias = load_reward_model(world.reward)
+    model = load_reward_model(world.reward)
     state = {f"lm_backbone.{k}": v for k, v in model.gpt_neox.state_dict().items()}
     state |= {"scalar_head.weight": model.score.weight.data, "scalar_head.bias": torch.tensor([0.25])}
     (workdir / "scalar").mkdir()
     torch.save(state, "scalar/pytorch_model.bin")
-    config = {"architectures": ["ScalarModel"], "base_model": "models/that/are/not/here", "bias": 0.25 - bias,
+    config = {"architectures": ["ScalarModel"], "base_model": "models/that/are/not/here",
+              "bias": 0.25 - model.config.reward_bias,
               "base_config": model.config.to_dict(), "hidden_size": model.config.hidden_size}  # fmt: skip
     (workdir / "scalar/config.json").write_text(json.dumps(config))
     for name, path in (("ours", world.reward), ("original", "scalar")):
         ppo.main(world.ppo_args(workdir / name, reward_model_path=path, value_output_dir=f"{name}_value"))
     tables = [pandas.read_parquet(f"runs/{name}/tables/validation.parquet") for name in ("ours", "original")]
     pandas.testing.assert_frame_equal(*tables, rtol=1e-5, atol=1e-5)
-    values = [load_reward_model(f"{name}_value")[0].state_dict() for name in ("ours", "original")]
+    values = [load_reward_model(f"{name}_value").state_dict() for name in ("ours", "original")]
     for name, weight in values[0].items():
         torch.testing.assert_close(weight, values[1][name], rtol=0, atol=1e-5)
 
@@ -867,7 +872,7 @@ def test_prompts_come_in_a_new_order_and_dropout_is_off_in_training(world, workd
     prompts, rollout = [], ppo.make_rollout
 
     def remember(*given):
-        prompts.extend(given[5].tolist())
+        prompts.extend(given[4].tolist())
         return rollout(*given)
 
     monkeypatch.setattr(ppo, "make_rollout", remember)
@@ -887,17 +892,18 @@ def test_both_networks_begin_where_their_checkpoints_are(world, workdir):
     args = world.ppo_args(workdir / "policy", lr=0.0, value_output_dir="value", num_updates=1, run_eval=False)
     ppo.main(args)
     for ours, source, kind in (("policy", world.sft, AutoModelForCausalLM), ("value", world.reward, None)):
-        models = [kind.from_pretrained(p) if kind else load_reward_model(p)[0] for p in (ours, source)]
+        models = [kind.from_pretrained(p) if kind else load_reward_model(p) for p in (ours, source)]
         weights = [model.state_dict() for model in models]
         assert weights[0].keys() == weights[1].keys()
         assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
-    assert load_reward_model("value")[1] == pytest.approx(load_reward_model(world.reward)[1], abs=1e-6)
+    biases = [load_reward_model(path).config.reward_bias for path in ("value", world.reward)]
+    assert biases[0] == pytest.approx(biases[1], abs=1e-6)
 
 
 def test_learns_what_is_rewarded(world, workdir):
     """All scores are 0, but -1 without EOS: an untrained policy learns to end its responses."""
     shutil.copytree(world.reward, workdir / "flat")
-    model, _ = load_reward_model(world.reward)
+    model = load_reward_model(world.reward)
     model.score.weight.data.zero_()
     model.config.reward_bias = 0.0
     model.save_pretrained(workdir / "flat")
@@ -930,7 +936,7 @@ def test_every_argument_of_ppo_changes_something(world, workdir):
     weights = {}
     for name, change in changes.items():
         ppo.main(world.ppo_args(workdir / name, value_output_dir=f"{name} value", **(base | change)))
-        models = (AutoModelForCausalLM.from_pretrained(name), load_reward_model(f"{name} value")[0])
+        models = (AutoModelForCausalLM.from_pretrained(name), load_reward_model(f"{name} value"))
         weights[name] = torch.cat([p.flatten() for model in models for p in model.parameters()])
     for name, found in weights.items():
         if name != "default":
@@ -1029,7 +1035,7 @@ def test_a_run_on_the_cpu_of_a_machine_with_gpus_asks_the_cpu(monkeypatch):
 
 
 def test_stops_on_numbers_that_are_not_finite(world, workdir):
-    model, _ = load_reward_model(world.reward)
+    model = load_reward_model(world.reward)
     model.score.weight.data.fill_(3e38)  # finite, unlike what comes of it
     model.save_pretrained("bad")
     AutoTokenizer.from_pretrained(world.reward).save_pretrained("bad")
@@ -1063,8 +1069,8 @@ def test_evaluations_on_the_way_and_the_value_network_are_kept(world, workdir):
     assert tables == ["validation", "validation_1", "validation_2"]
     assert len(pandas.read_parquet("runs/policy/tables/validation_1.parquet")) == args.num_eval_rows
     # it loads as a reward model, and is no longer the one it started from
-    value, bias = load_reward_model("value")
-    start, start_bias = load_reward_model(world.reward)
+    value, start = load_reward_model("value"), load_reward_model(world.reward)
+    bias, start_bias = value.config.reward_bias, start.config.reward_bias
     moved = [not torch.equal(a, b) for a, b in zip(value.parameters(), start.parameters())]
     assert any(moved) and bias != start_bias and abs(bias - start_bias) < 0.1
     assert len(AutoTokenizer.from_pretrained("value")) == len(AutoTokenizer.from_pretrained("policy"))

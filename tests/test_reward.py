@@ -120,7 +120,7 @@ def test_a_tokenizer_as_large_as_the_embedding(world, workdir):
     AutoModelForCausalLM.from_config(config).save_pretrained("llama")
     tokenizer.save_pretrained("llama")
     reward.main(world.reward_args(workdir / "rm", base_model="llama", sft_model_path="llama", run_eval=False))
-    model, _ = load_reward_model("rm")
+    model = load_reward_model("rm")
     assert model.config.pad_token_id is None
     models = {"base_model": "llama", "sft_model_path": "llama", "reward_model_path": "rm"}
     found = ppo_left_padding.main(world.ppo_args(workdir / "policy", num_updates=1, run_eval=False, **models))
@@ -176,14 +176,15 @@ def test_main_learns_normalises_and_writes_a_standard_checkpoint(world, workdir,
         assert (part["accuracy"] * part["pairs"]).sum() == pytest.approx(correct.sum())
     assert (accuracy["split"] == "validation_cnndm").any()
     # normalisation: stored in the config, applied by our loader, mean 0 over the demonstrations
-    model, bias = load_reward_model("rm")
+    model = load_reward_model("rm")
+    bias = model.config.reward_bias
     assert bias == pytest.approx(-metrics["eval/rm/demonstrations/before/mean"])
     demonstrations = load_dataset(world.sft_rows)["train"].select(range(40))
     tokenizer = AutoTokenizer.from_pretrained("rm")
     tokens = torch.tensor(demonstrations["query_reference_response_token"])
     with torch.no_grad():
         rows = [[i for i in row if i != tokenizer.pad_token_id] for row in tokens.tolist()]
-        rewards = read_rewards(model.eval(), bias, rows)
+        rewards = read_rewards(model.eval(), rows)
     assert rewards.mean().abs() < 1e-4 and rewards.std() > 1e-3
     # plain classes and a pipeline read it: the logit is the reward before normalisation
     plain = AutoModelForSequenceClassification.from_pretrained("rm").eval()
@@ -237,7 +238,7 @@ def test_normalisation_reads_the_rows_asked_for(world, workdir):
     bias = {}
     for rows in (10, 40):
         reward.main(world.reward_args(workdir / str(rows), run_eval=False, num_normalization_rows=rows))
-        bias[rows] = load_reward_model(str(rows))[1]
+        bias[rows] = load_reward_model(str(rows)).config.reward_bias
     assert bias[10] != bias[40]
 
 

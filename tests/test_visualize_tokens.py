@@ -241,10 +241,10 @@ def test_one_model_in_memory_at_a_time(args, monkeypatch):
     loaded, order = [], []
     for owner, name in ((vt.AutoModelForCausalLM, "from_pretrained"), (vt, "load_reward_model")):
 
-        def watched(*a, real=getattr(owner, name), kind=name, **k):  # noqa: B008 - bound now, before it is replaced
+        def watched(*a, real=getattr(owner, name), **k):  # noqa: B008 - bound now, before it is replaced
             assert all(p.is_meta for model in loaded for p in model.parameters()), f"{order} still in memory"
             found = real(*a, **k)
-            loaded.append(found[0] if kind == "load_reward_model" else found)
+            loaded.append(found)
             order.append(a[0])
             return found
 

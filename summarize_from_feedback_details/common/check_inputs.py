@@ -10,6 +10,7 @@ import os
 import unicodedata
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 from summarize_from_feedback_details.common.arguments import reason, refuse
 from summarize_from_feedback_details.common.dataset_files import EXPECTED, read_folder, refuse_unwritable_cache
@@ -387,13 +388,21 @@ def check_context(argument: str, path: str, config: dict, longest: int, what: st
         refuse(argument, f"'{path}' with a context of {context} tokens", f"at least {longest}: {what}")
 
 
-def find_stop_id(truncate_token: str, tokenizer) -> int:
-    """Id of the token that ends a response: `eos`, or a text that is one token."""
+class TokenIds(NamedTuple):
+    """The ids that mean something to sampling and to masks."""
+
+    pad: int
+    stop: int  # ends a response
+    vocab_size: int  # ids from here on are not in the tokenizer, and never drawn
+
+
+def find_ids(truncate_token: str, tokenizer) -> TokenIds:
+    """Ids of a tokenizer with a pad; a response ends with `truncate_token`: `eos`, or a text that is one token."""
     if truncate_token == "eos":
-        return tokenizer.eos_token_id
+        return TokenIds(tokenizer.pad_token_id, tokenizer.eos_token_id, len(tokenizer))
     ids = tokenizer.encode(truncate_token, add_special_tokens=False)
     if len(ids) != 1:
         refuse("truncate_token", f"{truncate_token!r}, which is {len(ids)} tokens", "`eos` or the text of one token")
     if ids[0] == tokenizer.pad_token_id:
         refuse("truncate_token", f"{truncate_token!r}, which is never drawn", "`eos` or the text of another token")
-    return ids[0]
+    return TokenIds(tokenizer.pad_token_id, ids[0], len(tokenizer))

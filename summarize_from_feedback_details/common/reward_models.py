@@ -25,7 +25,7 @@ def load_reward_model(path: str, revision: str | None = None, argument: str = "r
         argument: the argument's name, for messages.
 
     Returns:
-        (sequence-classification model in float32, bias): reward = logit at the last real token + bias.
+        Sequence-classification model in float32; reward = logit at the last real token + `config.reward_bias`.
     """
     revision = None if os.path.isdir(path) else revision
     config_file = find_file(path, revision, ["config.json"])
@@ -35,9 +35,7 @@ def load_reward_model(path: str, revision: str | None = None, argument: str = "r
             path, revision=revision, num_labels=1, dtype=torch.float32, output_loading_info=True
         )
         refuse_bad_weights(argument, path, loaded["missing_keys"], model)
-        use_float32_head(model)
-        use_packed_attention(model)
-        return model, float(getattr(model.config, "reward_bias", 0.0))
+        return _ready(model, float(getattr(model.config, "reward_bias", 0.0)))
     base_config = AutoConfig.for_model(**config["base_config"])
     base_config.num_labels = 1
     model = AutoModelForSequenceClassification.from_config(base_config, dtype=torch.float32)
@@ -66,15 +64,20 @@ def load_reward_model(path: str, revision: str | None = None, argument: str = "r
             state[f"{model.base_model_prefix}.{name}"] = weight
     model.load_state_dict(state, strict=True)
     refuse_bad_weights(argument, path, set(), model)
+    return _ready(model, bias)
+
+
+def _ready(model, bias: float):
     use_float32_head(model)
     use_packed_attention(model)
-    return model, bias
+    model.config.reward_bias = bias
+    return model
 
 
-def read_rewards(model, bias: float, rows: list[list[int]]) -> torch.Tensor:
+def read_rewards(model, rows: list[list[int]]) -> torch.Tensor:
     """Reward of each row (token ids without pads), read at its last token, normalised: [B] reward units."""
     device = next(model.parameters()).device
     inputs, starts = pack(rows, packs(model), device)
     # Detail: reward at the EOS token [12]
     last = torch.tensor([start + len(row) - 1 for start, row in zip(starts, rows)], device=device)
-    return model.score(hidden_at(model, inputs, last))[:, 0] + bias
+    return model.score(hidden_at(model, inputs, last))[:, 0] + model.config.reward_bias

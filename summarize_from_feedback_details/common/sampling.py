@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from summarize_from_feedback_details.common.check_inputs import TokenIds
 from summarize_from_feedback_details.common.logprobs import INVALID_LOGPROB
 from summarize_from_feedback_details.common.packed_rows import pack, packs
 
@@ -62,36 +63,34 @@ def episode_noise(seed: int, episodes: list[int], device: torch.device) -> list[
 
 
 @torch.no_grad()
-def sample_responses(model, queries, noise, pad_id, stop_id, response_length, temperature, vocab_size):
+def sample_responses(model, queries: torch.Tensor, noise, ids: TokenIds, response_length: int, temperature: float):
     """Sample a response to each query over the KV cache, one forward pass per position.
 
     Args:
         model: a causal language model, in eval mode.
-        queries: [B, Q] token ids, left-padded with `pad_id`.
+        queries: [B, Q] token ids, left-padded.
         noise: B generators, see `episode_noise`.
-        pad_id, stop_id: id of the pad; id of the token that ends a response.
         response_length: R, tokens at most.
         temperature: divides the logits; 0 takes the most likely token.
-        vocab_size: ids from here on are not in the tokenizer and never drawn.
 
     Returns:
         responses [B, R], pads after the first stop token, and the log-probabilities [B, R] of the drawn tokens at this
         temperature (over all ids, as `token_logprobs` computes them), INVALID_LOGPROB at pads.
     """
-    inputs = model_inputs(queries, pad_id)
+    inputs = model_inputs(queries, ids.pad)
     mask, positions = inputs["attention_mask"], inputs["position_ids"]
     logits, past = read_queries(model, inputs, response_length)  # [B, V]
     B = len(queries)
-    responses = queries.new_full((B, response_length), pad_id)  # [B, R]
+    responses = queries.new_full((B, response_length), ids.pad)  # [B, R]
     logprobs = torch.full((B, response_length), INVALID_LOGPROB, device=queries.device)  # [B, R]
     alive = torch.ones(B, dtype=torch.bool, device=queries.device)
     for t in range(response_length):
         logits = logits.float() / (temperature or 1.0)
         allowed = logits.clone()
         # Deviates: the original could draw the pad or an id outside the tokenizer, and took it for padding
-        allowed[:, vocab_size:] = -math.inf
-        if pad_id < logits.shape[1]:
-            allowed[:, pad_id] = -math.inf
+        allowed[:, ids.vocab_size :] = -math.inf
+        if ids.pad < logits.shape[1]:
+            allowed[:, ids.pad] = -math.inf
         if temperature > 0:  # argmax(logits + Gumbel noise) is a draw from the softmax; Gumbel = -log(exponential)
             for i in alive.nonzero()[:, 0].tolist():
                 exponential = torch.empty(logits.shape[1], device=logits.device).exponential_(generator=noise[i])
@@ -100,14 +99,14 @@ def sample_responses(model, queries, noise, pad_id, stop_id, response_length, te
         responses[:, t] = drawn
         logprobs[:, t] = logits.log_softmax(-1).gather(1, drawn[:, None])[:, 0]
         # tokens after EOS influence nothing that is kept: sampling may stop there
-        alive &= drawn != stop_id
+        alive &= drawn != ids.stop
         if not alive.any() or t + 1 == response_length:
             break
         mask = torch.cat([mask, mask.new_ones(B, 1)], dim=1)
         positions = positions[:, -1:] + 1
         logits = model(input_ids=drawn[:, None], attention_mask=mask, position_ids=positions, **past).logits[:, -1]
-    responses = truncate_response(responses, stop_id, pad_id)
-    return responses, logprobs.masked_fill(responses == pad_id, INVALID_LOGPROB)
+    responses = truncate_response(responses, ids.stop, ids.pad)
+    return responses, logprobs.masked_fill(responses == ids.pad, INVALID_LOGPROB)
 
 
 class RoomyLayer(DynamicLayer):
