@@ -122,12 +122,12 @@ def run_ours(args: Args, clock: Clock, scratch: str) -> None:
         clock.update_ends()
         return position
 
-    def log(self, update, metrics):
+    def log(self, update, metrics, note=""):
         if update <= updates:
             if "time/ppo/rollout_seconds" in metrics:
                 clock.add("rollout", metrics["time/ppo/rollout_seconds"])
             clock.update_ends()
-        plain_log(self, update, metrics)
+        plain_log(self, update, metrics, note)
 
     Checkpoints.resume, RunFolder.log = resume, log
     length = {"num_train_epochs": math.ceil(updates * batch / args.work.rows), "total_episodes": updates * batch}

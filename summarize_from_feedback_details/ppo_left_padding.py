@@ -28,18 +28,21 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from rich.table import Table
 from transformers import (
     AutoModelForCausalLM,
-    get_scheduler,
 )
 
 from summarize_from_feedback_details.common.arguments import (
-    check_scheduler,
+    RunArgs,
+    check_optimisation,
     check_sizes,
     command_line,
+    derive_sizes,
+    derived,
     drop_revisions,
+    may_change,
     refuse,
 )
 from summarize_from_feedback_details.common.check_inputs import (
@@ -54,9 +57,8 @@ from summarize_from_feedback_details.common.check_inputs import (
     refuse_bad_weights,
 )
 from summarize_from_feedback_details.common.checkpoints import Checkpoints, fingerprint
-from summarize_from_feedback_details.common.console import Progress, print_table, quiet_libraries
+from summarize_from_feedback_details.common.console import Progress, print_table
 from summarize_from_feedback_details.common.files import refuse_unwritable
-from summarize_from_feedback_details.common.hub import check_push, push
 from summarize_from_feedback_details.common.logprobs import (
     INVALID_LOGPROB,
     masked_mean,
@@ -68,18 +70,11 @@ from summarize_from_feedback_details.common.logprobs import (
     token_entropies,
     token_logprobs,
 )
-from summarize_from_feedback_details.common.machine import keep_freed_memory, memory_gb
+from summarize_from_feedback_details.common.machine import memory_gb
 from summarize_from_feedback_details.common.packed_rows import hidden_at, packs, use_packed_attention
 from summarize_from_feedback_details.common.precision import cast_parameters, exact, keep_exact
 from summarize_from_feedback_details.common.reward_models import load_reward_model, read_rewards
-from summarize_from_feedback_details.common.run_folder import (
-    RunFolder,
-    as_typed,
-    choose_run_name,
-    finished_before,
-    stop_if_wanted,
-    stop_wanted,
-)
+from summarize_from_feedback_details.common.run_folder import RunFolder, stop_if_wanted, stop_wanted
 from summarize_from_feedback_details.common.sampling import (
     episode_noise,
     first_true_indices,
@@ -91,8 +86,8 @@ from summarize_from_feedback_details.common.training import (
     deal,
     disable_dropout,
     epoch_order,
-    leave_group,
-    make_accelerator,
+    launch,
+    prepare,
     save_model,
     train_step,
 )
@@ -102,21 +97,6 @@ STATISTICS = ("loss/policy", "loss/value", "policy/ratio", "policy/clipfrac", "p
               "policy/entropy")  # fmt: skip
 CLOSING_METRICS = ("objective/scores", "objective/kl", "objective/eos_rate", "objective/response_length",
                    "policy/first_pass_ratio_error", "value/explained_variance")  # fmt: skip
-DROPPED = {
-    "cuda": "CUDA_VISIBLE_DEVICES, or ACCELERATE_USE_CPU=true for the CPU",
-    "load_from_cache_file": "nothing: the tokenised dataset is read as it is",
-    "truncate_token_id": "--truncate_token",
-    "hf_repo_url": "--hf_repo_id and --hf_repo_revision",
-    "label_dataset": "reward.py, where comparisons are read",
-    "num_train_epochs": "--total_episodes: the queries are reshuffled at each pass",
-    "num_eval_samples": "--num_eval_rows",
-    "ppo.nminibatches": "--nminibatches",
-    "reward.kl_coef": "--ppo.kl_coef",
-    "reward.use_adaptive_kl": "--ppo.kl_coef: the coefficient is fixed",
-    "reward.adaptive_kl.target": "--ppo.kl_coef: the coefficient is fixed",
-    "reward.adaptive_kl.horizon": "--ppo.kl_coef: the coefficient is fixed",
-    "reward.dataset_std": "nothing: rewards are normalised by their mean alone",
-}
 
 
 @dataclass
@@ -140,36 +120,24 @@ class PpoHParams:
 
 
 @dataclass
-class Args:
-    # the run
-    exp_name: str = "ppo_left_padding"
+class Args(RunArgs):
+    # run
+    exp_name: str = may_change("ppo_left_padding")
     """name of the experiment, the first part of the run's name"""
+    output_dir: str = may_change("models/ppo_policy")
+    """folder of the trained policy"""
+    value_output_dir: str | None = may_change(None)
+    """also keep the trained value network, in this folder: `visualize_tokens.py` shows its values"""
     seed: int = 44413
     """seed of the order of queries and of the sampling noise"""
-    run_name: str | None = None
-    """folder of the run below `runs/`; default `<exp_name>__<seed>__<time>`"""
-    track: bool = False
-    """also log to Weights & Biases"""
-    wandb_project_name: str = "tldr_summarize"
-    """project on Weights & Biases"""
-    wandb_entity: str | None = None
-    """team or user on Weights & Biases"""
-    deepspeed: bool = False
-    """insist on DeepSpeed: refuse to run when not launched with it"""
-    print_sample_output_freq: int = 10
+    print_sample_output_freq: int = may_change(10)
     """print a few validation responses every so many updates (0: never)"""
     run_eval: bool = True
     """evaluate on validation after training: a table of responses with their scores"""
-    eval_freq: int = 0
+    eval_freq: int = may_change(0)
     """also evaluate every so many updates, a table of responses each (0: only at the end)"""
     num_eval_rows: int | None = None
     """rows of the validation split to evaluate on (default: the whole split)"""
-    save_freq: int = 100
-    """write a checkpoint every so many updates (0: see --save_minutes)"""
-    save_minutes: float = 20.0
-    """write a checkpoint when the last one is so many minutes old (0: see --save_freq)"""
-    keep: int = 2
-    """newest checkpoints to keep; a finished run keeps none"""
 
     # optimisation
     eps: float = 1e-5
@@ -182,19 +150,20 @@ class Args:
     """clip the global gradient norm, policy and value network together, to this (default: no clipping)"""
     optimizer: Literal["adam", "adamw"] = "adamw"
     """optimiser"""
+    # Detail: learning rate - linear to 0 over updates
     scheduler: str = "linear"
     """learning rate schedule over all updates: linear, cosine (to 0), constant, constant_with_warmup"""
     warm_up_steps: int = 0
     """updates of linear warm-up"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 where the hardware multiplies in it, else fp32"""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = may_change(False)
     """compute activations again in the backward pass: less memory, about a third more time"""
-    offload: bool = False
+    offload: bool = may_change(False)
     """keep the reference policy and the reward model in host memory while the policy trains"""
 
     # sizes, in episodes; those left out are derived
-    world_size: int | None = None
+    world_size: int | None = may_change(None)
     """number of processes; refused when another number was launched"""
     total_episodes: int | None = None
     """episodes in all (default: 1,000,000, the paper's; those that do not fill a last batch are left out)"""
@@ -202,24 +171,24 @@ class Args:
     """updates (default: total_episodes // batch_size)"""
     nminibatches: int = 1
     """mini-batches that a batch is cut into; one optimiser step each"""
-    local_micro_batch_size: int = 16
+    local_micro_batch_size: int = may_change(16)
     """episodes of one forward pass on one process"""
-    gradient_accumulation_steps: int | None = None
+    gradient_accumulation_steps: int | None = may_change(None)
     """forward passes per mini-batch (default: what makes up batch_size)"""
-    micro_batch_size: int | None = None
-    """episodes of one forward pass on all processes"""
-    local_mini_batch_size: int | None = None
-    """episodes of one mini-batch on one process"""
-    mini_batch_size: int | None = None
-    """episodes of one mini-batch on all processes"""
-    local_batch_size: int | None = None
-    """episodes of one update on one process"""
     batch_size: int | None = None
     """episodes of one update on all processes (default: 512, the paper's)"""
-    local_rollout_forward_batch_size: int = 64
+    local_rollout_forward_batch_size: int = may_change(64)
     """episodes that one process samples at a time"""
-    local_eval_batch_size: int | None = None
+    local_eval_batch_size: int | None = may_change(None)
     """rows that one process samples at a time in evaluation (default: local_rollout_forward_batch_size)"""
+    micro_batch_size: int | None = derived()
+    """episodes of one forward pass on all processes, derived"""
+    local_mini_batch_size: int | None = derived()
+    """episodes of one mini-batch on one process, derived"""
+    mini_batch_size: int | None = derived()
+    """episodes of one mini-batch on all processes, derived"""
+    local_batch_size: int | None = derived()
+    """episodes of one update on one process, derived"""
 
     # task
     base_model: str = "EleutherAI/pythia-1b-deduped"
@@ -242,10 +211,12 @@ class Args:
     """tokens sampled at most per response"""
     truncate_token: str = "eos"
     """responses end after this token: `eos`, or the text of a single token"""
-    temperature: float = 0.7
-    """divides the logits of old, new and reference log-probabilities alike"""
     eval_temperature: float = 0.01
     """sampling temperature in evaluation (0: greedy)"""
+
+    # algorithm
+    temperature: float = 0.7
+    """divides the logits of old, new and reference log-probabilities alike"""
     penalty_reward_value: float = -1.0
     """score of a response without the truncate token"""
     non_eos_penalty: bool = True
@@ -253,52 +224,13 @@ class Args:
     ppo: PpoHParams = field(default_factory=PpoHParams)
     """the algorithm's own settings, written `--ppo.kl_coef` and so on"""
 
-    # results
-    output_dir: str = "models/ppo_policy"
-    """folder of the trained policy"""
-    value_output_dir: str | None = None
-    """also keep the trained value network, in this folder: `visualize_tokens.py` shows its values"""
-    push_to_hub: bool = False
-    """also upload the policy"""
-    hf_entity: str | None = None
-    """user or organisation on the hub (default: the one logged in)"""
-    hf_repo_id: str | None = None
-    """repository on the hub (default `<base model>__ppo_left_padding__tldr`)"""
-    hf_repo_revision: str | None = None
-    """branch on the hub (default `ppo_left_padding__<seed>__<time>`)"""
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # sizes and processes
 
 
-def check_ppo_batch_sizes(args: Args, world_size: int) -> None:
-    """Fill in the batch sizes that were left out; refuse those that contradict each other.
-
-    micro batch (one forward pass) <= mini-batch (one optimiser step) <= batch (one update); `local_` is per process.
-    """
-    if args.world_size not in (None, world_size):
-        refuse("world_size", str(args.world_size), f"{world_size}, the number of processes launched")
-    args.world_size = world_size
-    names = "micro_batch_size local_mini_batch_size mini_batch_size local_batch_size batch_size"
-    given = "local_micro_batch_size gradient_accumulation_steps nminibatches local_rollout_forward_batch_size"
-    check_sizes(args, positive=tuple(f"{names} {given} total_episodes num_updates".split()))
-    unit = args.local_micro_batch_size * world_size * args.nminibatches
-    if args.gradient_accumulation_steps is None:
-        batch_size = args.batch_size or (args.local_batch_size or 0) * world_size
-        batch_size = batch_size or (args.mini_batch_size or 0) * args.nminibatches or 512
-        if batch_size % unit:
-            how = f"--local_micro_batch_size {args.local_micro_batch_size} x {world_size} processes"
-            refuse("batch_size", str(batch_size), f"a multiple of {unit} ({how} x --nminibatches {args.nminibatches})")
-        args.gradient_accumulation_steps = batch_size // unit
-    micro, steps = args.local_micro_batch_size, args.gradient_accumulation_steps
-    values = [micro * world_size, micro * steps, micro * steps * world_size]
-    values += [micro * steps * args.nminibatches, micro * steps * args.nminibatches * world_size]
-    for name, value in zip(names.split(), values):
-        if getattr(args, name) not in (None, value):
-            how = f"micro {micro} x accumulation {steps} x {args.nminibatches} mini-batches x {world_size} processes"
-            refuse(name, str(getattr(args, name)), f"{value} ({how})")
-        setattr(args, name, value)
+def derive_updates(args: Args) -> None:
+    """Fill in how many episodes and updates there will be."""
     if args.total_episodes is None:
         args.total_episodes = args.num_updates * args.batch_size if args.num_updates else 1_000_000
     if args.total_episodes > 10**9:
@@ -658,26 +590,24 @@ def check_args(args: Args):
     """Refuse what cannot work; fill in what was left out. Returns (tokenizer, dataset, ids)."""
     check_sizes(
         args,
-        positive=("eps", "response_length", "temperature", "max_grad_norm", "local_eval_batch_size", "num_eval_rows",
+        positive=("response_length", "temperature", "total_episodes", "num_updates", "local_rollout_forward_batch_size",
                   "ppo.noptepochs", "ppo.cliprange", "ppo.cliprange_value"),
-        at_least_zero=("seed", "lr", "weight_decay", "eval_temperature", "warm_up_steps", "eval_freq",
-                       "print_sample_output_freq", "ppo.vf_coef", "ppo.kl_coef"),
+        at_least_zero=("eval_temperature", "ppo.vf_coef", "ppo.kl_coef"),
     )  # fmt: skip
     for name in ("gamma", "lam"):
         if not 0 <= getattr(args.ppo, name) <= 1:
             refuse(f"ppo.{name}", str(getattr(args.ppo, name)), "a number from 0 to 1")
-    check_sizes(args, positive=("keep",), at_least_zero=("save_freq", "save_minutes"))
-    check_scheduler(args)
-    check_ppo_batch_sizes(args, int(os.environ.get("WORLD_SIZE", 1)))
+    check_optimisation(args)
+    derive_sizes(args, default_batch_size=512)
+    derive_updates(args)
     args.local_eval_batch_size = args.local_eval_batch_size or args.local_rollout_forward_batch_size
-    refuse_unwritable("output_dir", args.output_dir, args.run_name)
+    RunFolder.check(args)
     if args.value_output_dir is not None:
         refuse_unwritable("value_output_dir", args.value_output_dir, args.run_name)
         value, policy = Path(args.value_output_dir).resolve(), Path(args.output_dir).resolve()
         if value in (policy, *policy.parents) or policy in value.parents:
             found = f"'{args.value_output_dir}', which is, holds or is inside --output_dir"
             refuse("value_output_dir", found, "a folder beside it")
-    check_push(args)
     base = find_model("base_model", args.base_model, args.base_model_revision, "policy")
     sft = find_model("sft_model_path", args.sft_model_path, args.sft_model_revision, "policy")
     check_same_vocabulary("sft_model_path", args.sft_model_path, sft, "base_model", args.base_model, base)
@@ -704,30 +634,18 @@ def main(args: Args) -> dict[str, float]:
     """Run the stage; returns the final metrics."""
     # ------------------------------------------------------------------------------------------------------------------
     # sizes
-    quiet_libraries()
-    keep_freed_memory()
-    stamp = int(time.time())
     drop_revisions(args, "sft_model", "reward_model")
-    typed = as_typed(args)
-    args.run_name = choose_run_name(args, "ppo_left_padding")
-    if (done := finished_before(args, "ppo_left_padding", stamp)) is not None:
-        return done
+    run = RunFolder(args, "ppo_left_padding")
+    if run.is_finished():
+        return run.final_metrics()
     tokenizer, dataset, ids = check_args(args)
-    accelerator = make_accelerator(args)
-    args.run_name = broadcast_object_list([args.run_name])[0]  # the time in it may differ between processes
+    accelerator = launch(args, "episodes")
     is_main, device, pad_id = accelerator.is_main_process, accelerator.device, tokenizer.pad_token_id
     rank, world_size = accelerator.process_index, args.world_size
     if is_main:
-        print(f"{world_size} process(es) on {device}, precision {accelerator.mixed_precision}")
-        cut = f"{world_size} x {args.nminibatches} x {args.gradient_accumulation_steps} x {args.local_micro_batch_size}"
-        print(f"batch {args.batch_size} episodes = {cut} (processes x mini-batches x accumulation x micro batch)")
         print(f"{args.num_updates} updates, {args.ppo.noptepochs} passes each", flush=True)
-    assert (
-        args.batch_size
-        == world_size * args.nminibatches * args.gradient_accumulation_steps * args.local_micro_batch_size
-    )
 
-    with RunFolder(args, "ppo_left_padding", is_main, typed) as run:
+    with run.open(accelerator):
         # --------------------------------------------------------------------------------------------------------------
         # data
         train = dataset["train"].with_format("numpy", columns=["query_token"])
@@ -757,17 +675,8 @@ def main(args: Args) -> dict[str, float]:
             policy.gradient_checkpointing_enable({"use_reentrant": False})
             value_model.gradient_checkpointing_enable({"use_reentrant": False})
         model = PolicyAndValue(policy, value_model)
-        # Detail: optimiser - AdamW, eps 1e-5, lr 3e-6 in all stages; weight decay 0.01 is torch's default
-        make = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
         run.parameters = sum(p.numel() for p in policy.parameters())
-        optimizer = make(model.parameters(), lr=args.lr, eps=args.eps, weight_decay=args.weight_decay, fused=True)
-        # Detail: learning rate - linear to 0 over updates
-        scheduler = get_scheduler(args.scheduler, optimizer, args.warm_up_steps, args.num_updates)
-        model, optimizer = accelerator.prepare(model, optimizer)
-        # gradients get their place before activations fragment the memory; DeepSpeed keeps its own
-        if accelerator.state.deepspeed_plugin is None:
-            for parameter in model.parameters():
-                parameter.grad = torch.zeros_like(parameter)
+        model, optimizer, scheduler = prepare(accelerator, model, args)
         whole = accelerator.unwrap_model(model)
         # the frozen models compute in the precision of the trained ones, so that KL starts at 0
         for frozen in (ref_policy, reward_model):
@@ -784,12 +693,10 @@ def main(args: Args) -> dict[str, float]:
         # --------------------------------------------------------------------------------------------------------------
         # loop
         some = train[np.linspace(0, len(train) - 1, 1000).astype(int)]["query_token"]
-        queries_used = fingerprint([len(train), *np.concatenate(some)])
-        fixed = {"query_dataset": queries_used, "precision": accelerator.mixed_precision, **typed["models"]}
-        checkpoints = Checkpoints(run, args, accelerator, model, optimizer, scheduler, fixed)
+        data = {"query_dataset": fingerprint([len(train), *np.concatenate(some)])}
+        checkpoints = Checkpoints(run, accelerator, model, optimizer, scheduler, data)
         position = checkpoints.resume()
-        progress = Progress("ppo updates", args.num_updates, is_main, done=position["update"])
-        for update in range(position["update"] + 1, args.num_updates + 1):
+        for update in run.progress("ppo updates", position["update"] + 1, args.num_updates):
             start = time.time()
             # rollout: each rank samples its share of the batch, rows of similar length together
             episodes = np.arange((update - 1) * args.batch_size, update * args.batch_size)
@@ -886,8 +793,7 @@ def main(args: Args) -> dict[str, float]:
                 if is_main:
                     for query, text, score in zip(found["query"], found["response"], found["score"]):
                         print(f"{query[-300:]}\n  policy ({score:+.2f}): {text}", flush=True)
-            run.log(update, metrics)
-            progress.step(note=f"score {metrics['objective/scores']:.3f} kl {metrics['objective/kl']:.3f}")
+            run.log(update, metrics, f"score {metrics['objective/scores']:.3f} kl {metrics['objective/kl']:.3f}")
             checkpoints.after_update(update)
 
         # --------------------------------------------------------------------------------------------------------------
@@ -912,11 +818,10 @@ def main(args: Args) -> dict[str, float]:
             paths = f"policy: {args.output_dir}" + (f"\ntable:  {table}" if args.run_eval else "")
             print(f"{paths}\nrun:    {run.path}", flush=True)
             if args.push_to_hub:
-                push(args, "ppo_left_padding", stamp)
+                run.push()
     checkpoints.remove()
     return final
 
 
 if __name__ == "__main__":
-    command_line(main, Args, DROPPED)
-    leave_group()
+    command_line(main, Args)

@@ -24,17 +24,20 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from rich.table import Table
-from transformers import AutoModelForSequenceClassification, get_scheduler
+from transformers import AutoModelForSequenceClassification
 
 from summarize_from_feedback_details.common.arguments import (
-    check_batch_sizes,
-    check_scheduler,
+    RunArgs,
+    check_optimisation,
     check_sizes,
     command_line,
+    derive_sizes,
+    derived,
     drop_revisions,
     fill_episodes,
+    may_change,
 )
 from summarize_from_feedback_details.common.check_inputs import (
     check_context,
@@ -48,81 +51,43 @@ from summarize_from_feedback_details.common.check_inputs import (
     refuse_bad_weights,
 )
 from summarize_from_feedback_details.common.checkpoints import Checkpoints, fingerprint
-from summarize_from_feedback_details.common.console import Progress, print_table, quiet_libraries
-from summarize_from_feedback_details.common.files import refuse_unwritable
-from summarize_from_feedback_details.common.hub import check_push, push
-from summarize_from_feedback_details.common.machine import keep_freed_memory, memory_gb
+from summarize_from_feedback_details.common.console import Progress, print_table
+from summarize_from_feedback_details.common.machine import memory_gb
 from summarize_from_feedback_details.common.packed_rows import hidden_at, join, pack, packs, use_packed_attention
 from summarize_from_feedback_details.common.precision import use_float32_head
-from summarize_from_feedback_details.common.run_folder import (
-    RunFolder,
-    as_typed,
-    choose_run_name,
-    finished_before,
-    stop_if_wanted,
-    stop_wanted,
-)
+from summarize_from_feedback_details.common.run_folder import RunFolder, stop_if_wanted, stop_wanted
 from summarize_from_feedback_details.common.sampling import strip_pads
 from summarize_from_feedback_details.common.training import (
     deal,
     disable_dropout,
     epoch_order,
-    leave_group,
-    make_accelerator,
+    launch,
+    prepare,
     save_model,
     train_step,
 )
 from summarize_from_feedback_details.common.zero import gathered
 
-DROPPED = {
-    "cuda": "CUDA_VISIBLE_DEVICES, or ACCELERATE_USE_CPU=true for the CPU",
-    "load_from_cache_file": "nothing: the tokenised dataset is read as it is",
-    "truncate_token_id": "nothing: the reward model samples nothing",
-    "hf_repo_url": "--hf_repo_id and --hf_repo_revision",
-    "reward_model_path": "--output_dir, where the trained reward model goes",
-    "response_length": "nothing: the reward model samples nothing",
-    "truncate_token": "nothing: the reward model samples nothing",
-    "temperature": "nothing: the reward model samples nothing",
-    "num_eval_samples": "--num_eval_rows",
-    "local_normalize_batch_size": "--local_eval_batch_size",
-}
-
 
 @dataclass
-class Args:
-    # the run
-    exp_name: str = "reward"
+class Args(RunArgs):
+    # run
+    exp_name: str = may_change("reward")
     """name of the experiment, the first part of the run's name"""
+    output_dir: str = may_change("models/reward")
+    """folder of the trained reward model"""
     seed: int = 44413
     """seed of the data order and of the head's initial weights"""
-    run_name: str | None = None
-    """folder of the run below `runs/`; default `<exp_name>__<seed>__<time>`"""
-    track: bool = False
-    """also log to Weights & Biases"""
-    wandb_project_name: str = "tldr_summarize"
-    """project on Weights & Biases"""
-    wandb_entity: str | None = None
-    """team or user on Weights & Biases"""
-    deepspeed: bool = False
-    """insist on DeepSpeed: refuse to run when not launched with it"""
-    print_sample_output_freq: int = 200
+    print_sample_output_freq: int = may_change(200)
     """print a few scored pairs every so many updates (0: never)"""
     run_eval: bool = True
     """evaluate on validation and validation_cnndm, before and after training"""
     eval_cnndm: bool = True
     """evaluate on validation_cnndm, too; left out where its articles are longer than the model's context"""
-    eval_freq: int = 0
+    eval_freq: int = may_change(0)
     """also evaluate every so many updates (0: only before and after training)"""
     num_eval_rows: int | None = None
     """pairs of each split to evaluate on (default: the whole split)"""
-    save_freq: int = 100
-    """write a checkpoint every so many updates (0: see --save_minutes)"""
-    save_minutes: float = 20.0
-    """write a checkpoint when the last one is so many minutes old (0: see --save_freq)"""
-    keep: int = 2
-    """newest checkpoints to keep; a finished run keeps none"""
-    num_normalization_rows: int | None = None
-    """demonstrations whose mean reward becomes 0 (default: the whole train split)"""
 
     # optimisation
     eps: float = 1e-5
@@ -141,13 +106,13 @@ class Args:
     """updates of linear warm-up"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 where the hardware multiplies in it, else fp32"""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = may_change(False)
     """compute activations again in the backward pass: less memory, about a third more time"""
-    shared_prefix: bool = True
+    shared_prefix: bool = may_change(True)
     """read what chosen and rejected have in common once (where the architecture allows it; same numbers, less work)"""
 
     # sizes, in pairs; those left out are derived
-    world_size: int | None = None
+    world_size: int | None = may_change(None)
     """number of processes; refused when another number was launched"""
     num_train_epochs: int = 1
     """passes over the data"""
@@ -155,18 +120,18 @@ class Args:
     """pairs to train on (default: all pairs times --num_train_epochs)"""
     num_updates: int | None = None
     """optimiser updates (default: total_episodes / batch_size, the short last batch included)"""
-    local_micro_batch_size: int = 1
+    local_micro_batch_size: int = may_change(1)
     """pairs of one forward pass on one process"""
-    gradient_accumulation_steps: int | None = None
+    gradient_accumulation_steps: int | None = may_change(None)
     """forward passes per update (default: batch_size / (local_micro_batch_size * world_size))"""
-    micro_batch_size: int | None = None
-    """pairs of one forward pass on all processes"""
-    local_batch_size: int | None = None
-    """pairs of one update on one process"""
     batch_size: int | None = None
     """pairs of one update on all processes (default: 64, the paper's)"""
-    local_eval_batch_size: int = 32
+    local_eval_batch_size: int = may_change(32)
     """pairs that one process scores at a time in evaluation"""
+    micro_batch_size: int | None = derived()
+    """pairs of one forward pass on all processes, derived"""
+    local_batch_size: int | None = derived()
+    """pairs of one update on one process, derived"""
 
     # task
     base_model: str = "EleutherAI/pythia-1b-deduped"
@@ -186,17 +151,9 @@ class Args:
     query_dataset_revision: str | None = None
     """hub revision of the SFT dataset"""
 
-    # results
-    output_dir: str = "models/reward"
-    """folder of the trained reward model"""
-    push_to_hub: bool = False
-    """also upload the reward model"""
-    hf_entity: str | None = None
-    """user or organisation on the hub (default: the one logged in)"""
-    hf_repo_id: str | None = None
-    """repository on the hub (default `<base model>__reward__tldr`)"""
-    hf_repo_revision: str | None = None
-    """branch on the hub (default `reward__<seed>__<time>`)"""
+    # algorithm
+    num_normalization_rows: int | None = None
+    """demonstrations whose mean reward becomes 0 (default: the whole train split)"""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -367,17 +324,10 @@ def report(split: str, rows, chosen: np.ndarray, rejected: np.ndarray):
 
 def check_args(args: Args):
     """Refuse what cannot work; fill in what was left out. Returns (tokenizer, comparisons, SFT dataset)."""
-    check_sizes(
-        args,
-        positive=("eps", "num_train_epochs", "total_episodes", "num_updates", "max_grad_norm",
-                  "local_eval_batch_size", "num_eval_rows", "num_normalization_rows"),
-        at_least_zero=("seed", "lr", "weight_decay", "warm_up_steps", "eval_freq", "print_sample_output_freq"),
-    )  # fmt: skip
-    check_sizes(args, positive=("keep",), at_least_zero=("save_freq", "save_minutes"))
-    check_scheduler(args)
-    check_batch_sizes(args, int(os.environ.get("WORLD_SIZE", 1)), default_batch_size=64)
-    refuse_unwritable("output_dir", args.output_dir, args.run_name)
-    check_push(args)
+    check_sizes(args, positive=("num_train_epochs", "total_episodes", "num_updates", "num_normalization_rows"))
+    check_optimisation(args)
+    derive_sizes(args, default_batch_size=64)
+    RunFolder.check(args)
     base = find_model("base_model", args.base_model, args.base_model_revision, "policy")
     sft = find_model("sft_model_path", args.sft_model_path, args.sft_model_revision, "policy")
     check_same_vocabulary("sft_model_path", args.sft_model_path, sft, "base_model", args.base_model, base)
@@ -414,27 +364,18 @@ def main(args: Args) -> dict[str, float]:
     """Run the stage; returns the final metrics."""
     # ------------------------------------------------------------------------------------------------------------------
     # sizes
-    quiet_libraries()
-    keep_freed_memory()
-    stamp = int(time.time())
     drop_revisions(args, "sft_model")
-    typed = as_typed(args)
-    args.run_name = choose_run_name(args, "reward")
-    if (done := finished_before(args, "reward", stamp)) is not None:
-        return done
+    run = RunFolder(args, "reward")
+    if run.is_finished():
+        return run.final_metrics()
     tokenizer, dataset, sft_dataset = check_args(args)
-    accelerator = make_accelerator(args)
-    args.run_name = broadcast_object_list([args.run_name])[0]  # the time in it may differ between processes
+    accelerator = launch(args, "pairs")
     is_main, device, pad_id = accelerator.is_main_process, accelerator.device, tokenizer.pad_token_id
     train = dataset["train"].with_format("numpy", columns=["query_chosen_token", "query_rejected_token"])
     if is_main:
-        print(f"{args.world_size} process(es) on {device}, precision {accelerator.mixed_precision}")
-        cut = f"{args.world_size} x {args.gradient_accumulation_steps} x {args.local_micro_batch_size}"
-        print(f"batch {args.batch_size} pairs = {cut} (processes x accumulation x micro batch)")
         print(f"{args.num_updates} updates over {args.total_episodes} of {len(train)} pairs", flush=True)
-    assert args.batch_size == args.world_size * args.gradient_accumulation_steps * args.local_micro_batch_size
 
-    with RunFolder(args, "reward", is_main, typed) as run:
+    with run.open(accelerator):
         # --------------------------------------------------------------------------------------------------------------
         # data, model, optimiser
         order = epoch_order(len(train), args.total_episodes, args.seed)
@@ -460,16 +401,8 @@ def main(args: Args) -> dict[str, float]:
         if args.gradient_checkpointing:
             scorer.gradient_checkpointing_enable({"use_reentrant": False})
         model = RewardModel(scorer)
-        # Detail: optimiser - AdamW, eps 1e-5, lr 3e-6 in all stages; weight decay 0.01 is torch's default
-        make = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
         run.parameters = sum(p.numel() for p in model.parameters())
-        optimizer = make(model.parameters(), lr=args.lr, eps=args.eps, weight_decay=args.weight_decay, fused=True)
-        scheduler = get_scheduler(args.scheduler, optimizer, args.warm_up_steps, args.num_updates)
-        model, optimizer = accelerator.prepare(model, optimizer)
-        # gradients get their place before activations fragment the memory; DeepSpeed keeps its own
-        if accelerator.state.deepspeed_plugin is None:
-            for parameter in model.parameters():
-                parameter.grad = torch.zeros_like(parameter)
+        model, optimizer, scheduler = prepare(accelerator, model, args)
         splits = {split: rows for split, rows in dataset.items() if split != "train"}
         splits = {s: rows.select(range(min(len(rows), args.num_eval_rows or len(rows)))) for s, rows in splits.items()}
 
@@ -483,8 +416,8 @@ def main(args: Args) -> dict[str, float]:
                 run.table(split, texts | group_columns(rows) | {"chosen_reward": chosen, "rejected_reward": rejected})
             return metrics, table
 
-        fixed = {"label_dataset": fingerprint(lengths), "precision": accelerator.mixed_precision, **typed["models"]}
-        checkpoints = Checkpoints(run, args, accelerator, model, optimizer, scheduler, fixed)
+        data = {"label_dataset": fingerprint(lengths)}
+        checkpoints = Checkpoints(run, accelerator, model, optimizer, scheduler, data)
         position = checkpoints.resume()
         first = position["update"] + 1
         if args.run_eval and not position["found"]:
@@ -492,9 +425,8 @@ def main(args: Args) -> dict[str, float]:
 
         # --------------------------------------------------------------------------------------------------------------
         # loop
-        progress = Progress("reward updates", args.num_updates, is_main, done=first - 1)
         model.train()
-        for update in range(first, args.num_updates + 1):
+        for update in run.progress("reward updates", first, args.num_updates):
             start = time.time()
             rows = order[(update - 1) * args.batch_size : update * args.batch_size]
             rank, lengths_of_rows = accelerator.process_index, lengths[rows].tolist()
@@ -534,8 +466,7 @@ def main(args: Args) -> dict[str, float]:
                 metrics |= evaluate_splits(f"update {update}")[0]
             if args.print_sample_output_freq and update % args.print_sample_output_freq == 0:
                 print_pairs(accelerator, model, dataset["train"][rows[:2]], tokenizer, shared)
-            run.log(update, metrics)
-            progress.step(note=f"loss {loss:.3f} accuracy {accuracy:.2f}")
+            run.log(update, metrics, note=f"loss {loss:.3f} accuracy {accuracy:.2f}")
             checkpoints.after_update(update)
 
         # --------------------------------------------------------------------------------------------------------------
@@ -566,7 +497,7 @@ def main(args: Args) -> dict[str, float]:
             print_tables(table, before, after)
             print(f"reward model: {args.output_dir}\ntables: {run.path / 'tables'}\nrun:    {run.path}", flush=True)
             if args.push_to_hub:
-                push(args, "reward", stamp)
+                run.push()
     checkpoints.remove()
     return final
 
@@ -599,5 +530,4 @@ def print_tables(table, before: np.ndarray, after: np.ndarray) -> None:
 
 
 if __name__ == "__main__":
-    command_line(main, Args, DROPPED)
-    leave_group()
+    command_line(main, Args)

@@ -12,7 +12,6 @@ Laptop  python summarize_from_feedback_details/sft.py --base_model models/toy/sm
 Dimensions: B rows, Q query tokens, R response tokens, T = Q + R, V vocabulary.
 """
 
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +19,19 @@ from typing import Literal
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from rich.table import Table
-from transformers import AutoModelForCausalLM, get_scheduler
+from transformers import AutoModelForCausalLM
 
 from summarize_from_feedback_details.common.arguments import (
-    check_batch_sizes,
-    check_scheduler,
+    RunArgs,
+    check_optimisation,
     check_sizes,
     command_line,
+    derive_sizes,
+    derived,
     fill_episodes,
+    may_change,
 )
 from summarize_from_feedback_details.common.check_inputs import (
     check_context,
@@ -42,76 +44,42 @@ from summarize_from_feedback_details.common.check_inputs import (
     refuse_bad_weights,
 )
 from summarize_from_feedback_details.common.checkpoints import Checkpoints, fingerprint
-from summarize_from_feedback_details.common.console import Progress, print_table, quiet_libraries
+from summarize_from_feedback_details.common.console import Progress, print_table
 from summarize_from_feedback_details.common.dataset_files import refuse_unwritable_cache
-from summarize_from_feedback_details.common.files import refuse_unwritable
-from summarize_from_feedback_details.common.hub import check_push, push
 from summarize_from_feedback_details.common.logprobs import token_logprobs
-from summarize_from_feedback_details.common.machine import keep_freed_memory, memory_gb
+from summarize_from_feedback_details.common.machine import memory_gb
 from summarize_from_feedback_details.common.packed_rows import logits_at, pack, packs, use_packed_attention
-from summarize_from_feedback_details.common.run_folder import (
-    RunFolder,
-    as_typed,
-    choose_run_name,
-    finished_before,
-    stop_if_wanted,
-    stop_wanted,
-)
+from summarize_from_feedback_details.common.run_folder import RunFolder, stop_if_wanted, stop_wanted
 from summarize_from_feedback_details.common.sampling import episode_noise, pad_rows, sample_responses, strip_pads
 from summarize_from_feedback_details.common.training import (
     deal,
     disable_dropout,
     epoch_order,
-    leave_group,
-    make_accelerator,
+    launch,
+    prepare,
     save_model,
     train_step,
 )
 from summarize_from_feedback_details.common.zero import gathered
 
-DROPPED = {
-    "cuda": "CUDA_VISIBLE_DEVICES, or ACCELERATE_USE_CPU=true for the CPU",
-    "load_from_cache_file": "nothing: the tokenised dataset is read as it is",
-    "truncate_token_id": "--truncate_token",
-    "hf_repo_url": "--hf_repo_id and --hf_repo_revision",
-    "label_dataset": "reward.py, where comparisons are read",
-    "reward_model_path": "ppo_left_padding.py, where the reward model is read",
-    "sft_model_path": "--base_model, which may be any policy",
-    "num_eval_samples": "--num_eval_rows",
-}
-
 
 @dataclass
-class Args:
-    # the run
-    exp_name: str = "sft"
+class Args(RunArgs):
+    # run
+    exp_name: str = may_change("sft")
     """name of the experiment, the first part of the run's name"""
+    output_dir: str = may_change("models/sft_policy")
+    """folder of the trained policy"""
     seed: int = 44413
     """seed of the data order and of the sampling noise"""
-    run_name: str | None = None
-    """folder of the run below `runs/`; default `<exp_name>__<seed>__<time>`"""
-    track: bool = False
-    """also log to Weights & Biases"""
-    wandb_project_name: str = "tldr_summarize"
-    """project on Weights & Biases"""
-    wandb_entity: str | None = None
-    """team or user on Weights & Biases"""
-    deepspeed: bool = False
-    """insist on DeepSpeed: refuse to run when not launched with it"""
-    print_sample_output_freq: int = 200
+    print_sample_output_freq: int = may_change(200)
     """print a few sampled summaries every so many updates (0: never)"""
     run_eval: bool = True
     """evaluate the base model before and the policy after training, on validation and test"""
-    eval_freq: int = 0
+    eval_freq: int = may_change(0)
     """also evaluate on validation every so many updates (0: only at the end)"""
     num_eval_rows: int | None = None
     """rows of each split to evaluate on (default: the whole split)"""
-    save_freq: int = 100
-    """write a checkpoint every so many updates (0: see --save_minutes)"""
-    save_minutes: float = 20.0
-    """write a checkpoint when the last one is so many minutes old (0: see --save_freq)"""
-    keep: int = 2
-    """newest checkpoints to keep; a finished run keeps none"""
 
     # optimisation
     eps: float = 1e-5
@@ -130,13 +98,11 @@ class Args:
     """updates of linear warm-up"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 where the hardware multiplies in it, else fp32"""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = may_change(False)
     """compute activations again in the backward pass: less memory, about a third more time"""
-    query_loss_weight: float = 1.0
-    """weight of the query's tokens in the loss (0: response tokens only)"""
 
     # sizes, in rows; those left out are derived
-    world_size: int | None = None
+    world_size: int | None = may_change(None)
     """number of processes; refused when another number was launched"""
     num_train_epochs: int = 1
     """passes over the data"""
@@ -144,18 +110,18 @@ class Args:
     """rows to train on (default: all rows times --num_train_epochs)"""
     num_updates: int | None = None
     """optimiser updates (default: total_episodes / batch_size, the short last batch included)"""
-    local_micro_batch_size: int = 1
+    local_micro_batch_size: int = may_change(1)
     """rows of one forward pass on one process"""
-    gradient_accumulation_steps: int | None = None
+    gradient_accumulation_steps: int | None = may_change(None)
     """forward passes per update (default: batch_size / (local_micro_batch_size * world_size))"""
-    micro_batch_size: int | None = None
-    """rows of one forward pass on all processes"""
-    local_batch_size: int | None = None
-    """rows of one update on one process"""
     batch_size: int | None = None
     """rows of one update on all processes (default: 128, the paper's)"""
-    local_eval_batch_size: int = 32
+    local_eval_batch_size: int = may_change(32)
     """rows that one process samples at a time in evaluation"""
+    micro_batch_size: int | None = derived()
+    """rows of one forward pass on all processes, derived"""
+    local_batch_size: int | None = derived()
+    """rows of one update on one process, derived"""
 
     # task
     base_model: str = "EleutherAI/pythia-1b-deduped"
@@ -173,17 +139,9 @@ class Args:
     temperature: float = 0.01
     """sampling temperature in evaluation (0: greedy)"""
 
-    # results
-    output_dir: str = "models/sft_policy"
-    """folder of the trained policy"""
-    push_to_hub: bool = False
-    """also upload the policy"""
-    hf_entity: str | None = None
-    """user or organisation on the hub (default: the one logged in)"""
-    hf_repo_id: str | None = None
-    """repository on the hub (default `<base model>__sft__tldr`)"""
-    hf_repo_revision: str | None = None
-    """branch on the hub (default `sft__<seed>__<time>`)"""
+    # algorithm
+    query_loss_weight: float = 1.0
+    """weight of the query's tokens in the loss (0: response tokens only)"""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -327,16 +285,12 @@ def check_args(args: Args):
     """Refuse what cannot work; fill in what was left out. Returns (tokenizer, dataset)."""
     check_sizes(
         args,
-        positive=("eps", "response_length", "num_train_epochs", "total_episodes", "num_updates", "max_grad_norm",
-                  "local_eval_batch_size", "num_eval_rows"),
-        at_least_zero=("seed", "lr", "weight_decay", "temperature", "warm_up_steps", "query_loss_weight", "eval_freq",
-                       "print_sample_output_freq"),
-    )  # fmt: skip
-    check_sizes(args, positive=("keep",), at_least_zero=("save_freq", "save_minutes"))
-    check_scheduler(args)
-    check_batch_sizes(args, int(os.environ.get("WORLD_SIZE", 1)), default_batch_size=128)
-    refuse_unwritable("output_dir", args.output_dir, args.run_name)
-    check_push(args)
+        positive=("response_length", "num_train_epochs", "total_episodes", "num_updates"),
+        at_least_zero=("temperature", "query_loss_weight"),
+    )
+    check_optimisation(args)
+    derive_sizes(args, default_batch_size=128)
+    RunFolder.check(args)
     refuse_unwritable_cache()  # `evaluate` keeps the module of ROUGE there
     config = find_model("base_model", args.base_model, args.base_model_revision, "policy")
     tokenizer = find_tokenizer("base_model", args.base_model, args.base_model_revision)
@@ -359,26 +313,17 @@ def main(args: Args) -> dict[str, float]:
     """Run the stage; returns the final metrics."""
     # ------------------------------------------------------------------------------------------------------------------
     # sizes
-    quiet_libraries()
-    keep_freed_memory()
-    stamp = int(time.time())
-    typed = as_typed(args)
-    args.run_name = choose_run_name(args, "sft")
-    if (done := finished_before(args, "sft", stamp)) is not None:
-        return done
+    run = RunFolder(args, "sft")
+    if run.is_finished():
+        return run.final_metrics()
     tokenizer, dataset = check_args(args)
-    accelerator = make_accelerator(args)
-    args.run_name = broadcast_object_list([args.run_name])[0]  # the time in it may differ between processes
+    accelerator = launch(args, "rows")
     is_main, device, pad_id = accelerator.is_main_process, accelerator.device, tokenizer.pad_token_id
     train = dataset["train"].with_format("numpy")
     if is_main:
-        print(f"{args.world_size} process(es) on {device}, precision {accelerator.mixed_precision}")
-        cut = f"{args.world_size} x {args.gradient_accumulation_steps} x {args.local_micro_batch_size}"
-        print(f"batch {args.batch_size} rows = {cut} (processes x accumulation x micro batch)")
         print(f"{args.num_updates} updates over {args.total_episodes} of {len(train)} rows", flush=True)
-    assert args.batch_size == args.world_size * args.gradient_accumulation_steps * args.local_micro_batch_size
 
-    with RunFolder(args, "sft", is_main, typed) as run:
+    with run.open(accelerator):
         # --------------------------------------------------------------------------------------------------------------
         # data, model, optimiser
         order = epoch_order(len(train), args.total_episodes, args.seed)
@@ -395,20 +340,12 @@ def main(args: Args) -> dict[str, float]:
         if args.gradient_checkpointing:
             policy.gradient_checkpointing_enable({"use_reentrant": False})
         model = Policy(policy)
-        # Detail: optimiser - AdamW, eps 1e-5, lr 3e-6 in all stages; weight decay 0.01 is torch's default
-        make = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
         run.parameters = sum(p.numel() for p in model.parameters())
-        optimizer = make(model.parameters(), lr=args.lr, eps=args.eps, weight_decay=args.weight_decay, fused=True)
-        scheduler = get_scheduler(args.scheduler, optimizer, args.warm_up_steps, args.num_updates)
-        model, optimizer = accelerator.prepare(model, optimizer)
-        # gradients get their place before activations fragment the memory; DeepSpeed keeps its own
-        if accelerator.state.deepspeed_plugin is None:
-            for parameter in model.parameters():
-                parameter.grad = torch.zeros_like(parameter)
+        model, optimizer, scheduler = prepare(accelerator, model, args)
         splits = {s: dataset[s] for s in ("validation", "test") if s in dataset}
         splits = {s: rows.select(range(min(len(rows), args.num_eval_rows or len(rows)))) for s, rows in splits.items()}
-        fixed = {"query_dataset": fingerprint(lengths), "precision": accelerator.mixed_precision, **typed["models"]}
-        checkpoints = Checkpoints(run, args, accelerator, model, optimizer, scheduler, fixed)
+        data = {"query_dataset": fingerprint(lengths)}
+        checkpoints = Checkpoints(run, accelerator, model, optimizer, scheduler, data)
         position = checkpoints.resume()
         first = position["update"] + 1
         if args.run_eval and not position["found"]:
@@ -422,9 +359,8 @@ def main(args: Args) -> dict[str, float]:
 
         # --------------------------------------------------------------------------------------------------------------
         # loop
-        progress = Progress("sft updates", args.num_updates, is_main, done=first - 1)
         model.train()
-        for update in range(first, args.num_updates + 1):
+        for update in run.progress("sft updates", first, args.num_updates):
             start = time.time()
             rows = order[(update - 1) * args.batch_size : update * args.batch_size]
             rank, lengths_of_rows = accelerator.process_index, lengths[rows].tolist()
@@ -468,8 +404,7 @@ def main(args: Args) -> dict[str, float]:
                     if is_main:
                         print(f"{query[-300:]}\n  policy:    {text}\n  reference: {reference}", flush=True)
                 run.table(f"samples_{update}", found)
-            run.log(update, metrics)
-            progress.step(note=f"loss {loss:.3f}")
+            run.log(update, metrics, note=f"loss {loss:.3f}")
             checkpoints.after_update(update)
 
         # --------------------------------------------------------------------------------------------------------------
@@ -491,7 +426,7 @@ def main(args: Args) -> dict[str, float]:
                 "policy:", args.output_dir, *("\ntable:  " + str(p) for p in paths), f"\nrun:    {run.path}", flush=True
             )
             if args.push_to_hub:
-                push(args, "sft", stamp)
+                run.push()
     checkpoints.remove()
     return final
 
@@ -517,5 +452,4 @@ def closing_table(metrics: dict[str, float], references: dict[str, dict[str, flo
 
 
 if __name__ == "__main__":
-    command_line(main, Args, DROPPED)
-    leave_group()
+    command_line(main, Args)

@@ -122,7 +122,7 @@ def workdir(tmp_path, monkeypatch):
 def to_flags(args) -> list[str]:
     """The command line of an Args: what differs from the defaults, nested fields included."""
     flags = []
-    for f in fields(args):
+    for f in (f for f in fields(args) if f.init):
         value = getattr(args, f.name)
         if is_dataclass(value):
             flags += [

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from summarize_from_feedback_details import ppo_left_padding, reward, sft
-from summarize_from_feedback_details.common.arguments import refuse_dropped
+from summarize_from_feedback_details.common.arguments import DROPPED, refuse_dropped
 from summarize_from_feedback_details.ppo_left_padding import PpoHParams
 
 MODULES = {"sft": sft, "reward": reward, "ppo": ppo_left_padding}
@@ -234,8 +234,7 @@ def value_cases():
         yield stage, "lr", math.inf, "found inf"
         yield stage, "scheduler", "zigzag", "one of linear, cosine"
         yield stage, "batch_size", 7, "multiple of"
-        yield stage, "micro_batch_size", 3, "expected 4"
-        yield stage, "local_batch_size", 12, "expected 8"
+        yield stage, "gradient_accumulation_steps", 3, "expected 2 (--batch_size 8 / "
         yield stage, "world_size", 2, "expected 1"
         yield stage, "run_name", "a/b", "plain folder name"
         yield stage, "seed", -1, "at least 0"
@@ -416,26 +415,30 @@ def test_a_checkpoint_with_a_weight_that_is_not_finite(stage, argument, number, 
 
 # what the original's command lines may hold (its Args of 2024) and these scripts do not
 ORIGINAL = {
-    "sft": "cuda load_from_cache_file truncate_token_id hf_repo_url label_dataset sft_model_path reward_model_path",
-    "reward": "cuda load_from_cache_file truncate_token_id hf_repo_url response_length truncate_token temperature",
+    "sft": "cuda load_from_cache_file truncate_token_id hf_repo_url label_dataset sft_model_path reward_model_path"
+    " micro_batch_size local_batch_size",
+    "reward": "cuda load_from_cache_file truncate_token_id hf_repo_url response_length truncate_token temperature"
+    " micro_batch_size local_batch_size",
     "ppo": "cuda load_from_cache_file truncate_token_id hf_repo_url num_train_epochs ppo.nminibatches reward.kl_coef"
-    " reward.use_adaptive_kl reward.adaptive_kl.target reward.adaptive_kl.horizon reward.dataset_std",
+    " reward.use_adaptive_kl reward.adaptive_kl.target reward.adaptive_kl.horizon reward.dataset_std"
+    " micro_batch_size local_mini_batch_size mini_batch_size local_batch_size",
 }
 
 
 @pytest.mark.parametrize("stage", MODULES)
 def test_dropped_arguments_say_what_to_use(stage, capsys):
-    dropped = MODULES[stage].DROPPED
+    arguments = MODULES[stage].Args
+    dropped = {name: DROPPED[name] for name in DROPPED.keys() - {f.name for f in fields(arguments) if f.init}}
     assert set(ORIGINAL[stage].split()) <= set(dropped)
     for name, instead in dropped.items():
         group, _, field = name.rpartition(".")
         no = f"--{group}.no-{field}" if group else f"--no-{field}"
         for spelling in (f"--{name}", f"--{name.replace('_', '-')}=1", no):
             with pytest.raises(SystemExit) as stopped:
-                refuse_dropped(["--lr", "1", spelling], dropped)
+                refuse_dropped(["--lr", "1", spelling], arguments)
             assert stopped.value.code == 2
             assert instead in capsys.readouterr().err
-    refuse_dropped(["--lr", "1", "--seed=3"], dropped)
+    refuse_dropped(["--lr", "1", "--seed=3", "--batch_size", "8"], arguments)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,9 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
+from dataclasses import fields
 from graphlib import TopologicalSorter
+from importlib import import_module
 
 import pytest
 from conftest import OFFLINE, ROOT, STAGES
@@ -74,20 +76,22 @@ def test_every_argument_is_read(script):
     source = (STAGES / script).read_text()
     tree = ast.parse(source)
     readers = source + "".join((STAGES / file).read_text() for file in COMMON)
-    # sizes that follow from others are read by name: what contradicts them is refused (test_bad_input.py)
-    derived = {"micro_batch_size", "local_mini_batch_size", "mini_batch_size", "local_batch_size", "batch_size"}
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef) and node.name in ("Args", "PpoHParams"):
-            for field in (n.target.id for n in node.body if isinstance(n, ast.AnnAssign)):
-                assert field in derived or re.search(rf"args\.(ppo\.)?{field}\b|args, \"{field}\"", readers), (
-                    f"{script}: --{field} is read nowhere"
-                )
+    classes = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name in ("Args", "PpoHParams")]
+    classes += [
+        n for n in ast.parse((STAGES / "common/arguments.py").read_text()).body if getattr(n, "name", "") == "RunArgs"
+    ]
+    names = {n.target.id for cls in classes for n in cls.body if isinstance(n, ast.AnnAssign)}
+    module = import_module(f"{PACKAGE}.{script.removesuffix('.py')}")
+    assert {f.name for f in fields(module.Args)} <= names  # those that are inherited, too
+    for field in names:
+        assert re.search(rf"args\.(ppo\.)?{field}\b|args, \"{field}\"", readers), f"{script}: --{field} is read nowhere"
 
 
 @pytest.mark.parametrize("script", ["sft.py", "reward.py", "ppo_left_padding.py"])
 def test_every_argument_has_a_sentence(script):
-    for node in ast.parse((STAGES / script).read_text()).body:
-        if isinstance(node, ast.ClassDef) and node.name in ("Args", "PpoHParams"):
+    bodies = ast.parse((STAGES / script).read_text()).body, ast.parse((STAGES / "common/arguments.py").read_text()).body
+    for node in (n for body in bodies for n in body):
+        if isinstance(node, ast.ClassDef) and node.name in ("Args", "PpoHParams", "RunArgs"):
             for field, after in zip(node.body, node.body[1:]):
                 if isinstance(field, ast.AnnAssign):
                     assert _is_docstring(after), f"{script}: {field.target.id}"

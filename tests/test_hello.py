@@ -17,8 +17,7 @@ import tyro
 from accelerate.commands.launch import launch_command_parser
 from conftest import OFFLINE, ROOT
 
-from summarize_from_feedback_details.common.arguments import check_batch_sizes
-from summarize_from_feedback_details.ppo_left_padding import check_ppo_batch_sizes
+from summarize_from_feedback_details.common.arguments import derive_sizes
 
 
 @pytest.fixture(scope="module")
@@ -226,10 +225,9 @@ def check_sizes(stage: str, args, gpus: int, steps: int) -> None:
     """The stage itself, on so many processes, cuts its batch into so many forward passes; else it refuses."""
     assert args.deepspeed == (gpus > 1)
     assert args.batch_size == max(1, gpus) * steps * args.local_micro_batch_size
-    if stage == "ppo":
-        check_ppo_batch_sizes(args, max(1, gpus))
-    else:
-        check_batch_sizes(args, max(1, gpus), default_batch_size=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", str(max(1, gpus)))
+        derive_sizes(args, default_batch_size=1)
     assert args.gradient_accumulation_steps == steps
 
 

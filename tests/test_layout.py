@@ -132,7 +132,7 @@ import torch
 from summarize_from_feedback_details import sft
 
 args = sft.Args(precision="bf16", world_size=1, deepspeed=True)
-accelerator = sft.make_accelerator(args)
+accelerator = sft.launch(args, "rows")
 model = torch.nn.Linear(1, 1, bias=False)
 model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
 one = torch.ones(1, 1, dtype=torch.bfloat16)

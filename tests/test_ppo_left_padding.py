@@ -29,7 +29,7 @@ from transformers import (
 from summarize_from_feedback_details import ppo_left_padding as ppo
 from summarize_from_feedback_details import reward, sft
 from summarize_from_feedback_details.common import machine, precision, training
-from summarize_from_feedback_details.common.arguments import fill_episodes
+from summarize_from_feedback_details.common.arguments import derive_sizes, fill_episodes
 from summarize_from_feedback_details.common.check_inputs import TokenIds
 from summarize_from_feedback_details.common.logprobs import (
     INVALID_LOGPROB,
@@ -41,6 +41,7 @@ from summarize_from_feedback_details.common.logprobs import (
 )
 from summarize_from_feedback_details.common.packed_rows import use_packed_attention
 from summarize_from_feedback_details.common.reward_models import load_reward_model, read_rewards
+from summarize_from_feedback_details.common.run_folder import RunFolder
 from summarize_from_feedback_details.common.sampling import (
     episode_noise,
     first_true_indices,
@@ -986,14 +987,15 @@ def test_default_batches_are_the_paper_s_on_any_number_of_processes(monkeypatch)
         monkeypatch.setenv("WORLD_SIZE", str(processes))
         for stage, batch, rows, updates in ((sft, 128, 116_722, 912), (reward, 64, 92_858, 1_451)):
             args = stage.Args()
-            monkeypatch.setattr(stage, "refuse_unwritable", after_sizes)  # what `check_args` does next
+            monkeypatch.setattr(RunFolder, "check", after_sizes)  # what `check_args` does next
             with pytest.raises(InterruptedError):
                 stage.check_args(args)
             fill_episodes(args, rows)
             cut = processes * args.gradient_accumulation_steps * args.local_micro_batch_size
             assert (args.batch_size, cut, args.total_episodes, args.num_updates) == (batch, batch, rows, updates)
         args = ppo.Args()
-        ppo.check_ppo_batch_sizes(args, processes)
+        derive_sizes(args, default_batch_size=512)
+        ppo.derive_updates(args)
         cut = processes * args.nminibatches * args.gradient_accumulation_steps * args.local_micro_batch_size
         assert (args.batch_size, cut, args.nminibatches) == (512, 512, 1)
         assert (args.total_episodes, args.num_updates) == (1_000_000, 1_953)
@@ -1030,7 +1032,7 @@ def test_a_run_on_the_cpu_of_a_machine_with_gpus_asks_the_cpu(monkeypatch):
         training, "Accelerator", lambda kwargs_handlers, **_: handlers.extend(kwargs_handlers) or never()
     )
     with pytest.raises(AssertionError):
-        training.make_accelerator(SimpleNamespace(world_size=2, precision="auto"))
+        training.launch(SimpleNamespace(world_size=2, precision="auto"), "rows")
     assert [handler.backend for handler in handlers] == ["gloo"]
 
 

@@ -25,7 +25,7 @@ from rich.table import Table
 from summarize_from_feedback_details import ppo_left_padding as ppo
 from summarize_from_feedback_details import reward, sft, tldr_dataset, toy_tldr
 from summarize_from_feedback_details.common import checkpoints, console, machine, run_folder
-from summarize_from_feedback_details.common.arguments import command_line, refuse_left_over
+from summarize_from_feedback_details.common.arguments import RunArgs, command_line, refuse_left_over
 from summarize_from_feedback_details.common.console import Progress, print_table
 from summarize_from_feedback_details.common.files import atomic_folder, refuse_unwritable, write_whole
 
@@ -47,7 +47,7 @@ class Inner:
 
 
 @dataclass
-class Arguments:
+class Arguments(RunArgs):
     """Of a small script."""
 
     output_dir: str = "x"
@@ -354,9 +354,9 @@ def test_runs_of_another_form_do_not_stop_a_new_one(world, workdir, content):
     (workdir / "runs/gone").mkdir()
     (workdir / "runs/gone/summary.json").symlink_to("/not/there")
     args = replace(world.sft_args("policy"), run_name=None)
-    assert run_folder.choose_run_name(args, "sft").startswith("sft__")
+    assert run_folder.RunFolder(args, "sft").path.name.startswith("sft__")
     for name in ("summary", "args", "typed"):
-        assert run_folder.finished_before(replace(args, run_name=name), "sft", 0) is None
+        assert not run_folder.RunFolder(replace(args, run_name=name), "sft").is_finished()
         with pytest.raises(SystemExit):
             run_folder.RunFolder.refuse_taken(replace(args, run_name=name))
 

@@ -1,17 +1,91 @@
 """The command line: what every script does before `main`, and how bad input is refused: in one line, exit code 2."""
 
 import errno
+import inspect
 import math
 import os
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # what a disk says that takes no more
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # a launcher sets all of them
+SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")  # those that need no more than a name
+SIZES = "--batch_size and --local_micro_batch_size, from which it follows"
+# arguments of the original scripts, and of earlier versions, and what to use in their stead
+DROPPED = {
+    "cuda": "CUDA_VISIBLE_DEVICES, or ACCELERATE_USE_CPU=true for the CPU",
+    "load_from_cache_file": "nothing: the tokenised dataset is read as it is",
+    "truncate_token_id": "--truncate_token, where responses are sampled",
+    "hf_repo_url": "--hf_repo_id and --hf_repo_revision",
+    "num_eval_samples": "--num_eval_rows",
+    "local_normalize_batch_size": "--local_eval_batch_size",
+    "micro_batch_size": SIZES,
+    "local_mini_batch_size": SIZES,
+    "mini_batch_size": SIZES,
+    "local_batch_size": SIZES,
+    "label_dataset": "reward.py, where comparisons are read",
+    "sft_model_path": "--base_model, which may be any policy",
+    "reward_model_path": "ppo_left_padding.py, where the reward model is read",
+    "response_length": "nothing: no response is sampled here",
+    "truncate_token": "nothing: no response is sampled here",
+    "temperature": "nothing: no response is sampled here",
+    "num_train_epochs": "--total_episodes: the queries are reshuffled at each pass",
+    "ppo.nminibatches": "--nminibatches",
+    "reward.kl_coef": "--ppo.kl_coef",
+    "reward.use_adaptive_kl": "--ppo.kl_coef: the coefficient is fixed",
+    "reward.adaptive_kl.target": "--ppo.kl_coef: the coefficient is fixed",
+    "reward.adaptive_kl.horizon": "--ppo.kl_coef: the coefficient is fixed",
+    "reward.dataset_std": "nothing: rewards are normalised by their mean alone",
+}
+
+
+def may_change(default: Any) -> Any:
+    """A field that may have another value when a run goes on after a stop, since its results do not depend on it."""
+    return field(default=default, metadata={"may_change": True})
+
+
+def derived() -> Any:
+    """A field that is filled in, and not an argument."""
+    return field(init=False, default=None, metadata={"may_change": True})
+
+
+@dataclass
+class RunArgs:
+    """What every training run is asked that has nothing to do with learning."""
+
+    # run: name, tracking, checkpoints, results
+    exp_name: str = may_change("run")
+    """name of the experiment, the first part of the run's name"""
+    run_name: str | None = may_change(None)
+    """folder of the run below `runs/`; default `<exp_name>__<seed>__<time>`"""
+    deepspeed: bool = may_change(False)
+    """insist on DeepSpeed: refuse to run when not launched with it"""
+    track: bool = may_change(False)
+    """also log to Weights & Biases"""
+    wandb_project_name: str = may_change("tldr_summarize")
+    """project on Weights & Biases"""
+    wandb_entity: str | None = may_change(None)
+    """team or user on Weights & Biases"""
+    save_freq: int = may_change(100)
+    """write a checkpoint every so many updates (0: see --save_minutes)"""
+    save_minutes: float = may_change(20.0)
+    """write a checkpoint when the last one is so many minutes old (0: see --save_freq)"""
+    keep: int = may_change(2)
+    """newest checkpoints to keep; a finished run keeps none"""
+    output_dir: str = may_change("models/run")
+    """folder of the trained model"""
+    push_to_hub: bool = may_change(False)
+    """also upload the trained model"""
+    hf_entity: str | None = may_change(None)
+    """user or organisation on the hub (default: the one logged in)"""
+    hf_repo_id: str | None = may_change(None)
+    """repository on the hub (default `<base model>__<stage>__tldr`)"""
+    hf_repo_revision: str | None = may_change(None)
+    """branch on the hub (default `<stage>__<seed>__<time>`)"""
 
 
 def refuse(argument: str, found: str, expected: str) -> NoReturn:
@@ -40,7 +114,7 @@ def reason(error: BaseException) -> str:
     return f"the hub cannot be reached (offline): {text}" if offline else text
 
 
-def command_line(main: Callable, arguments: type, dropped: dict[str, str] | None = None) -> None:
+def command_line(main: Callable, arguments: type) -> None:
     """Start a script from its command line: what all of them do before `main`.
 
     What the terminal or the log file cannot show is replaced (a curly quote in Latin-1), `~` is written out in every
@@ -48,15 +122,18 @@ def command_line(main: Callable, arguments: type, dropped: dict[str, str] | None
 
     Args:
         main: takes the arguments.
-        arguments: their dataclass; one with a `world_size` can be started as several processes.
-        dropped: see `refuse_dropped`.
+        arguments: their dataclass; one of a training stage (`RunArgs`) can be started as several processes.
     """
     import tyro
 
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")
-    refuse_left_over("world_size" in {field.name for field in fields(arguments)})
-    refuse_dropped(sys.argv[1:], dropped or {})
+    trains = issubclass(arguments, RunArgs)
+    refuse_left_over(several=trains)
+    if trains:
+        refuse_dropped(sys.argv[1:], arguments)
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            tyro.cli(_by_headings(arguments), use_underscores=True)  # prints and ends
     args = tyro.cli(arguments, use_underscores=True)
     _write_out_home(args)
     try:
@@ -65,6 +142,46 @@ def command_line(main: Callable, arguments: type, dropped: dict[str, str] | None
         if error.errno not in NO_ROOM:
             raise
         raise SystemExit(f"error: {error.filename or 'a file'} cannot be written: {error.strerror}") from None
+    if trains:
+        _leave_group()
+
+
+def _leave_group() -> None:
+    """Leave torch's process group at the end of a stage, on all ranks.
+
+    Left to the end of the interpreter, gloo's threads sometimes abort a rank, and the launcher then fails a run that
+    has finished (https://github.com/pytorch/pytorch/pull/179291).
+    """
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _by_headings(arguments: type) -> type:
+    """The same arguments under the headings that stand as comments in their dataclasses' sources; for --help alone."""
+    import tyro
+
+    headings, sentences = {}, {}
+    for cls in reversed([c for c in arguments.__mro__ if is_dataclass(c)]):
+        heading, name = "", ""
+        for line in inspect.getsource(cls).splitlines():
+            if found := re.match(r"    # ([a-z]+)", line):
+                heading = found[1]
+            elif found := re.match(r"    (\w+): ", line):
+                name = found[1]
+                headings.setdefault(name, heading)
+            elif found := re.match(r'    """(.*)"""', line):
+                sentences[name] = found[1]
+    grouped: dict[str, list] = {}
+    for f in fields(arguments):
+        if f.init and not is_dataclass(f.default_factory):
+            flag = tyro.conf.arg(help=sentences[f.name], prefix_name=False)
+            grouped.setdefault(headings[f.name], []).append((f.name, Annotated[f.type, flag], field(default=f.default)))
+    nested = [(f.name, f.type, field(default_factory=f.type)) for f in fields(arguments) if is_dataclass(f.type)]
+    groups = {name: make_dataclass(name, members) for name, members in grouped.items()}
+    members = [(name, group, field(default_factory=group)) for name, group in groups.items()]
+    return make_dataclass("Args", [*members, *nested])
 
 
 def _write_out_home(args: Any) -> None:
@@ -78,12 +195,12 @@ def _write_out_home(args: Any) -> None:
         # also `name=~/x`, as visualize_tokens.py has it
         return re.sub(r"(?<![^=])~.*", lambda m: os.path.expanduser(m[0]), value) if isinstance(value, str) else value
 
-    for field in fields(args):
-        value = getattr(args, field.name)
+    for f in fields(args):
+        value = getattr(args, f.name)
         if is_dataclass(value):
             _write_out_home(value)
-        elif field.name != "truncate_token":
-            setattr(args, field.name, written_out(value))
+        elif f.name != "truncate_token":
+            setattr(args, f.name, written_out(value))
 
 
 def refuse_left_over(several: bool) -> None:
@@ -119,18 +236,19 @@ def refuse_left_over(several: bool) -> None:
         refuse_variable("ACCELERATE_USE_DEEPSPEED", expected)
 
 
-def refuse_dropped(argv: list[str], dropped: dict[str, str]) -> None:
+def refuse_dropped(argv: list[str], arguments: type) -> None:
     """Refuse arguments of the original scripts that are gone, saying what to use in their stead.
 
     Args:
         argv: the command line without the program, e.g. `sys.argv[1:]`.
-        dropped: argument name -> what to use instead.
+        arguments: the dataclass of this script; what it has is not gone.
     """
+    there = {f.name for f in fields(arguments) if f.init}
     for word in argv:
         name = word.lstrip("-").split("=")[0].replace("-", "_")
         name = name.removeprefix("no_").replace(".no_", ".")
-        if word.startswith("--") and name in dropped:
-            refuse(name, "an argument that this version does not have", dropped[name])
+        if word.startswith("--") and name in DROPPED and name not in there:
+            refuse(name, "an argument that this version does not have", DROPPED[name])
 
 
 def check_sizes(args: Any, positive: tuple[str, ...] = (), at_least_zero: tuple[str, ...] = ()) -> None:
@@ -147,33 +265,47 @@ def check_sizes(args: Any, positive: tuple[str, ...] = (), at_least_zero: tuple[
                 refuse(name, str(value), expected)
 
 
-def check_batch_sizes(args, world_size: int, default_batch_size: int) -> None:
+def check_optimisation(args: Any) -> None:
+    """Refuse settings of optimiser, schedule and evaluation that all stages have, and that cannot work."""
+    check_sizes(
+        args,
+        positive=("eps", "max_grad_norm", "local_eval_batch_size", "num_eval_rows"),
+        at_least_zero=("seed", "lr", "weight_decay", "warm_up_steps", "eval_freq", "print_sample_output_freq"),
+    )
+    if args.scheduler not in SCHEDULERS:
+        refuse("scheduler", args.scheduler, f"one of {', '.join(SCHEDULERS)}")
+
+
+def derive_sizes(args: Any, default_batch_size: int) -> None:
     """Fill in the batch sizes that were left out; refuse those that contradict each other.
 
-    micro batch (one forward pass) <= batch (one update); `local_` is per process.
+    micro batch (one forward pass) <= mini-batch (one optimiser step; where there is --nminibatches) <= batch (one
+    update); `local_` is per process.
     Deviates: the global batch is what stays the same on another number of processes, so it is the default, and
     --gradient_accumulation_steps follows from it (the original kept the accumulation: 1 GPU trained on an eighth).
     """
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
     if args.world_size not in (None, world_size):
         refuse("world_size", str(args.world_size), f"{world_size}, the number of processes launched")
     args.world_size = world_size
-    positive = "local_micro_batch_size gradient_accumulation_steps micro_batch_size local_batch_size batch_size"
-    check_sizes(args, positive=tuple(positive.split()))
-    micro = args.local_micro_batch_size * world_size
-    if args.gradient_accumulation_steps is None:
-        batch_size = args.batch_size or (args.local_batch_size or 0) * world_size or default_batch_size
-        if batch_size % micro:
-            expected = f"a multiple of {micro} (--local_micro_batch_size {args.local_micro_batch_size} x {world_size}"
-            refuse("batch_size", str(batch_size), f"{expected} processes)")
-        args.gradient_accumulation_steps = batch_size // micro
-    local = args.local_micro_batch_size * args.gradient_accumulation_steps
-    for name, value in (("micro_batch_size", micro), ("local_batch_size", local), ("batch_size", local * world_size)):
-        if getattr(args, name) not in (None, value):
-            how = (
-                f"micro {args.local_micro_batch_size} x accumulation {args.gradient_accumulation_steps} x {world_size}"
-            )
-            refuse(name, str(getattr(args, name)), f"{value} ({how} processes)")
-        setattr(args, name, value)
+    cuts = ["nminibatches"] if hasattr(args, "nminibatches") else []
+    check_sizes(args, positive=("local_micro_batch_size", "gradient_accumulation_steps", "batch_size", *cuts))
+    minis = args.nminibatches if cuts else 1
+    args.micro_batch_size = args.local_micro_batch_size * world_size
+    how = f"--local_micro_batch_size {args.local_micro_batch_size} x {world_size} processes"
+    how += f" x --nminibatches {minis}" if cuts else ""
+    unit = args.micro_batch_size * minis
+    given = args.gradient_accumulation_steps
+    batch_size = args.batch_size or (unit * given if given else default_batch_size)
+    if batch_size % unit:
+        refuse("batch_size", str(batch_size), f"a multiple of {unit} ({how})")
+    args.gradient_accumulation_steps = batch_size // unit
+    if given not in (None, args.gradient_accumulation_steps):
+        expected = f"{args.gradient_accumulation_steps} (--batch_size {batch_size} / ({how}))"
+        refuse("gradient_accumulation_steps", str(given), expected)
+    args.batch_size, args.local_batch_size = batch_size, batch_size // world_size
+    if cuts:
+        args.mini_batch_size, args.local_mini_batch_size = batch_size // minis, args.local_batch_size // minis
 
 
 def fill_episodes(args, rows: int) -> None:
@@ -188,13 +320,6 @@ def fill_episodes(args, rows: int) -> None:
     if args.num_updates not in (None, updates):
         refuse("num_updates", str(args.num_updates), f"{updates} ({args.total_episodes} episodes / {args.batch_size})")
     args.num_updates = updates
-
-
-def check_scheduler(args) -> None:
-    """Refuse a learning rate schedule that transformers does not know, or that needs more than a name."""
-    known = ["linear", "cosine", "constant", "constant_with_warmup"]
-    if args.scheduler not in known:
-        refuse("scheduler", args.scheduler, f"one of {', '.join(known)}")
 
 
 def drop_revisions(args: Any, *models: str) -> None:

@@ -50,16 +50,18 @@ class Checkpoints:
 
     Args:
         run: the run's folder, entered.
-        args: has `save_freq` (updates), `save_minutes` and `keep`.
         accelerator: of accelerate.
         model, optimizer: as `accelerator.prepare` returned them.
         scheduler: of the learning rate, by `transformers.get_scheduler`.
-        fixed: what else must be the same when the run goes on, e.g. a fingerprint of the data: argument -> value.
+        must_not_change: what must be the same when the run goes on, besides precision and models, e.g. a fingerprint of
+            the data: argument -> value.
     """
 
-    def __init__(self, run: RunFolder, args: Any, accelerator, model, optimizer, scheduler, fixed: dict[str, Any]):
-        self.run, self.args, self.accelerator, self.scheduler = run, args, accelerator, scheduler
-        self.model, self.optimizer, self.fixed = model, optimizer, json.loads(json.dumps(fixed))
+    def __init__(self, run: RunFolder, accelerator, model, optimizer, scheduler, must_not_change: dict[str, str]):
+        self.run, self.args, self.accelerator, self.scheduler = run, run.args, accelerator, scheduler
+        self.model, self.optimizer = model, optimizer
+        precision = {"precision": accelerator.mixed_precision}
+        self.must_not_change = must_not_change | precision | run.args_as_given["models"]
         self.folder = run.path / "checkpoints"
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.saved_at, self.look = time.monotonic(), {}
@@ -172,7 +174,7 @@ class Checkpoints:
             "logs": self.run.sync_logs(),
             "seconds": self.run.seconds(),
             "metrics": self.run.metrics,
-            "fixed": self.fixed,
+            "fixed": self.must_not_change,
         }
         (partial / "state.json").write_text(json.dumps(state, indent=1) + "\n")
         manifest = {name: look for one in looks for name, look in one.items()}
@@ -216,7 +218,7 @@ class Checkpoints:
             set_masters(self.model, self.optimizer)
             return {"found": False, "update": 0, "step": None, "shared": {}, "local": {}}
         state = json.loads((folder / "state.json").read_text())
-        for argument, value in self.fixed.items():
+        for argument, value in self.must_not_change.items():
             then = state["fixed"].get(argument)
             if then != value:
                 refuse(argument, f"{value} now, {then} in '{folder}'", "the same, or a new run name")

@@ -29,35 +29,26 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from summarize_from_feedback_details.common.arguments import refuse
+from accelerate.utils import broadcast_object_list
+
+from summarize_from_feedback_details.common.arguments import RunArgs, check_sizes, refuse
+from summarize_from_feedback_details.common.console import Progress, quiet_libraries
 from summarize_from_feedback_details.common.files import read_metrics, refuse_unwritable, write_json, wrote
-from summarize_from_feedback_details.common.hub import push
+from summarize_from_feedback_details.common.hub import check_push, push
 from summarize_from_feedback_details.common.machine import give_back_fragments
 
 LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "numpy")
 REQUEUE_ME = 75  # exit code of a run that a signal interrupted and that the same command continues (EX_TEMPFAIL)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-# arguments that may change when a run goes on, since its results do not depend on them
-FREE = {
-    *("exp_name", "run_name", "output_dir", "value_output_dir", "track", "wandb_project_name", "wandb_entity"),
-    *("push_to_hub", "hf_entity", "hf_repo_id", "hf_repo_revision"),
-    *("print_sample_output_freq", "eval_freq", "save_freq", "save_minutes", "keep"),
-    *("world_size", "deepspeed", "gradient_accumulation_steps", "gradient_checkpointing", "offload", "shared_prefix"),
-    *("local_micro_batch_size", "micro_batch_size", "local_mini_batch_size", "local_batch_size"),
-    *("local_rollout_forward_batch_size", "local_eval_batch_size"),
-}
-BEGUN = {
-    "lock",
-    "tables",
-    "args.json",
-    "typed.json",
-    *(f".{n}.json.partial" for n in ("args", "typed", "summary")),
-}  # of a run killed at its start
+# what a run that was killed at its start leaves behind
+STARTUP_FILES = {"lock", "tables", "args.json", "typed.json", ".args.json.partial", ".typed.json.partial",
+                 ".summary.json.partial"}  # fmt: skip
+MODELS = ("base_model", "sft_model_path", "reward_model_path")  # arguments that name a checkpoint
 _stop = {"wanted": False}  # set by a signal
 
 
@@ -100,7 +91,7 @@ def _flat(args: dict, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _read_run(path: Path) -> tuple[dict, dict] | None:
+def read_run(path: Path) -> tuple[dict, dict] | None:
     """Summary and arguments of a run, or None where they are not there, unreadable or of another form."""
     try:
         summary, args = (json.loads((path / f"{name}.json").read_text()) for name in ("summary", "args"))
@@ -109,16 +100,17 @@ def _read_run(path: Path) -> tuple[dict, dict] | None:
     return (summary, args) if isinstance(args, dict) and isinstance(summary, dict) and "state" in summary else None
 
 
-def differences(saved: dict, now: dict) -> dict[str, tuple]:
-    """Arguments that change the result and are not those of a saved run: name -> (there, now)."""
+def differences(args: Any, saved: dict, now: dict) -> dict[str, tuple]:
+    """Arguments that change the result (not `may_change`) and are not those of a saved run: name -> (there, now)."""
+    free = {f.name for f in fields(args) if f.metadata.get("may_change")}
     saved, now = _flat(saved), _flat(json.loads(json.dumps(now, default=str)))
-    return {k: (saved.get(k), v) for k, v in now.items() if k not in FREE and saved.get(k) != v}
+    return {k: (saved.get(k), v) for k, v in now.items() if k not in free and saved.get(k) != v}
 
 
-def as_typed(args: Any) -> dict[str, Any]:
+def args_as_given(args: Any) -> dict[str, Any]:
     """The arguments before sizes are derived from them, and fingerprints of the models that they name: `typed.json`."""
-    models = {k: v for k, v in asdict(args).items() if k in ("base_model", "sft_model_path", "reward_model_path")}
-    return asdict(args) | {"models": {k: weights_fingerprint(v) for k, v in models.items()}}
+    given = asdict(args)
+    return given | {"models": {name: weights_fingerprint(given[name]) for name in MODELS if name in given}}
 
 
 def weights_fingerprint(path: str) -> str:
@@ -132,46 +124,6 @@ def weights_fingerprint(path: str) -> str:
             content.seek(max(0, size - 1_000_000))
             digest.update(content.read())
     return f"weights {digest.hexdigest()[:12]}" if os.path.isdir(path) else path
-
-
-def choose_run_name(args: Any, stage: str, root: str = "runs") -> str:
-    """The run name that was given; else that of an unfinished run with the same arguments, or a new one.
-
-    Call before sizes are derived.
-    """
-    if args.run_name:
-        return args.run_name
-    typed = as_typed(args)
-    there = [path for path in Path(root).glob("*/summary.json") if path.exists()]  # not links to nowhere
-    for path in sorted(there, key=lambda p: p.stat().st_mtime, reverse=True):
-        found = _read_run(path.parent)
-        unfinished = found is not None and found[0].get("state") != "finished" and found[0].get("stage") == stage
-        if unfinished and not differences(_read_typed(path.parent), typed) and not _held(path.parent):
-            return path.parent.name
-    return f"{args.exp_name}__{args.seed}__{int(time.time())}"
-
-
-def finished_before(args: Any, stage: str, stamp: int, root: str = "runs") -> dict[str, float] | None:
-    """The final metrics where this very run is finished already: there is nothing to do; otherwise None.
-
-    With --push_to_hub its model is pushed, where that has not happened yet. Call before sizes are derived.
-    """
-    path = Path(root) / args.run_name
-    found = _read_run(path)
-    if found is None or found[0]["state"] != "finished" or differences(_read_typed(path), as_typed(args)):
-        return None
-    outputs = [args.output_dir, getattr(args, "value_output_dir", None)]
-    if not all(wrote(path, Path(folder)) for folder in outputs if folder):
-        return None
-    if os.environ.get("RANK", "0") == "0":
-        shutil.rmtree(path / "checkpoints", ignore_errors=True)  # of a run that was killed at its very end
-        print(f"{path} is finished already, with these arguments: nothing to do\nmodel: {args.output_dir}", flush=True)
-        pushed = path / "pushed.json"
-        if args.push_to_hub and pushed.exists():
-            print(f"hub:    pushed before: {' @ '.join(json.loads(pushed.read_text()).values())}", flush=True)
-        elif args.push_to_hub:
-            push(args, stage, stamp)
-    return read_metrics(found[0].get("metrics", {}))
 
 
 def _read_typed(path: Path) -> dict:
@@ -194,29 +146,87 @@ def _held(path: Path) -> bool:
 
 
 class RunFolder:
-    """The folder of one run; a context manager, so that `summary.json` says how the run ended.
+    """The folder of one run.
 
-    On ranks other than 0 every method does nothing. While it is entered, SIGTERM and SIGUSR1 no longer end the process:
-    `stop_wanted` tells of them.
+        run = RunFolder(args, "sft")
+        if run.is_finished():
+            return run.final_metrics()
+        with run.open(accelerator):
+            ...
+
+    While it is open, `summary.json` says how the run ends, and SIGTERM and SIGUSR1 no longer end the process:
+    `stop_wanted` tells of them. Only rank 0 writes.
 
     Args:
-        args: the stage's arguments, a dataclass instance with `run_name` and, where there is tracking, `track`,
-            `wandb_project_name`, `wandb_entity`.
+        args: the stage's arguments as they were given, a `RunArgs`; gets a `run_name` where it has none: that of an
+            unfinished run with the same arguments, or a new one.
         stage: name of the stage, e.g. `sft`.
-        is_main: whether this process is rank 0.
-        typed: the arguments before sizes were derived, see `as_typed`.
         root: folder of the runs.
-
-    Raises:
-        SystemExit: code 2, where another process still works in this folder (see also `refuse_taken`).
     """
 
-    def __init__(self, args: Any, stage: str, is_main: bool = True, typed: dict | None = None, root: str = "runs"):
-        self.path, self.typed = Path(root) / args.run_name, typed or asdict(args)
-        self.args, self.stage, self.is_main = args, stage, is_main
-        self.start, self.seconds_before, self.metrics = time.monotonic(), 0.0, {}
-        self.wandb, self.held = None, 0
+    def __init__(self, args: RunArgs, stage: str, root: str = "runs"):
+        quiet_libraries()
+        self.args, self.stage, self.root = args, stage, Path(root)
+        self.is_main = os.environ.get("RANK", "0") == "0"
+        self.started_at, self.start, self.seconds_before = int(time.time()), time.monotonic(), 0.0
+        self.args_as_given = args_as_given(args)
+        args.run_name = args.run_name or self._unfinished() or f"{args.exp_name}__{args.seed}__{self.started_at}"
+        self.metrics, self.wandb, self.held, self.bar = {}, None, 0, None
         self.parameters: int | None = None  # of the trained model, once it is there
+
+    @property
+    def path(self) -> Path:
+        return self.root / self.args.run_name
+
+    def _unfinished(self) -> str | None:
+        """Name of the newest run of this stage that began with these arguments and that nobody works on."""
+        there = [path for path in self.root.glob("*/summary.json") if path.exists()]  # not links to nowhere
+        for path in sorted(there, key=lambda p: p.stat().st_mtime, reverse=True):
+            found = read_run(path.parent)
+            unfinished = found and found[0].get("state") != "finished" and found[0].get("stage") == self.stage
+            if unfinished and not self._differences(path.parent) and not _held(path.parent):
+                return path.parent.name
+        return None
+
+    def _differences(self, path: Path) -> dict[str, tuple]:
+        return differences(self.args, _read_typed(path), self.args_as_given)
+
+    def is_finished(self) -> bool:
+        """Whether this very run is finished already, so that there is nothing to do; says so.
+
+        With --push_to_hub its model is pushed, where that has not happened yet. Call before sizes are derived.
+        """
+        found, args = read_run(self.path), self.args
+        if found is None or found[0]["state"] != "finished" or self._differences(self.path):
+            return False
+        outputs = [args.output_dir, getattr(args, "value_output_dir", None)]
+        if not all(wrote(self.path, Path(folder)) for folder in outputs if folder):
+            return False
+        if self.is_main:
+            shutil.rmtree(self.path / "checkpoints", ignore_errors=True)  # of a run that was killed at its very end
+            print(f"{self.path} is finished already, with these arguments: nothing to do", flush=True)
+            print(f"model: {args.output_dir}", flush=True)
+            pushed = self.path / "pushed.json"
+            if args.push_to_hub and pushed.exists():
+                print(f"hub:    pushed before: {' @ '.join(json.loads(pushed.read_text()).values())}", flush=True)
+            elif args.push_to_hub:
+                self.push()
+        return True
+
+    def final_metrics(self) -> dict[str, float]:
+        """The metrics of a finished run."""
+        return read_metrics(read_run(self.path)[0].get("metrics", {}))
+
+    def push(self) -> None:
+        """Upload the model; on rank 0."""
+        push(self.args, self.stage, self.started_at)
+
+    @staticmethod
+    def check(args: RunArgs) -> None:
+        """Refuse what cannot work of the arguments that every run has, but for its name."""
+        check_sizes(args, positive=("keep",), at_least_zero=("save_freq", "save_minutes"))
+        refuse_unwritable("output_dir", args.output_dir, args.run_name)
+        check_push(args)
 
     @staticmethod
     def refuse_taken(args: Any, root: str = "runs") -> None:
@@ -224,23 +234,34 @@ class RunFolder:
         path = Path(root) / args.run_name
         if not args.run_name or "/" in args.run_name or args.run_name.startswith("."):
             refuse("run_name", repr(args.run_name), "a plain folder name")
-        found = _read_run(path)
+        found = read_run(path)
         if found is None:
             if os.path.exists(path / "summary.json"):
                 refuse("run_name", f"'{path}', whose summary.json or args.json is unreadable", "a new run name")
-            if os.path.exists(path) and (not path.is_dir() or {p.name for p in path.iterdir()} - BEGUN):
+            if os.path.exists(path) and (not path.is_dir() or {p.name for p in path.iterdir()} - STARTUP_FILES):
                 refuse("run_name", f"'{path}', which is not the folder of a run", "a new run name")
             return refuse_unwritable("run_name", str(path)) if not os.path.exists(path) else None
         summary, saved = found
         if summary["state"] == "finished":
             refuse("run_name", f"'{path}', which holds a finished run", "a new run name")
-        if differ := differences(saved, asdict(args)):
+        if differ := differences(args, saved, asdict(args)):
             names = ", ".join(f"--{k} ({there} there, {now} now)" for k, (there, now) in differ.items())
             refuse("run_name", f"'{path}', a run with other arguments: {names}", "a new run name or the same arguments")
         if _held(path):
             refuse("run_name", f"'{path}', a run that still goes on", "a new run name, or to wait")
         if not os.access(path, os.W_OK):
             refuse("run_name", f"'{path}', which cannot be written", "a folder that can be written")
+
+    def open(self, accelerator) -> "RunFolder":
+        """Ready for `with`, on all ranks.
+
+        Raises:
+            SystemExit: code 2, where another process still works in this folder (see also `refuse_taken`).
+        """
+        self.is_main = accelerator.is_main_process
+        # the time in it may differ between processes
+        self.args.run_name = broadcast_object_list([self.args.run_name])[0]
+        return self
 
     def __enter__(self) -> "RunFolder":
         _stop["wanted"] = False
@@ -266,9 +287,9 @@ class RunFolder:
             except BlockingIOError:
                 refuse("run_name", f"'{self.path}', a run that still goes on", "a new run name, or to wait")
             write_json(self.path / "args.json", asdict(self.args))
-            write_json(self.path / "typed.json", self.typed)
+            write_json(self.path / "typed.json", self.args_as_given)
             self._write_summary("running")
-        if getattr(self.args, "track", False):
+        if self.args.track:
             import wandb
 
             id_file = self.path / "wandb.json"  # the run goes on under the same id
@@ -312,8 +333,17 @@ class RunFolder:
                 "start the same command again: it goes on from the last checkpoint"
             ) from None
 
-    def log(self, update: int, metrics: dict[str, float]) -> None:
-        """Append one line to `metrics.jsonl`, and the same numbers to TensorBoard and W&B."""
+    def progress(self, what: str, first: int, last: int) -> range:
+        """Numbers of the updates to come; each is done with a `log` that has a note."""
+        self.bar = Progress(what, last, self.is_main, done=first - 1)
+        return range(first, last + 1)
+
+    def log(self, update: int, metrics: dict[str, float], note: str = "") -> None:
+        """Append one line to `metrics.jsonl`, and the same numbers to TensorBoard and W&B.
+
+        Args:
+            note: what the line of the progress says of this update.
+        """
         self.metrics.update(metrics)
         self.held = give_back_fragments(self.held)
         if not self.is_main:
@@ -325,6 +355,8 @@ class RunFolder:
             self._log_to_tensorboard(update, metrics)
         if self.wandb is not None:
             self.wandb.log(metrics, step=update)
+        if note:
+            self.bar.step(note=note)
 
     def _log_to_tensorboard(self, update: int, metrics: dict[str, float]) -> None:
         """Append to one file, at once: SummaryWriter's thread and names by the clock would not survive a stop."""
@@ -410,7 +442,7 @@ class RunFolder:
 
     def _has_failed(self) -> bool:
         """Whether a rank has written why it failed: that stays, since the others then fail in their own ways."""
-        return (_read_run(self.path) or ({},))[0].get("state") == "failed"
+        return (read_run(self.path) or ({},))[0].get("state") == "failed"
 
     def _write_summary(self, state: str, reason: str | None = None, requeue: bool = False) -> None:
         content = {

@@ -4,23 +4,31 @@ that it ends with."""
 import math
 import os
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
+from transformers import GenerationConfig, get_scheduler
 from transformers.integrations import unset_hf_deepspeed_config
 
 from summarize_from_feedback_details.common.arguments import refuse
 from summarize_from_feedback_details.common.files import atomic_folder
-from summarize_from_feedback_details.common.machine import on_gpu, warn_of_busy_cores
+from summarize_from_feedback_details.common.machine import keep_freed_memory, on_gpu, warn_of_busy_cores
 from summarize_from_feedback_details.common.precision import choose_precision
 from summarize_from_feedback_details.common.run_folder import RunFolder
 from summarize_from_feedback_details.common.zero import update_masters
 
 
-def make_accelerator(args) -> Accelerator:
-    """The processes of this run. Refuses a launch that is not what the arguments say."""
+def launch(args: Any, unit: str) -> Accelerator:
+    """The processes of this run. Refuses a launch that is not what the arguments say.
+
+    Args:
+        args: with their sizes derived.
+        unit: what a batch consists of, e.g. `rows`.
+    """
+    keep_freed_memory()
     if not on_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would take a GPU wherever there is one
     # without a handler, DeepSpeed on CPU leaves each process believing that it is the only one
@@ -46,7 +54,32 @@ def make_accelerator(args) -> Accelerator:
         plugin.deepspeed_config["gradient_accumulation_steps"] = 1
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.local_micro_batch_size
         plugin.deepspeed_config["gradient_clipping"] = args.max_grad_norm or 0.0
+    if accelerator.is_main_process:
+        print(f"{args.world_size} process(es) on {accelerator.device}, precision {accelerator.mixed_precision}")
+        cuts = {
+            "processes": args.world_size, "mini-batches": getattr(args, "nminibatches", None),
+            "accumulation": args.gradient_accumulation_steps, "micro batch": args.local_micro_batch_size,
+        }  # fmt: skip
+        cuts = {name: size for name, size in cuts.items() if size is not None}
+        numbers = " x ".join(map(str, cuts.values()))
+        print(f"batch {args.batch_size} {unit} = {numbers} ({' x '.join(cuts)})", flush=True)
     return accelerator
+
+
+def prepare(accelerator: Accelerator, model: torch.nn.Module, args: Any):
+    """(model, optimiser, schedule of the learning rate), ready to train; args: --optimizer and what belongs to it."""
+    # Detail: optimiser - AdamW, eps 1e-5, lr 3e-6 in all stages; weight decay 0.01 is torch's default
+    optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
+    optimizer = optimizer_class(
+        model.parameters(), lr=args.lr, eps=args.eps, weight_decay=args.weight_decay, fused=True
+    )
+    scheduler = get_scheduler(args.scheduler, optimizer, args.warm_up_steps, args.num_updates)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    # gradients get their place before activations fragment the memory; DeepSpeed keeps its own
+    if accelerator.state.deepspeed_plugin is None:
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+    return model, optimizer, scheduler
 
 
 def epoch_order(rows: int, episodes: int, seed: int) -> np.ndarray:
@@ -132,9 +165,6 @@ def save_model(accelerator, run: RunFolder, wrapped, model, tokenizer, path: str
         run: the run that writes it.
         wrapped: what `accelerator.prepare` returned; `model`, or a module that holds it as an attribute.
     """
-    import torch
-    from transformers import GenerationConfig
-
     state = accelerator.get_state_dict(wrapped) or {}  # ZeRO-3 puts it together on rank 0 only
     prefix = next(
         (f"{name}." for name, child in accelerator.unwrap_model(wrapped).named_children() if child is model), ""
@@ -156,15 +186,3 @@ def save_model(accelerator, run: RunFolder, wrapped, model, tokenizer, path: str
             model.save_pretrained(folder, state_dict=state)
             tokenizer.save_pretrained(folder)
     accelerator.wait_for_everyone()
-
-
-def leave_group() -> None:
-    """Leave torch's process group at the end of a stage, on all ranks.
-
-    Left to the end of the interpreter, gloo's threads sometimes abort a rank, and the launcher then fails a run that
-    has finished (https://github.com/pytorch/pytorch/pull/179291).
-    """
-    import torch
-
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
