@@ -25,7 +25,7 @@ torture: .venv/installed
 slurm-test: .venv/installed
 	OMP_NUM_THREADS=1 $(PY) -m pytest --durations=0 tests/test_slurm.py
 
-# the tables of the README: the toy world on three seeds (PRECISION=bf16 make toy-seeds: the same in bf16)
+# the toy world on three seeds; its numbers in the README and docs/results.md (PRECISION=bf16 make toy-seeds: in bf16)
 SUFFIX := $(if $(filter bf16,$(PRECISION)),_bf16)
 toy-seeds: .venv/installed
 	for seed in 1 2 3; do SEED=$$seed ./hello_world.sh || exit 1; done
@@ -33,7 +33,7 @@ toy-seeds: .venv/installed
 	    --raw_dirs $(foreach seed,1 2 3,data/toy_small_seed$(seed)$(SUFFIX)_raw) \
 	    --name toy_seeds$(SUFFIX) --output_dir docs/images
 
-# the scaling study of the README: 3 sizes x 3 seeds and a sweep over the KL coefficient; goes on where it was stopped
+# the scaling study of docs/results.md: 3 sizes x 3 seeds and a sweep over the KL coefficient; goes on after a stop
 scaling: .venv/installed
 	eval/scaling.sh
 

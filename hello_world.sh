@@ -175,7 +175,7 @@ else
     SEED=${SEED:-44413}
     is_count "$SEED" || refuse SEED "'$SEED'" "a number above 0"
     CHAIN=$(basename "$MODEL")_seed$SEED
-    # rows of one forward pass on one 80 GB GPU: the paper's for its three sizes (README: hardware)
+    # rows of one forward pass on one 80 GB GPU: the paper's for its three sizes (docs/running.md: Batch words)
     case $MODEL in
         *2.8b*) sizes=(1 4 32) ;;
         *6.9b* | *12b*) sizes=(1 1 4) ;;
@@ -226,5 +226,5 @@ else
         --reward_model "$REWARD" --num 20 --html "$REPORTS/tokens.html"
     "$PYTHON" eval/hello_report.py --chains "$CHAIN"
     echo "win rates ask a server, which costs money: OPENAI_API_KEY=... $PYTHON eval/judge.py --judge openai \\"
-    echo "    --run ${CHAIN}_sft ${CHAIN}_ppo --max_requests 10000    (or --base_url, README: The judge)"
+    echo "    --run ${CHAIN}_sft ${CHAIN}_ppo --max_requests 10000    (or --base_url, docs/judge.md)"
 fi

@@ -241,7 +241,7 @@ def fit(args: "Args") -> tuple[str, str]:
 
 
 def paper_layouts(shape: Shape) -> dict[str, Layout]:
-    """The runs of the README on 8 GPUs of 80 GB, and what else docs/cluster.md speaks of."""
+    """The runs of docs/running.md on 8 GPUs of 80 GB, and what else docs/cluster.md speaks of."""
     rows, sampled = {"1B": (16, 64), "2.8B": (4, 32), "6.9B": (1, 4)}[shape.name]
     eight = {"processes": 8, "zero": 2}
     ppo = {"stage": "ppo", "rows": rows, "tokens": 565, "responses": 53, "rollout_rows": sampled}

@@ -2,13 +2,14 @@
 
 Reads   runs/<chain>_{sft,reward,ppo} of one or several chains (`hello_world.sh` makes them); with --raw_dirs also the
         toy world's raw rows and what its annotator found (`eval/judge.py`)
-Writes  eval/reports/<name>.{csv,md,png}
+Writes  eval/reports/<name>.{csv,md,png}; the numbers of this report that the README and docs/results.md show
 
     python eval/hello_report.py --chains toy_small_seed1 --raw_dirs data/toy_small_seed1_raw
 """
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +52,9 @@ class Args:
     """folder of the report"""
     name: str | None = None
     """name of the report (default: the first chain)"""
+    documents: tuple[str, ...] = ("README.md", "docs/results.md")
+    """documents that show numbers of this report, between `<!-- REPORT.md -->` and `<!-- /REPORT.md -->`, where
+    REPORT.md is the report's path: the numbers there are replaced"""
 
 
 def read_run(path: Path) -> dict:
@@ -152,6 +156,39 @@ def draw_curves(runs_by_chain: dict[str, dict], path: str) -> None:
     save_figure(figure, path, dpi=110)
 
 
+def shown(value: float) -> str:
+    """A number as tables show it."""
+    return "-" if pandas.isna(value) else f"{value:.3f}"
+
+
+def fill_tables(text: str, report: str, numbers: pandas.DataFrame) -> str:
+    """A document with the numbers of a report put in: everything else between its markers stays.
+
+    Args:
+        text: the document. In a row of a table whose first cell ends with a metric in backticks, the last cells are
+            replaced, one for each chain; in a line of the printed table (`│ metric │ 0.1 │`) the first chain's number.
+        report: path of the report, as in the markers `<!-- docs/images/toy_seeds.md -->`, `<!-- /docs/... -->`.
+        numbers: one row a metric, one column a chain.
+
+    Raises:
+        KeyError: a row of the document names a metric that the report does not have.
+        ValueError: a row has fewer cells than the report has chains.
+    """
+
+    def fill_line(line: str) -> str:
+        if printed := re.fullmatch(r"(│ (\S+) +│ )\S+ *│", line):
+            return f"{printed[1]}{shown(numbers.loc[printed[2]].iloc[0]):15} │"
+        cells = line.split(" | ")
+        if not (metric := re.search(r"`(\w+/\w+)`$", cells[0])):
+            return line
+        if len(cells) <= len(numbers.columns):
+            raise ValueError(f"{len(numbers.columns)} chains do not fit into the row {line}")
+        return " | ".join([*cells[: -len(numbers.columns)], *map(shown, numbers.loc[metric[1]])]) + " |"
+
+    block = re.compile(rf"(?<=<!-- {re.escape(report)} -->\n).*?(?=<!-- /{re.escape(report)} -->)", re.S)
+    return block.sub(lambda found: "\n".join(map(fill_line, found[0].split("\n"))), text)
+
+
 def main(args: Args) -> pandas.DataFrame:
     """Print the table and write the report; returns the numbers, one column a chain."""
     if args.raw_dirs and len(args.raw_dirs) != len(args.chains):
@@ -173,16 +210,24 @@ def main(args: Args) -> pandas.DataFrame:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # a judge's files, or raw rows
             refuse("chains", f"'{chain}', which cannot be read ({type(error).__name__}: {error})", "whole files")
     numbers = pandas.DataFrame(columns)
-    shown = Table("", *numbers.columns, title="What each stage reached")
+    printed = Table("", *numbers.columns, title="What each stage reached")
     for name, row in numbers.iterrows():
-        shown.add_row(str(name), *("-" if pandas.isna(v) else f"{v:.3f}" for v in row))
-    print_table(shown)
+        printed.add_row(str(name), *map(shown, row))
+    print_table(printed)
     write_whole(f"{written}.csv", numbers.to_csv(index_label="metric"))
     lines = ["| | " + " | ".join(numbers.columns) + " |", "|---|" + "---|" * len(numbers.columns)]
-    lines += ["| " + str(n) + " | " + " | ".join("-" if pandas.isna(v) else f"{v:.3f}" for v in r) + " |" for n, r in numbers.iterrows()]  # fmt: skip  # noqa: E501
+    lines += [f"| {name} | " + " | ".join(map(shown, row)) + " |" for name, row in numbers.iterrows()]
     write_whole(f"{written}.md", "\n".join(lines) + "\n")
     with drawing():
         draw_curves(runs, f"{written}.png")
+    for document in filter(Path.is_file, map(Path, args.documents)):
+        before = document.read_text(encoding="utf-8")
+        try:
+            after = fill_tables(before, f"{written}.md", numbers)
+        except (KeyError, ValueError) as error:
+            refuse("documents", f"'{document}', whose rows do not fit {written}.md ({error})", "rows of that report")
+        if after != before:
+            write_whole(document, after)
     for chain in args.chains:
         for stage, run in runs[chain].items():
             path = Path(args.runs_dir) / f"{chain}_{name_of[stage]}"

@@ -441,7 +441,7 @@ def agreement(verdicts: pandas.DataFrame, interval: Callable) -> dict[str, Any]:
 
 
 def summarise(verdicts: pandas.DataFrame, args: Args) -> dict[str, Any]:
-    """All numbers of a report from one row a post; see the README for what each is."""
+    """All numbers of a report from one row a post; see docs/judge.md for what each is."""
     posts, outcomes = verdicts["query"].to_numpy(), verdicts["outcome"].to_numpy(float)
     interval = lambda values, where, shares=True: mean_interval(values, where, args.bootstrap, args.seed, shares)
     read = ~np.isnan(outcomes)

@@ -120,7 +120,7 @@ def test_a_ratio_by_hand():
 
 @pytest.mark.parametrize("file", [f for f in RESULTS if (f.parent / "README.md").exists()], ids=lambda f: f.parent.name)
 def test_committed_report_is_made_of_its_measurements(file):
-    """Every ratio of the table, and the README's, from runs.json."""
+    """Every ratio of the table, and of docs/benchmark.md, from runs.json."""
     import bench
 
     runs = bench.Runs(file.parent, file.parent)
