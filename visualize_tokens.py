@@ -39,7 +39,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM
 
 from summarize_from_feedback_details import ppo_left_padding as ppo
 from summarize_from_feedback_details.common.arguments import check_sizes, command_line, refuse
@@ -56,10 +55,9 @@ from summarize_from_feedback_details.common.console import Progress, quiet_libra
 from summarize_from_feedback_details.common.files import refuse_uncreatable, write_whole
 from summarize_from_feedback_details.common.logprobs import response_logits, spread, token_logprobs
 from summarize_from_feedback_details.common.machine import on_gpu
-from summarize_from_feedback_details.common.packed_rows import use_packed_attention
+from summarize_from_feedback_details.common.policies import load_policy
 from summarize_from_feedback_details.common.reward_models import load_reward_model, read_rewards
 from summarize_from_feedback_details.common.sampling import episode_noise, pad_rows, sample_responses, strip_pads
-from summarize_from_feedback_details.common.training import disable_dropout
 from summarize_from_feedback_details.toy_tldr import MANIFEST
 
 HERE = Path(__file__).parent
@@ -332,13 +330,10 @@ def loaded(argument: str, model: Model, device: torch.device, kind: str = "polic
         if kind == "reward":
             network = load_reward_model(*model, argument)
         else:
-            network = AutoModelForCausalLM.from_pretrained(model.path, revision=model.revision, dtype=torch.float32)
+            network = load_policy(argument, *model)
     except (OSError, RuntimeError, ValueError) as error:  # e.g. a hub id whose configuration alone is in the cache
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         refuse(argument, f"'{model}', which cannot be loaded: {reason}", "a whole checkpoint")
-    disable_dropout(network)
-    if kind != "reward":
-        use_packed_attention(network)
     network = network.to(device).eval().requires_grad_(False)
     yield network
     network.to("meta")  # whoever still holds it holds no weights

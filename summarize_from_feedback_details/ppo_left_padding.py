@@ -18,7 +18,6 @@ whitening and mini-batches are those of the whole batch on any number of process
 """
 
 import math
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,11 +27,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from rich.table import Table
-from transformers import (
-    AutoModelForCausalLM,
-)
 
 from summarize_from_feedback_details.common.arguments import (
     RunArgs,
@@ -54,10 +49,10 @@ from summarize_from_feedback_details.common.check_inputs import (
     find_model,
     find_tokenizer,
     load_rows,
-    refuse_bad_weights,
 )
 from summarize_from_feedback_details.common.checkpoints import Checkpoints, fingerprint
-from summarize_from_feedback_details.common.console import Progress, print_table
+from summarize_from_feedback_details.common.console import print_table
+from summarize_from_feedback_details.common.evaluation import evaluating, score_policy
 from summarize_from_feedback_details.common.files import refuse_unwritable
 from summarize_from_feedback_details.common.logprobs import (
     INVALID_LOGPROB,
@@ -71,10 +66,11 @@ from summarize_from_feedback_details.common.logprobs import (
     token_logprobs,
 )
 from summarize_from_feedback_details.common.machine import memory_gb
-from summarize_from_feedback_details.common.packed_rows import hidden_at, packs, use_packed_attention
+from summarize_from_feedback_details.common.packed_rows import hidden_at, packs
+from summarize_from_feedback_details.common.policies import load_policy
 from summarize_from_feedback_details.common.precision import cast_parameters, exact, keep_exact
 from summarize_from_feedback_details.common.reward_models import load_reward_model, read_rewards
-from summarize_from_feedback_details.common.run_folder import RunFolder, stop_if_wanted, stop_wanted
+from summarize_from_feedback_details.common.run_folder import RunFolder
 from summarize_from_feedback_details.common.sampling import (
     episode_noise,
     first_true_indices,
@@ -84,7 +80,6 @@ from summarize_from_feedback_details.common.sampling import (
 )
 from summarize_from_feedback_details.common.training import (
     deal,
-    disable_dropout,
     epoch_order,
     launch,
     prepare,
@@ -487,48 +482,6 @@ def make_rollout(
     return Rollout(torch.tensor(query_rows, device=device), responses, logprobs, ref_logprobs, values, scores)
 
 
-@torch.no_grad()
-def evaluate_policy(accelerator, policy, reward_model, rows, tokenizer, args, what: str) -> dict[str, list]:
-    """A response to each row of a split with its score, and the reference's score; each row once.
-
-    Returns:
-        columns `query, response, reference, score, reference_score, response_length, has_eos`, on every rank.
-    """
-    ids, device = find_ids(args.truncate_token, tokenizer), accelerator.device
-    pad_id = ids.pad
-    lengths = np.asarray([len(strip_pads(q, pad_id)) for q in rows["query_token"]])
-    mine = np.argsort(-lengths, kind="stable")[accelerator.process_index :: accelerator.num_processes].tolist()
-    progress, found = Progress(f"{what} rows", len(mine), accelerator.is_main_process), []
-    for start in range(0, len(mine), args.local_eval_batch_size):
-        part = mine[start : start + args.local_eval_batch_size]
-        batch = rows[part]
-        queries = [strip_pads(q, pad_id) for q in batch["query_token"]]
-        references = [strip_pads(r, pad_id) for r in batch["reference_response_token"]]
-        with accelerator.autocast():
-            query_tokens = pad_rows(queries, pad_id, "left").to(device)
-            responses, _ = sample_responses(
-                policy, query_tokens, episode_noise(args.seed, part, device), ids, args.response_length,
-                args.eval_temperature,
-            )  # fmt: skip
-            scores, reference_scores = (
-                read_rewards(reward_model, [q + r for q, r in zip(queries, written)]).tolist()
-                for written in ([strip_pads(r, pad_id) for r in responses.cpu()], references)
-            )
-        texts = tokenizer.batch_decode(responses.tolist(), skip_special_tokens=True)
-        for i, row in enumerate(part):
-            length, ended = int((responses[i] != pad_id).sum()), bool((responses[i] == ids.stop).any())
-            reference = batch["reference_response"][i].replace(tokenizer.eos_token, "").strip()
-            texts_of_row = (batch["query"][i], texts[i].strip(), reference)
-            found.append((row, *texts_of_row, scores[i], reference_scores[i], length, ended))
-        progress.step(len(part))
-        if stop_wanted():  # what is evaluated here is evaluated again
-            break
-    stop_if_wanted()
-    found = sorted(gather_object(found))
-    names = ["query", "response", "reference", "score", "reference_score", "response_length", "has_eos"]
-    return {name: [row[1 + i] for row in found] for i, name in enumerate(names)}
-
-
 def report(found: dict[str, list]) -> dict[str, float]:
     """Metrics `eval/ppo/validation/...` of an evaluated split."""
     score, reference = np.array(found["score"]), np.array(found["reference_score"])
@@ -657,17 +610,12 @@ def main(args: Args) -> dict[str, float]:
         # --------------------------------------------------------------------------------------------------------------
         # models, optimiser
         torch.manual_seed(args.seed)
-        revision = None if os.path.isdir(args.sft_model_path) else args.sft_model_revision
-        load = lambda: AutoModelForCausalLM.from_pretrained(
-            args.sft_model_path, revision=revision, dtype=torch.float32, output_loading_info=True
+        policy, ref_policy = (
+            load_policy("sft_model_path", args.sft_model_path, args.sft_model_revision) for _ in range(2)
         )
-        (policy, loaded), (ref_policy, _) = load(), load()
-        refuse_bad_weights("sft_model_path", args.sft_model_path, loaded["missing_keys"], policy)
         reward_model = load_reward_model(args.reward_model_path, args.reward_model_revision)
         value_model = load_reward_model(args.reward_model_path, args.reward_model_revision)
-        for model in (policy, ref_policy, reward_model, value_model):
-            disable_dropout(model)
-        packed = all([use_packed_attention(policy), use_packed_attention(ref_policy), packs(reward_model)])
+        packed = packs(policy) and packs(reward_model)
         if is_main:
             how = "packed" if packed else "padded: this architecture cannot pack them"
             print(f"rows are read {how}", flush=True)
@@ -686,9 +634,8 @@ def main(args: Args) -> dict[str, float]:
                 frozen.to(device)
 
         def evaluate(rows, what: str):
-            model.eval()
-            with gathered(model), lent(reward_model, device):
-                return evaluate_policy(accelerator, whole.policy, reward_model, rows, tokenizer, args, what)
+            with evaluating(accelerator, model) as networks, lent(reward_model, device):
+                return score_policy(networks.policy, reward_model, rows, tokenizer, args, what)
 
         # --------------------------------------------------------------------------------------------------------------
         # loop

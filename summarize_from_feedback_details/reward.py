@@ -24,7 +24,6 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate.utils import gather_object
 from rich.table import Table
 from transformers import AutoModelForSequenceClassification
 
@@ -51,11 +50,12 @@ from summarize_from_feedback_details.common.check_inputs import (
     refuse_bad_weights,
 )
 from summarize_from_feedback_details.common.checkpoints import Checkpoints, fingerprint
-from summarize_from_feedback_details.common.console import Progress, print_table
+from summarize_from_feedback_details.common.console import print_table
+from summarize_from_feedback_details.common.evaluation import evaluating, for_each_row, gather_rows
 from summarize_from_feedback_details.common.machine import memory_gb
 from summarize_from_feedback_details.common.packed_rows import hidden_at, join, pack, packs, use_packed_attention
 from summarize_from_feedback_details.common.precision import use_float32_head
-from summarize_from_feedback_details.common.run_folder import RunFolder, stop_if_wanted, stop_wanted
+from summarize_from_feedback_details.common.run_folder import RunFolder
 from summarize_from_feedback_details.common.sampling import strip_pads
 from summarize_from_feedback_details.common.training import (
     deal,
@@ -66,7 +66,6 @@ from summarize_from_feedback_details.common.training import (
     save_model,
     train_step,
 )
-from summarize_from_feedback_details.common.zero import gathered
 
 
 @dataclass
@@ -242,52 +241,28 @@ def pair_rewards(model, pairs, packed: bool, shared_prefix: bool, device) -> tup
 # evaluation
 
 
-@torch.no_grad()
-def evaluate_pairs(accelerator, model, rows, pad_id: int, args, shared_prefix: bool, what: str):
-    """Rewards of every pair of a split, each row once: ([rows], [rows]) chosen and rejected, on every rank."""
-    was_training = model.training
-    model.eval()
-    lengths = np.asarray(rows["query_chosen_token_len"]) + np.asarray(rows["query_rejected_token_len"])
-    mine = np.argsort(-lengths, kind="stable")[accelerator.process_index :: accelerator.num_processes].tolist()
-    progress, found = Progress(f"{what} pairs", len(mine), accelerator.is_main_process), []
-    whole = accelerator.unwrap_model(model)
-    with gathered(model):
-        for start in range(0, len(mine), args.local_eval_batch_size):
-            part = mine[start : start + args.local_eval_batch_size]
-            with accelerator.autocast():
-                pairs = read_pairs(rows[part], pad_id)
-                chosen, rejected = pair_rewards(whole, pairs, packs(whole.model), shared_prefix, accelerator.device)
-            found += zip(part, chosen.tolist(), rejected.tolist())
-            progress.step(len(part))
-            if stop_wanted():  # what is evaluated here is evaluated again
-                break
-    model.train(was_training)
-    stop_if_wanted()
-    found = sorted(gather_object(found))
-    return np.array([c for _, c, _ in found]), np.array([r for _, _, r in found])
+def evaluate_pairs(accelerator, model, rows, pad_id: int, args: Args, what: str) -> tuple[np.ndarray, np.ndarray]:
+    """Rewards of every pair of a split: ([rows], [rows]) chosen and rejected, on every rank."""
+    lengths, found = np.asarray(rows["query_chosen_token_len"]) + np.asarray(rows["query_rejected_token_len"]), []
+    with evaluating(accelerator, model) as scorer:
+        packed = packs(scorer.model)
+        for part in for_each_row(lengths, args.local_eval_batch_size, f"{what} pairs"):
+            pairs = read_pairs(rows[part], pad_id)
+            both = pair_rewards(scorer, pairs, packed, packed and args.shared_prefix, accelerator.device)
+            found += zip(part, *(rewards.tolist() for rewards in both))
+    _, chosen, rejected = zip(*gather_rows(found))
+    return np.array(chosen), np.array(rejected)
 
 
-@torch.no_grad()
-def score_demonstrations(accelerator, model, rows, pad_id: int, args, what: str) -> np.ndarray:
+def score_demonstrations(accelerator, model, rows, pad_id: int, args: Args) -> np.ndarray:
     """Reward of each row's reference, read at its last token: [rows], on every rank."""
-    model.eval()
-    lengths = np.asarray(rows["query_reference_response_token_len"])
-    mine = np.argsort(-lengths, kind="stable")[accelerator.process_index :: accelerator.num_processes].tolist()
-    progress, found = Progress(f"{what} rows", len(mine), accelerator.is_main_process), []
-    whole = accelerator.unwrap_model(model)
-    with gathered(model):
-        for start in range(0, len(mine), args.local_eval_batch_size):
-            part = mine[start : start + args.local_eval_batch_size]
+    lengths, found = rows["query_reference_response_token_len"], []
+    with evaluating(accelerator, model) as scorer:
+        for part in for_each_row(lengths, args.local_eval_batch_size, "demonstrations rows"):
             tokens = [strip_pads(row, pad_id) for row in rows[part]["query_reference_response_token"]]
-            with accelerator.autocast():
-                inputs, ends = separate_rows(tokens, packs(whole.model), accelerator.device)
-                rewards = whole(inputs, torch.tensor(ends, device=accelerator.device))
-            found += zip(part, rewards.tolist())
-            progress.step(len(part))
-            if stop_wanted():  # what is evaluated here is evaluated again
-                break
-    stop_if_wanted()
-    return np.array([reward for _, reward in sorted(gather_object(found))])
+            inputs, ends = separate_rows(tokens, packs(scorer.model), accelerator.device)
+            found += zip(part, scorer(inputs, torch.tensor(ends, device=accelerator.device)).tolist())
+    return np.array([reward for _, reward in gather_rows(found)])
 
 
 def group_columns(rows) -> dict[str, list]:
@@ -409,7 +384,7 @@ def main(args: Args) -> dict[str, float]:
         def evaluate_splits(when: str):
             metrics, table = {}, []
             for split, rows in splits.items():
-                chosen, rejected = evaluate_pairs(accelerator, model, rows, pad_id, args, shared, f"{when}, {split}")
+                chosen, rejected = evaluate_pairs(accelerator, model, rows, pad_id, args, f"{when}, {split}")
                 found, lines = report(split, rows, chosen, rejected)
                 metrics, table = metrics | found, table + lines
                 texts = {c: list(rows[c]) for c in ("query", "chosen", "rejected") if c in rows.column_names}
@@ -483,7 +458,7 @@ def main(args: Args) -> dict[str, float]:
         demonstrations = demonstrations.select(
             range(min(len(demonstrations), args.num_normalization_rows or len(demonstrations)))
         )
-        before = score_demonstrations(accelerator, model, demonstrations, pad_id, args, "demonstrations")
+        before = score_demonstrations(accelerator, model, demonstrations, pad_id, args)
         # Deviates: the original kept it in a class of its own, without which the checkpoint did not load
         scorer.config.reward_bias = -float(before.mean())
         after = before + scorer.config.reward_bias
@@ -502,13 +477,11 @@ def main(args: Args) -> dict[str, float]:
     return final
 
 
-@torch.no_grad()
 def print_pairs(accelerator, model, rows, tokenizer, shared_prefix: bool) -> None:
     """Print the texts and rewards of a few training pairs."""
     pairs = read_pairs(rows, tokenizer.pad_token_id)
-    with accelerator.autocast(), gathered(model):
-        whole = accelerator.unwrap_model(model)
-        rewards = pair_rewards(whole, pairs, packs(whole.model), shared_prefix, accelerator.device)
+    with evaluating(accelerator, model) as scorer:
+        rewards = pair_rewards(scorer, pairs, packs(scorer.model), shared_prefix, accelerator.device)
     if accelerator.is_main_process:
         for (chosen, rejected), good, bad in zip(pairs, *(r.tolist() for r in rewards)):
             for name, tokens, reward in (("chosen", chosen, good), ("rejected", rejected, bad)):

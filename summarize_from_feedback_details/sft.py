@@ -19,9 +19,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from rich.table import Table
-from transformers import AutoModelForCausalLM
 
 from summarize_from_feedback_details.common.arguments import (
     RunArgs,
@@ -41,26 +39,25 @@ from summarize_from_feedback_details.common.check_inputs import (
     find_model,
     find_tokenizer,
     load_rows,
-    refuse_bad_weights,
 )
 from summarize_from_feedback_details.common.checkpoints import Checkpoints, fingerprint
-from summarize_from_feedback_details.common.console import Progress, print_table
+from summarize_from_feedback_details.common.console import print_table
 from summarize_from_feedback_details.common.dataset_files import refuse_unwritable_cache
+from summarize_from_feedback_details.common.evaluation import evaluating, for_each_row, gather_rows, sample_batch
 from summarize_from_feedback_details.common.logprobs import token_logprobs
 from summarize_from_feedback_details.common.machine import memory_gb
-from summarize_from_feedback_details.common.packed_rows import logits_at, pack, packs, use_packed_attention
-from summarize_from_feedback_details.common.run_folder import RunFolder, stop_if_wanted, stop_wanted
-from summarize_from_feedback_details.common.sampling import episode_noise, pad_rows, sample_responses, strip_pads
+from summarize_from_feedback_details.common.packed_rows import logits_at, pack, packs
+from summarize_from_feedback_details.common.policies import load_policy
+from summarize_from_feedback_details.common.run_folder import RunFolder
+from summarize_from_feedback_details.common.sampling import strip_pads
 from summarize_from_feedback_details.common.training import (
     deal,
-    disable_dropout,
     epoch_order,
     launch,
     prepare,
     save_model,
     train_step,
 )
-from summarize_from_feedback_details.common.zero import gathered
 
 
 @dataclass
@@ -209,57 +206,27 @@ def batch_losses(model, rows: list[tuple[list[int], int]], query_loss_weight: fl
 # evaluation
 
 
-def decode(tokenizer, rows: torch.Tensor) -> list[str]:
-    """Token ids [B, R] -> texts without special tokens."""
-    return tokenizer.batch_decode(rows.tolist(), skip_special_tokens=True)
-
-
-@torch.no_grad()
-def evaluate_policy(accelerator, model, rows, tokenizer, args, what: str) -> dict[str, list]:
-    """Loss and a sampled summary for each row of a split; every rank reads its share, each row once.
+def evaluate_policy(accelerator, model, rows, tokenizer, args: Args, what: str) -> dict[str, list]:
+    """Loss and a sampled summary for each row of a split.
 
     Returns:
         columns `query, response, reference, loss, response_length, has_eos`, in the rows' order, on every rank.
     """
-    ids, device = find_ids(args.truncate_token, tokenizer), accelerator.device
-    pad_id = ids.pad
-    wrapped, model = model, accelerator.unwrap_model(model)
-    packed = packs(model.model)
-    was_training = model.training
-    model.eval()
-    lengths = rows["query_reference_response_token_len"]
-    mine = sorted(range(len(rows)), key=lambda i: -lengths[i])[accelerator.process_index :: accelerator.num_processes]
-    progress, found = Progress(f"{what} rows", len(mine), accelerator.is_main_process), []
-    with gathered(wrapped):
-        for start in range(0, len(mine), args.local_eval_batch_size):
-            chosen = mine[start : start + args.local_eval_batch_size]
-            batch = rows[chosen]
-            queries = pad_rows([strip_pads(q, pad_id) for q in batch["query_token"]], pad_id, "left").to(device)
-            noise = episode_noise(args.seed, chosen, device)
-            with accelerator.autocast():
-                # as many at a time as in training: logits of all positions need more room than sampling does
-                at_once, given = args.local_micro_batch_size, read_rows(batch, pad_id)
-                losses = torch.cat([
-                    batch_losses(model, given[i : i + at_once], args.query_loss_weight, packed, device)
-                    for i in range(0, len(given), at_once)
-                ])  # fmt: skip
-                responses, _ = sample_responses(
-                    model.model, queries, noise, ids, args.response_length, args.temperature
-                )
-            texts = [text.strip() for text in decode(tokenizer, responses)]
-            for i, row in enumerate(chosen):
-                real = responses[i][responses[i] != pad_id]
-                ended = bool((real == ids.stop).any())
-                reference = batch["reference_response"][i].replace(tokenizer.eos_token, "").strip()
-                found.append((row, batch["query"][i], texts[i], reference, losses[i].item(), len(real), ended))
-            progress.step(len(chosen))
-            if stop_wanted():  # what is evaluated here is evaluated again
-                break
-    model.train(was_training)
-    stop_if_wanted()
-    found = sorted(gather_object(found))
+    lengths, at_once, found = rows["query_reference_response_token_len"], args.local_micro_batch_size, []
+    with evaluating(accelerator, model) as policy:
+        for numbers in for_each_row(lengths, args.local_eval_batch_size, f"{what} rows"):
+            batch = rows[numbers]
+            # as many at a time as in training: logits of all positions need more room than sampling does
+            given = read_rows(batch, tokenizer.pad_token_id)
+            losses = []
+            for start in range(0, len(given), at_once):
+                part, packed = given[start : start + at_once], packs(policy.model)
+                losses += batch_losses(policy, part, args.query_loss_weight, packed, accelerator.device).tolist()
+            samples = sample_batch(policy.model, batch, numbers, tokenizer, args, args.temperature)
+            for row, sample, loss in zip(numbers, samples, losses):
+                found.append((row, *sample[:3], loss, len(sample.tokens), sample.has_eos))
     names = ["query", "response", "reference", "loss", "response_length", "has_eos"]
-    return {name: [row[1 + i] for row in found] for i, name in enumerate(names)}
+    return dict(zip(names, map(list, zip(*(row[1:] for row in gather_rows(found))))))
 
 
 def rouge_means(predictions: list[str], references: list[str]) -> dict[str, float]:
@@ -329,12 +296,8 @@ def main(args: Args) -> dict[str, float]:
         order = epoch_order(len(train), args.total_episodes, args.seed)
         lengths = np.asarray(train["query_reference_response_token_len"])
         torch.manual_seed(args.seed)
-        policy, loaded = AutoModelForCausalLM.from_pretrained(
-            args.base_model, revision=args.base_model_revision, dtype=torch.float32, output_loading_info=True
-        )
-        refuse_bad_weights("base_model", args.base_model, loaded["missing_keys"], policy)
-        disable_dropout(policy)
-        packed = use_packed_attention(policy)
+        policy = load_policy("base_model", args.base_model, args.base_model_revision)
+        packed = packs(policy)
         if is_main:
             print(f"rows are read {'packed' if packed else 'padded: this architecture cannot pack them'}", flush=True)
         if args.gradient_checkpointing:

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from summarize_from_feedback_details import ppo_left_padding, reward, sft
+from summarize_from_feedback_details.common import policies, reward_models
 from summarize_from_feedback_details.common.check_inputs import find_tokenizer
 from summarize_from_feedback_details.common.precision import choose_precision
 
@@ -190,7 +191,8 @@ def test_micro_batches_and_their_order(world, workdir, stage, monkeypatch):
             if name == "unsorted":
                 patch.setattr(module, "deal", unsorted(module.deal))
             if name == "padded":  # as an architecture that cannot pack: other micro batches, too
-                patch.setattr(module, "use_packed_attention", lambda model: False)
+                for owner in (policies, reward_models, *([reward] if stage == "reward" else [])):
+                    patch.setattr(owner, "use_packed_attention", lambda model: False)
             module.main(stage_args(world, stage, name, lr=1e-4, **change))
         metrics[name], weights[name] = lines(workdir / "runs" / name), load_file(f"{name}/model.safetensors")
         tables[name] = pandas.read_parquet(f"runs/{name}/tables/validation.parquet")

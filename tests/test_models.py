@@ -22,6 +22,7 @@ from transformers import (
 
 from summarize_from_feedback_details import ppo_left_padding as ppo
 from summarize_from_feedback_details import reward, sft, tldr_dataset
+from summarize_from_feedback_details.common import sampling, training
 from summarize_from_feedback_details.common.check_inputs import TokenIds, check_context, find_model, find_tokenizer
 from summarize_from_feedback_details.common.packed_rows import packs, use_packed_attention
 
@@ -81,7 +82,7 @@ def tiny(family: str, kind: type, pad: int | None):
     for parameter in model.parameters():  # small enough for a smooth loss, large enough that every token counts
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.15)
-    sft.disable_dropout(model)
+    training.disable_dropout(model)
     return model
 
 
@@ -111,8 +112,8 @@ def test_a_policy_along_plain_passes(family):
     with torch.no_grad():
         logits, targets = ppo.response_logits(policy, QUERIES, RESPONSES)
         close(ppo.token_logprobs(logits, targets, 0.7), torch.cat(plain_response_logprobs(plain, 0.7)))
-        queries, R = sft.pad_rows(QUERIES, PAD, "left"), 8
-        responses, logprobs = sft.sample_responses(policy, queries, None, TokenIds(PAD, EOS, VOCAB), R, 0.0)
+        queries, R = sampling.pad_rows(QUERIES, PAD, "left"), 8
+        responses, logprobs = sampling.sample_responses(policy, queries, None, TokenIds(PAD, EOS, VOCAB), R, 0.0)
         for query, written, found in zip(QUERIES, responses.tolist(), logprobs):
             row = list(query)
             while len(row) < len(query) + R and row[-1] != EOS:
@@ -156,7 +157,7 @@ def test_a_reward_model_and_ppo_along_plain_passes(family):
     policy, plain_policy = ours_and_plain(family, AutoModelForCausalLM)
     scorer.config.reward_bias = 0.5
     model = ppo.PolicyAndValue(policy, scorer)
-    responses, R = sft.pad_rows(RESPONSES, PAD, "right"), 6
+    responses, R = sampling.pad_rows(RESPONSES, PAD, "right"), 6
     args = SimpleNamespace(ppo=ppo.PpoHParams(), non_eos_penalty=True, penalty_reward_value=-1.0, temperature=0.7)
     then = [torch.linspace(-1.0 - i, -0.5, 3 * R).view(3, R) for i in range(3)]  # log-probs, of the reference, values
     adv = ppo.compute_advantages(responses, *then, torch.tensor([0.3, -0.2, 0.1]), PAD, EOS, args)

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, Gemma3TextConfig, MistralConfig
 
 from summarize_from_feedback_details import ppo_left_padding, reward, sft
-from summarize_from_feedback_details.common import logprobs
+from summarize_from_feedback_details.common import logprobs, sampling, training
 from summarize_from_feedback_details.common.check_inputs import TokenIds
 from summarize_from_feedback_details.common.packed_rows import (
     join,
@@ -48,7 +48,7 @@ def test_an_architecture_that_cannot_pack_is_noticed_and_padded(kind):
     """These two compute attention themselves; their padded rows give what each row gives alone."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(kind(**SIZES)).eval()
-    sft.disable_dropout(model)
+    training.disable_dropout(model)
     assert not use_packed_attention(model) and not packs(model)
     inputs, starts = pack(ROWS, packs(model), "cpu")
     with torch.no_grad():
@@ -147,11 +147,11 @@ def test_sampling_with_a_sliding_window():
     torch.manual_seed(0)
     config = MistralConfig(**SIZES, sliding_window=20, num_key_value_heads=2, intermediate_size=64)
     model = AutoModelForCausalLM.from_config(config).eval()
-    queries, R = sft.pad_rows([*ROWS, *ROWS], 63, "left"), 30
+    queries, R = sampling.pad_rows([*ROWS, *ROWS], 63, "left"), 30
     found = []
     for _ in range(2):
-        noise = sft.episode_noise(1, range(len(queries)), torch.device("cpu"))
-        found.append(sft.sample_responses(model, queries, noise, TokenIds(63, 62, 63), R, 1.0))
+        noise = sampling.episode_noise(1, range(len(queries)), torch.device("cpu"))
+        found.append(sampling.sample_responses(model, queries, noise, TokenIds(63, 62, 63), R, 1.0))
         assert use_packed_attention(model)
     assert torch.equal(found[0][0], found[1][0]) and (found[0][0] != 63).sum(1).max() == R
     torch.testing.assert_close(found[0][1], found[1][1], rtol=0, atol=1e-5)

@@ -91,7 +91,7 @@ def ppo_run(runs, name, *, score=1.0, kl=10.0, n=10, **more):
 
 @pytest.fixture(autouse=True)
 def do_not_render(request, monkeypatch):
-    """Rendering takes seconds, and the numbers do not need it; `test_files` and the commands of the documents render."""
+    """Rendering takes seconds, and the numbers do not need it; `test_files` and the documents' commands render."""
     if request.node.name != "test_files":
         blank = io.BytesIO()
         Image.new("RGB", (8, 8)).save(blank, format="png")

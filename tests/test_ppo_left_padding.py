@@ -531,19 +531,18 @@ def test_sampling_stops_at_eos_and_logprobs_are_those_of_a_forward_pass(name):
     assert (logprobs[~mask] == INVALID_LOGPROB).all()
 
 
-@pytest.mark.parametrize("sample", [sample_responses, sft.sample_responses])
-def test_no_pass_is_made_once_every_row_has_its_eos(sample):
+def test_no_pass_is_made_once_every_row_has_its_eos():
     policy, passes = tiny_policy(), []
     policy.register_forward_hook(lambda *_: passes.append(1))
     queries = ppo.pad_rows(some_queries(), PAD, "left")
     noise = lambda: episode_noise(7, range(4), queries.device)
-    responses, _ = sample(policy, queries, noise(), TokenIds(PAD, -1, PAD), 12, 0.7)
+    responses, _ = sample_responses(policy, queries, noise(), TokenIds(PAD, -1, PAD), 12, 0.7)
     assert len(passes) == 12 and (responses != PAD).all()  # one for the queries, one for each token but the last
     passes.clear()
     stop = 5
     policy.gpt_neox.final_layer_norm.bias.data.fill_(5.0)
     policy.lm_head.weight.data[stop] = 5.0  # a logit of 800: every row draws it first
-    responses, _ = sample(policy, queries, noise(), TokenIds(PAD, stop, PAD), 12, 0.7)
+    responses, _ = sample_responses(policy, queries, noise(), TokenIds(PAD, stop, PAD), 12, 0.7)
     assert len(passes) == 1 and responses[:, 0].tolist() == [stop] * 4 and (responses[:, 1:] == PAD).all()
 
 
@@ -769,7 +768,7 @@ def test_dropout_is_off(name):
     tokens = torch.tensor([[1, 2, 3]])
     assert dropouts
     assert not all(torch.equal(model(tokens).logits, model(tokens).logits) for _ in range(5))
-    ppo.disable_dropout(model)
+    training.disable_dropout(model)
     assert all(torch.equal(model(tokens).logits, model(tokens).logits) for _ in range(5))
 
 

@@ -239,7 +239,7 @@ def test_reward_models_of_the_original_and_a_value_network_of_its_own(world, arg
 
 def test_one_model_in_memory_at_a_time(args, monkeypatch):
     loaded, order = [], []
-    for owner, name in ((vt.AutoModelForCausalLM, "from_pretrained"), (vt, "load_reward_model")):
+    for owner, name in ((vt, "load_policy"), (vt, "load_reward_model")):
 
         def watched(*a, real=getattr(owner, name), **k):  # noqa: B008 - bound now, before it is replaced
             assert all(p.is_meta for model in loaded for p in model.parameters()), f"{order} still in memory"
@@ -595,7 +595,7 @@ def test_bad_input_is_refused_before_any_model_is_loaded(world, args, workdir, m
         Path("other/config.json").write_text(json.dumps(config | {"vocab_size": 77}))
     Path("file").write_text("x")
     before = sorted(workdir.rglob("*"))
-    for owner, name in ((vt.AutoModelForCausalLM, "from_pretrained"), (vt, "load_reward_model")):
+    for owner, name in ((vt, "load_policy"), (vt, "load_reward_model")):
         monkeypatch.setattr(owner, name, lambda *a, **k: pytest.fail("a model was loaded"))
     changes = {"html": "out/page.html"} | changes
     with pytest.raises(SystemExit) as stopped:

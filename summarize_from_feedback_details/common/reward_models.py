@@ -11,6 +11,7 @@ from summarize_from_feedback_details.common.check_inputs import refuse_bad_weigh
 from summarize_from_feedback_details.common.hub import find_file
 from summarize_from_feedback_details.common.packed_rows import hidden_at, pack, packs, use_packed_attention
 from summarize_from_feedback_details.common.precision import use_float32_head
+from summarize_from_feedback_details.common.training import disable_dropout
 
 
 def load_reward_model(path: str, revision: str | None = None, argument: str = "reward_model_path"):
@@ -25,7 +26,8 @@ def load_reward_model(path: str, revision: str | None = None, argument: str = "r
         argument: the argument's name, for messages.
 
     Returns:
-        Sequence-classification model in float32; reward = logit at the last real token + `config.reward_bias`.
+        Sequence-classification model in float32, without dropout: reward = logit at the last real token +
+        `config.reward_bias`.
     """
     revision = None if os.path.isdir(path) else revision
     config_file = find_file(path, revision, ["config.json"])
@@ -68,6 +70,7 @@ def load_reward_model(path: str, revision: str | None = None, argument: str = "r
 
 
 def _ready(model, bias: float):
+    disable_dropout(model)
     use_float32_head(model)
     use_packed_attention(model)
     model.config.reward_bias = bias

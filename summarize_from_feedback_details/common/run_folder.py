@@ -57,17 +57,6 @@ def stop_wanted() -> bool:
     return _stop["wanted"]
 
 
-def stop_if_wanted() -> None:
-    """End the processes where a signal asked any of them to: for long work that starts again from the last checkpoint.
-
-    Called by all ranks together, since one that leaves alone lets the others wait for it.
-    """
-    from accelerate.utils import gather_object
-
-    if any(gather_object([stop_wanted()])):
-        raise SystemExit(REQUEUE_ME)
-
-
 def _commit() -> str:
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     with contextlib.suppress(OSError):

@@ -1,0 +1,122 @@
+"""Evaluation: each row of a split once, shared out over the ranks; a policy's responses, as texts and with scores."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from summarize_from_feedback_details.common.check_inputs import find_ids
+from summarize_from_feedback_details.common.console import Progress
+from summarize_from_feedback_details.common.reward_models import read_rewards
+from summarize_from_feedback_details.common.run_folder import REQUEUE_ME, stop_wanted
+from summarize_from_feedback_details.common.sampling import episode_noise, pad_rows, sample_responses, strip_pads
+from summarize_from_feedback_details.common.zero import gathered
+
+
+@contextmanager
+def evaluating(accelerator, model) -> Iterator[torch.nn.Module]:
+    """Yield the unwrapped model: in evaluation mode, whole on every rank, without gradients, in the run's precision.
+
+    Args:
+        model: as `accelerator.prepare` returned it.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), gathered(model), accelerator.autocast():
+            yield accelerator.unwrap_model(model)
+    finally:
+        model.train(was_training)
+
+
+def for_each_row(lengths, at_once: int, what: str) -> Iterator[list[int]]:
+    """Yield numbers of rows, so many at a time and longest first, until this rank has seen its share of all rows.
+
+    Ends early where a signal asked to stop: what is evaluated here is evaluated again. Follow it by `gather_rows`.
+
+    Args:
+        lengths: tokens of each row.
+        what: what is counted, for the progress.
+    """
+    state = PartialState()
+    mine = sorted(range(len(lengths)), key=lambda i: -lengths[i])[state.process_index :: state.num_processes]
+    progress = Progress(what, len(mine), state.is_main_process)
+    for start in range(0, len(mine), at_once):
+        rows = mine[start : start + at_once]
+        yield rows
+        progress.step(len(rows))
+        if stop_wanted():
+            return
+
+
+def gather_rows(found: list[tuple]) -> list[tuple]:
+    """(number of a row, result, ...) of all ranks, in the order of rows, on every rank.
+
+    Raises:
+        SystemExit: where a signal asked any rank to stop; all leave together, since one that leaves alone lets the
+            others wait for it.
+    """
+    if any(gather_object([stop_wanted()])):
+        raise SystemExit(REQUEUE_ME)
+    return sorted(gather_object(found))
+
+
+class Sample(NamedTuple):
+    """A response of a policy to a row's query."""
+
+    query: str
+    response: str
+    reference: str
+    tokens: list[int]  # of the response, without pads
+    has_eos: bool
+
+
+def sample_batch(policy, batch: dict, rows: list[int], tokenizer, args: Any, temperature: float) -> list[Sample]:
+    """A response to each row of a batch.
+
+    Args:
+        policy: a causal language model, in eval mode.
+        batch: columns of the dataset; rows: their numbers, to which the sampling noise belongs.
+        args: has `seed`, `response_length` and `truncate_token`.
+    """
+    ids, device = find_ids(args.truncate_token, tokenizer), next(policy.parameters()).device
+    queries = pad_rows([strip_pads(q, ids.pad) for q in batch["query_token"]], ids.pad, "left").to(device)
+    noise = episode_noise(args.seed, rows, device)
+    responses, _ = sample_responses(policy, queries, noise, ids, args.response_length, temperature)
+    texts = tokenizer.batch_decode(responses.tolist(), skip_special_tokens=True)
+    references = [text.replace(tokenizer.eos_token, "").strip() for text in batch["reference_response"]]
+    tokens = [strip_pads(row, ids.pad) for row in responses.cpu()]
+    return [
+        Sample(query, text.strip(), reference, real, ids.stop in real)
+        for query, text, reference, real in zip(batch["query"], texts, references, tokens)
+    ]
+
+
+def score_policy(policy, reward_model, rows, tokenizer, args: Any, what: str) -> dict[str, list]:
+    """A response to each row of a split with its score, and the reference's score; inside `evaluating`.
+
+    Args:
+        args: see `sample_batch`; also has `eval_temperature` and `local_eval_batch_size`.
+
+    Returns:
+        columns `query, response, reference, score, reference_score, response_length, has_eos`, on every rank.
+    """
+    pad_id, found = tokenizer.pad_token_id, []
+    lengths = [len(strip_pads(q, pad_id)) for q in rows["query_token"]]
+    for numbers in for_each_row(lengths, args.local_eval_batch_size, f"{what} rows"):
+        batch = rows[numbers]
+        samples = sample_batch(policy, batch, numbers, tokenizer, args, args.eval_temperature)
+        queries, references = (
+            [strip_pads(row, pad_id) for row in batch[column]] for column in ("query_token", "reference_response_token")
+        )
+        scores, reference_scores = (
+            read_rewards(reward_model, [q + r for q, r in zip(queries, written)]).tolist()
+            for written in ([sample.tokens for sample in samples], references)
+        )
+        for row, sample, *both in zip(numbers, samples, scores, reference_scores):
+            found.append((row, *sample[:3], *both, len(sample.tokens), sample.has_eos))
+    names = ["query", "response", "reference", "score", "reference_score", "response_length", "has_eos"]
+    return dict(zip(names, map(list, zip(*(row[1:] for row in gather_rows(found))))))
