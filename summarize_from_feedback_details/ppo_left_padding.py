@@ -79,12 +79,11 @@ from summarize_from_feedback_details.common.sampling import (
     strip_pads,
 )
 from summarize_from_feedback_details.common.training import (
-    deal,
+    Gradient,
     epoch_order,
     launch,
     prepare,
     save_model,
-    train_step,
 )
 from summarize_from_feedback_details.common.zero import gathered
 
@@ -642,34 +641,28 @@ def main(args: Args) -> dict[str, float]:
         some = train[np.linspace(0, len(train) - 1, 1000).astype(int)]["query_token"]
         data = {"query_dataset": fingerprint([len(train), *np.concatenate(some)])}
         checkpoints = Checkpoints(run, accelerator, model, optimizer, scheduler, data)
-        position = checkpoints.resume()
-        for update in run.progress("ppo updates", position["update"] + 1, args.num_updates):
+        resumed = checkpoints.resume()
+        for update in run.progress("ppo updates", resumed.update + 1, args.num_updates):
             start = time.time()
             # rollout: each rank samples its share of the batch, rows of similar length together
             episodes = np.arange((update - 1) * args.batch_size, update * args.batch_size)
             queries = [strip_pads(q, pad_id) for q in train[order[episodes]]["query_token"]]
-            steps_done = position["step"]  # not None where a run goes on inside an update
+            inside = resumed.inside(update)  # where a run goes on inside an update
             stats = torch.zeros(args.ppo.noptepochs, len(STATISTICS), device=device, dtype=torch.float64)
             # of the first pass over the first mini-batch, where it is noise
             ratio_error = torch.zeros(1, device=device)
-            if steps_done is not None:
-                rollout = Rollout(*(position["shared"][name].to(device) for name in Rollout._fields))
-                stats.copy_(position["local"]["stats"])
-                ratio_error.copy_(position["shared"]["ratio_error"])
-                position = {"step": None}
+            if inside:
+                rollout = Rollout(*(inside.shared[name].to(device) for name in Rollout._fields))
+                stats.copy_(inside.local["stats"])
+                ratio_error.copy_(inside.shared["ratio_error"])
             else:
                 model.eval()
                 # this rank's share: as many rows on each rank, of similar lengths, longest first
                 mine = sorted(range(len(queries)), key=lambda i: (-len(queries[i]), i))[rank::world_size]
-
-                def poll() -> None:
-                    if checkpoints.stop_asked():
-                        checkpoints.stop(update - 1)
-
                 with accelerator.autocast(), gathered(model):
                     local = make_rollout(
                         whole, ref_policy, reward_model, [queries[i] for i in mine],
-                        order[episodes[mine]], episodes[mine], accelerator.mixed_precision == "bf16", ids, args, poll,
+                        order[episodes[mine]], episodes[mine], accelerator.mixed_precision == "bf16", ids, args, checkpoints.poll,
                     )  # fmt: skip
                 # from the order of ranks to that of episodes
                 back = accelerator.gather(torch.tensor(mine, device=device)).argsort()
@@ -681,38 +674,31 @@ def main(args: Args) -> dict[str, float]:
             # optimisation: passes over the whole batch, cut into the same mini-batches on any number of ranks
             model.train()
             total_lengths = [len(q) + int(n) + 1 for q, n in zip(queries, adv.sequence_lengths.tolist())]
-            for step in range(steps_done or 0, args.ppo.noptepochs * args.nminibatches):
+            for step in range(inside.step if inside else 0, args.ppo.noptepochs * args.nminibatches):
                 epoch, i = divmod(step, args.nminibatches)
                 shuffled = np.random.default_rng([args.seed, update, epoch]).permutation(args.batch_size)
                 mini_batch = shuffled.reshape(args.nminibatches, args.mini_batch_size)[i]
                 counts = [int((~m[mini_batch]).sum()) for m in (adv.padding_mask, adv.padding_mask_p1)]
                 before = stats.clone()
 
-                def loss_of(part):
+                def state() -> tuple[dict, dict]:
+                    worst = accelerator.gather(ratio_error).max().reshape(1)
+                    return rollout._asdict() | {"ratio_error": worst}, {"stats": before}
+
+                checkpoints.mark(update - 1, step, state)
+                gradient = Gradient(accelerator, model, optimizer, checkpoints)
+                for part, _ in gradient.micro_batches([total_lengths[j] for j in mini_batch], not packed):
                     mb = mini_batch[part]
                     loss, values, error = micro_batch_loss(
                         model, [queries[j] for j in mb], rollout.responses[mb], adv, mb, counts, pad_id, args
                     )
+                    columns = {name: column[mb] for name, column in adv._asdict().items()}
+                    columns |= {"responses": rollout.responses[mb], "queries": [queries[j] for j in mb]}
+                    gradient.add(loss, columns | {"query_rows": order[episodes[mb]]})
                     stats[epoch] += values
                     if step == 0:
-                        ratio_error.copy_(torch.max(ratio_error, error))
-                    return loss
-
-                def on_bad(what, part):
-                    mb = mini_batch[part]
-                    columns = {name: column[mb].cpu() for name, column in adv._asdict().items()}
-                    columns |= {"responses": rollout.responses[mb].cpu(), "queries": [queries[j] for j in mb]}
-                    columns["query_rows"] = order[episodes[mb]]
-                    run.stop_on_bad_numbers(update, f"{what} of step {step + 1}", columns)
-
-                in_mini_batch = [total_lengths[j] for j in mini_batch]
-                parts = deal(in_mini_batch, args.local_micro_batch_size, rank, world_size, alike=not packed)
-                norm = train_step(
-                    accelerator, model, optimizer, parts, loss_of, args.max_grad_norm, on_bad, checkpoints.stop_asked
-                )
-                if norm is None:
-                    worst = accelerator.gather(ratio_error).max().reshape(1)
-                    checkpoints.stop(update - 1, step, rollout._asdict() | {"ratio_error": worst}, {"stats": before})
+                        ratio_error = torch.max(ratio_error, error)
+                norm = gradient.step()
             lr = scheduler.get_last_lr()[0]
             scheduler.step()
             stats = accelerator.reduce(stats, "sum") / args.nminibatches

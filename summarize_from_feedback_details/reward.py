@@ -58,13 +58,12 @@ from summarize_from_feedback_details.common.precision import use_float32_head
 from summarize_from_feedback_details.common.run_folder import RunFolder
 from summarize_from_feedback_details.common.sampling import strip_pads
 from summarize_from_feedback_details.common.training import (
-    deal,
+    Gradient,
     disable_dropout,
     epoch_order,
     launch,
     prepare,
     save_model,
-    train_step,
 )
 
 
@@ -393,40 +392,26 @@ def main(args: Args) -> dict[str, float]:
 
         data = {"label_dataset": fingerprint(lengths)}
         checkpoints = Checkpoints(run, accelerator, model, optimizer, scheduler, data)
-        position = checkpoints.resume()
-        first = position["update"] + 1
-        if args.run_eval and not position["found"]:
+        resumed = checkpoints.resume()
+        if args.run_eval and not resumed.found:
             run.log(0, evaluate_splits("before training")[0])
 
         # --------------------------------------------------------------------------------------------------------------
         # loop
         model.train()
-        for update in run.progress("reward updates", first, args.num_updates):
+        for update in run.progress("reward updates", resumed.update + 1, args.num_updates):
             start = time.time()
             rows = order[(update - 1) * args.batch_size : update * args.batch_size]
-            rank, lengths_of_rows = accelerator.process_index, lengths[rows].tolist()
-            parts = deal(lengths_of_rows, args.local_micro_batch_size, rank, args.world_size, alike=not packed)
             sums = torch.zeros(3, device=device, dtype=torch.float64)  # loss, accuracy, tokens
-
-            def loss_of(part):
-                pairs = read_pairs(train[rows[part or [0]]], pad_id)
+            gradient = Gradient(accelerator, model, optimizer, checkpoints)
+            for part, weight in gradient.micro_batches(lengths[rows].tolist(), sort_by_length=not packed):
+                pairs = read_pairs(train[rows[part]], pad_id)
                 chosen, rejected = pair_rewards(model, pairs, packed, shared, device)
-                losses = preference_losses(chosen, rejected)
-                loss = losses.sum() / len(rows) if part else 0.0 * losses.sum()
-                right = (chosen > rejected).sum() / len(rows)
-                tokens = torch.tensor(sum(len(c) + len(r) for c, r in pairs), device=device)
-                sums.add_(torch.stack([loss.detach(), right, tokens]) * bool(part))
-                return loss
-
-            def on_bad(what, part):
-                numbers = rows[part or [0]]
-                run.stop_on_bad_numbers(update, what, {"rows": numbers, "pairs": read_pairs(train[numbers], pad_id)})
-
-            norm = train_step(
-                accelerator, model, optimizer, parts, loss_of, args.max_grad_norm, on_bad, checkpoints.stop_asked
-            )
-            if norm is None:
-                checkpoints.stop(update - 1)
+                loss = preference_losses(chosen, rejected).sum() / len(rows)
+                gradient.add(loss, {"rows": rows[part], "pairs": pairs})
+                right, tokens = (chosen > rejected).sum() / len(rows), sum(len(c) + len(r) for c, r in pairs)
+                sums += weight * torch.stack([loss.detach(), right, torch.tensor(tokens, device=device)])
+            norm = gradient.step()
             lr = scheduler.get_last_lr()[0]
             scheduler.step()
             loss, accuracy, tokens = accelerator.reduce(sums, "sum").tolist()

@@ -51,12 +51,11 @@ from summarize_from_feedback_details.common.policies import load_policy
 from summarize_from_feedback_details.common.run_folder import RunFolder
 from summarize_from_feedback_details.common.sampling import strip_pads
 from summarize_from_feedback_details.common.training import (
-    deal,
+    Gradient,
     epoch_order,
     launch,
     prepare,
     save_model,
-    train_step,
 )
 
 
@@ -309,9 +308,8 @@ def main(args: Args) -> dict[str, float]:
         splits = {s: rows.select(range(min(len(rows), args.num_eval_rows or len(rows)))) for s, rows in splits.items()}
         data = {"query_dataset": fingerprint(lengths)}
         checkpoints = Checkpoints(run, accelerator, model, optimizer, scheduler, data)
-        position = checkpoints.resume()
-        first = position["update"] + 1
-        if args.run_eval and not position["found"]:
+        resumed = checkpoints.resume()
+        if args.run_eval and not resumed.found:
             before = {}
             for split, rows in splits.items():
                 base = evaluate_policy(accelerator, model, rows, tokenizer, args, f"base model, {split}")
@@ -323,30 +321,20 @@ def main(args: Args) -> dict[str, float]:
         # --------------------------------------------------------------------------------------------------------------
         # loop
         model.train()
-        for update in run.progress("sft updates", first, args.num_updates):
+        for update in run.progress("sft updates", resumed.update + 1, args.num_updates):
             start = time.time()
             rows = order[(update - 1) * args.batch_size : update * args.batch_size]
-            rank, lengths_of_rows = accelerator.process_index, lengths[rows].tolist()
-            parts = deal(lengths_of_rows, args.local_micro_batch_size, rank, args.world_size, alike=not packed)
             sums = torch.zeros(2, device=device, dtype=torch.float64)  # loss, real tokens
-
-            def loss_of(part):
-                batch = read_rows(train[rows[part or [0]]], pad_id)
+            gradient = Gradient(accelerator, model, optimizer, checkpoints)
+            for part, weight in gradient.micro_batches(lengths[rows].tolist(), sort_by_length=not packed):
+                batch = read_rows(train[rows[part]], pad_id)
                 losses = batch_losses(model, batch, args.query_loss_weight, packed, device)
-                loss = losses.sum() / len(rows) if part else 0.0 * losses.sum()
-                tokens = torch.tensor(sum(len(row) for row, _ in batch), device=device)
-                sums.add_(torch.stack([loss.detach(), tokens * bool(part)]))
-                return loss
-
-            def on_bad(what, part):
-                numbers = rows[part or [0]]
-                run.stop_on_bad_numbers(update, what, {"rows": numbers, "batch": read_rows(train[numbers], pad_id)})
-
-            norm = train_step(
-                accelerator, model, optimizer, parts, loss_of, args.max_grad_norm, on_bad, checkpoints.stop_asked
-            )
-            if norm is None:
-                checkpoints.stop(update - 1)
+                loss = losses.sum() / len(rows)
+                gradient.add(loss, {"rows": rows[part], "batch": batch})
+                sums += weight * torch.stack(
+                    [loss.detach(), torch.tensor(sum(len(row) for row, _ in batch), device=device)]
+                )
+            norm = gradient.step()
             lr = scheduler.get_last_lr()[0]
             scheduler.step()
             loss, tokens = accelerator.reduce(sums, "sum").tolist()

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from summarize_from_feedback_details import ppo_left_padding, reward, sft
-from summarize_from_feedback_details.common import policies, reward_models
+from summarize_from_feedback_details.common import policies, reward_models, training
 from summarize_from_feedback_details.common.check_inputs import find_tokenizer
 from summarize_from_feedback_details.common.precision import choose_precision
 
@@ -129,6 +129,8 @@ def test_bf16(world, workdir, long_rows, zero):
 
 
 ADDS_UP = """
+from types import SimpleNamespace
+
 import torch
 from summarize_from_feedback_details import sft
 
@@ -137,8 +139,11 @@ accelerator = sft.launch(args, "rows")
 model = torch.nn.Linear(1, 1, bias=False)
 model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
 one = torch.ones(1, 1, dtype=torch.bfloat16)
-norm = sft.train_step(accelerator, model, optimizer, [[i] for i in range(300)], lambda part: model(one).sum(), None,
-                      None, lambda: False)
+args = SimpleNamespace(local_micro_batch_size=1, max_grad_norm=None)
+gradient = sft.Gradient(accelerator, model, optimizer, SimpleNamespace(args=args, poll=lambda: None))
+for _ in gradient.micro_batches([1] * 300, sort_by_length=False):
+    gradient.add(model(one).sum(), {})
+norm = gradient.step()
 print("norm", norm)
 """
 
@@ -172,9 +177,9 @@ def test_tied_weights_are_written_once(world, workdir):
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def unsorted(deal):
-    """`deal` without its sorting: rows stay in the order of the batch."""
-    return lambda lengths, *rest, **how: deal([0] * len(lengths), *rest, **how)
+def unsorted(micro_batches):
+    """`micro_batches` without its sorting: rows stay in the order of the batch."""
+    return lambda lengths, *rest, **how: micro_batches([0] * len(lengths), *rest, **how)
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo_left_padding"])
@@ -189,7 +194,7 @@ def test_micro_batches_and_their_order(world, workdir, stage, monkeypatch):
     for name, change in layouts.items():
         with monkeypatch.context() as patch:
             if name == "unsorted":
-                patch.setattr(module, "deal", unsorted(module.deal))
+                patch.setattr(training, "micro_batches", unsorted(training.micro_batches))
             if name == "padded":  # as an architecture that cannot pack: other micro batches, too
                 for owner in (policies, reward_models, *([reward] if stage == "reward" else [])):
                     patch.setattr(owner, "use_packed_attention", lambda model: False)

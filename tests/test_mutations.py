@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from summarize_from_feedback_details import ppo_left_padding as ppo
 from summarize_from_feedback_details import reward, sft
-from summarize_from_feedback_details.common import checkpoints
+from summarize_from_feedback_details.common import checkpoints, training
 
 STAGES = {"sft": sft, "reward": reward, "ppo": ppo}
 
@@ -135,11 +135,11 @@ def test_statistics_of_a_policy_that_stands_still(world, workdir, monkeypatch, n
 
 def test_each_pass_cuts_the_batch_anew(world, workdir, monkeypatch):
     """Every episode once a pass, in other mini-batches than in the pass before."""
-    cuts, step = [], ppo.train_step
+    cuts, cut = [], training.micro_batches
 
-    def note(accelerator, model, optimizer, parts, *rest):
-        cuts.append(frozenset(sum(parts, [])))
-        return step(accelerator, model, optimizer, parts, *rest)
+    def note(*given, **how):
+        cuts.append(cut(*given, **how))
+        return cuts[-1]
 
     seen, plain = [], ppo.micro_batch_loss
 
@@ -147,7 +147,7 @@ def test_each_pass_cuts_the_batch_anew(world, workdir, monkeypatch):
         seen.append([tuple(query) for query in queries])
         return plain(model, queries, *rest)
 
-    monkeypatch.setattr(ppo, "train_step", note)
+    monkeypatch.setattr(training, "micro_batches", note)
     monkeypatch.setattr(ppo, "micro_batch_loss", remember)
     sizes = {"nminibatches": 2, "num_updates": 1, "ppo": ppo.PpoHParams(noptepochs=3)}
     train(world, "ppo", workdir / "m", run_eval=False, **sizes)

@@ -50,7 +50,7 @@ from summarize_from_feedback_details.common.sampling import (
     strip_pads,
     truncate_response,
 )
-from summarize_from_feedback_details.common.training import deal, epoch_order
+from summarize_from_feedback_details.common.training import epoch_order, micro_batches
 from summarize_from_feedback_details.ppo_left_padding import (
     PolicyAndValue,
     PpoHParams,
@@ -426,18 +426,18 @@ def test_epoch_order_is_one_permutation_a_pass():
 def test_deal_gives_each_row_once_and_the_same_number_of_steps(rows, micro, world_size):
     lengths = [(7 * i) % 5 for i in range(rows)]
     for alike in (False, True):
-        parts = [deal(lengths, micro, rank, world_size, alike) for rank in range(world_size)]
+        parts = [micro_batches(lengths, micro, rank, world_size, alike) for rank in range(world_size)]
         assert sorted(i for rank in parts for part in rank for i in part) == list(range(rows))
         assert len({len(rank) for rank in parts}) == 1
         assert max(len(part) for rank in parts for part in rank) <= micro
 
 
-def test_deal_balances_what_is_packed_and_sorts_what_is_padded():
+def test_micro_batches_balance_what_is_packed_and_sort_what_is_padded():
     lengths = np.random.default_rng(0).permutation(np.arange(100, 500, 25)).tolist()
-    tokens = [sum(lengths[i] for i in part) for part in deal(lengths, 4, 0, 1)]
+    tokens = [sum(lengths[i] for i in part) for part in micro_batches(lengths, 4, 0, 1)]
     assert max(tokens) - min(tokens) <= 100 and sum(tokens) == sum(lengths)
     assert tokens == sorted(tokens, reverse=True)
-    alike = [[lengths[i] for i in part] for part in deal(lengths, 4, 0, 1, alike=True)]
+    alike = [[lengths[i] for i in part] for part in micro_batches(lengths, 4, 0, 1, sort_by_length=True)]
     assert sum(alike, []) == sorted(lengths, reverse=True)
 
 

@@ -21,6 +21,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -41,6 +42,21 @@ from summarize_from_feedback_details.common.zero import (
     update_masters,
     whole_tensors,
 )
+
+
+@dataclass
+class Resumed:
+    """Where a run goes on."""
+
+    found: bool = False  # whether there was a checkpoint
+    update: int = 0  # finished ones
+    step: int | None = None  # optimiser steps made inside the next one; None between updates
+    shared: dict[str, torch.Tensor] = field(default_factory=dict)  # as they were given to `save`, on the CPU
+    local: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def inside(self, update: int) -> "Resumed | None":
+        """What was saved inside this update; None where it begins anew."""
+        return self if self.step is not None and update == self.update + 1 else None
 
 
 class Checkpoints:
@@ -65,9 +81,28 @@ class Checkpoints:
         self.folder = run.path / "checkpoints"
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.saved_at, self.look = time.monotonic(), {}
+        self.mark(0)
 
     # ------------------------------------------------------------------------------------------------------------------
     # when
+
+    def mark(self, update: int, step: int | None = None, tensors: Callable[[], tuple] | None = None) -> None:
+        """Say where the run goes on if it is stopped from now on: after so many updates.
+
+        `resume` and `after_update` mark the beginning of the next update.
+
+        Args:
+            update: updates that are finished.
+            step: optimiser steps made inside the next one; None between updates.
+            tensors: called at a stop only, by all ranks: what `save` needs as `shared` and `local`.
+        """
+        self.marked = (update, step, tensors)
+
+    def poll(self) -> None:
+        """End the process, with a checkpoint at the mark, where a signal asked any rank to stop."""
+        if self.stop_asked():
+            update, step, tensors = self.marked
+            self.stop(update, step, *(tensors() if tensors else ()))
 
     def stop_asked(self) -> bool:
         """Whether a signal asked any rank to stop: the same answer on all ranks."""
@@ -83,6 +118,7 @@ class Checkpoints:
             self.stop(update)
         if due:
             self.save(update)
+        self.mark(update)
 
     def stop(self, *position) -> NoReturn:
         """Write a checkpoint (arguments of `save`), and end the process with the code that asks to be started again."""
@@ -195,14 +231,8 @@ class Checkpoints:
     # ------------------------------------------------------------------------------------------------------------------
     # reading
 
-    def resume(self) -> dict[str, Any]:
-        """Go on from the newest whole checkpoint, or begin.
-
-        Returns:
-            `found` (whether there was a checkpoint), `update` (finished ones; 0 at the beginning), `step` (optimiser
-            steps made inside the next one; None between updates), and the tensors of `shared` and `local` as they were
-            given to `save` (on the CPU).
-        """
+    def resume(self) -> "Resumed":
+        """Go on from the newest whole checkpoint, or begin."""
         while name := self._newest():
             folder = self.folder / name
             damage = self._damage(folder)
@@ -216,7 +246,7 @@ class Checkpoints:
         if name is None:
             self.run.reset_logs(None)
             set_masters(self.model, self.optimizer)
-            return {"found": False, "update": 0, "step": None, "shared": {}, "local": {}}
+            return Resumed()
         state = json.loads((folder / "state.json").read_text())
         for argument, value in self.must_not_change.items():
             then = state["fixed"].get(argument)
@@ -232,16 +262,17 @@ class Checkpoints:
         update_masters(self.model)
         own = files[self.rank if self.world == state["world_size"] else 0]
         _set_random_state({key: own.get_tensor(f"local.{key}") for key in _random_state() if f"local.{key}" in own.keys()})  # noqa: E501, SIM118  # fmt: skip
-        found = {"found": True, "update": state["update"], "step": state["step"], "shared": {}, "local": {}}
+        found = Resumed(True, state["update"], state["step"])
+        self.mark(found.update)
         for key in files[0].keys():  # noqa: SIM118
             if key.startswith("shared."):
-                found["shared"][key.removeprefix("shared.")] = files[0].get_tensor(key)
+                found.shared[key.removeprefix("shared.")] = files[0].get_tensor(key)
             elif key.startswith("local.") and not key.startswith("local.random."):
                 if self.world == state["world_size"]:
                     value = files[self.rank].get_tensor(key)
                 else:  # the sum goes on, on rank 0
                     value = sum(file.get_tensor(key) for file in files) * (self.rank == 0)
-                found["local"][key.removeprefix("local.")] = value
+                found.local[key.removeprefix("local.")] = value
         if self.rank == 0:
             inside = "" if state["step"] is None else f" and {state['step']} optimiser steps of the next one"
             print(f"going on from {folder}: {state['update']} updates{inside} are done", flush=True)

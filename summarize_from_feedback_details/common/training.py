@@ -3,8 +3,9 @@ that it ends with."""
 
 import math
 import os
+from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from transformers import GenerationConfig, get_scheduler
 from transformers.integrations import unset_hf_deepspeed_config
 
 from summarize_from_feedback_details.common.arguments import refuse
+from summarize_from_feedback_details.common.checkpoints import Checkpoints
 from summarize_from_feedback_details.common.files import atomic_folder
 from summarize_from_feedback_details.common.machine import keep_freed_memory, on_gpu, warn_of_busy_cores
 from summarize_from_feedback_details.common.precision import choose_precision
@@ -90,21 +92,25 @@ def epoch_order(rows: int, episodes: int, seed: int) -> np.ndarray:
     return np.concatenate(passes)[:episodes]
 
 
-def deal(lengths: list[int], micro: int, rank: int, world_size: int, alike: bool = False) -> list[list[int]]:
-    """Cut a batch into this rank's micro batches, each with about as many tokens: what is packed needs most room once.
+def micro_batches(
+    lengths: list[int], micro: int, rank: int, world_size: int, sort_by_length: bool = False
+) -> list[list[int]]:
+    """Cut a batch into this rank's micro batches, each with about as many tokens, so that memory peaks are even.
 
     Every rank gets the same number of micro batches (so that collectives match); those of a batch that does not fill
-    may be empty. With `alike`, rows of similar length come together, longest first: what is padded wastes least.
+    may be empty. With `sort_by_length`, rows of similar length come together, longest first: least padding.
 
-    >>> deal([5, 9, 7], micro=1, rank=1, world_size=2)
+    >>> micro_batches([5, 9, 7], micro=1, rank=1, world_size=2)
     [[2], []]
-    >>> deal([1, 2, 3, 4], micro=2, rank=0, world_size=1), deal([1, 2, 3, 4], 2, 0, 1, alike=True)
-    ([[3, 0], [2, 1]], [[3, 2], [1, 0]])
+    >>> micro_batches([1, 2, 3, 4], micro=2, rank=0, world_size=1)
+    [[3, 0], [2, 1]]
+    >>> micro_batches([1, 2, 3, 4], micro=2, rank=0, world_size=1, sort_by_length=True)
+    [[3, 2], [1, 0]]
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     steps = math.ceil(math.ceil(len(order) / world_size) / micro)
     mine = order[rank::world_size]
-    if alike:
+    if sort_by_length:
         return [mine[i * micro : (i + 1) * micro] for i in range(steps)]
     there_and_back = [*range(steps), *reversed(range(steps))]
     parts = [[row for i, row in enumerate(mine) if there_and_back[i % (2 * steps)] == step] for step in range(steps)]
@@ -112,38 +118,78 @@ def deal(lengths: list[int], micro: int, rank: int, world_size: int, alike: bool
     return sorted(parts, key=lambda part: -sum(lengths[i] for i in part))
 
 
-def train_step(accelerator, model, optimizer, micro_batches, loss_of, max_grad_norm, on_bad, stop) -> float | None:
-    """One optimiser update from this rank's micro batches; returns the global gradient norm.
+class Gradient:
+    """The gradient of one batch, added up over micro batches and ranks, and the optimiser step that it is for.
+
+        gradient = Gradient(accelerator, model, optimizer, checkpoints)
+        for rows, weight in gradient.micro_batches(lengths, sort_by_length=not packed):
+            ...
+            gradient.add(loss, batch)
+        norm = gradient.step()
 
     Args:
-        micro_batches: this rank's part of the batch, as `deal` cut it.
-        loss_of: micro batch -> this micro batch's part of the loss over the GLOBAL batch (a sum over ranks and micro
-            batches gives the loss).
-        max_grad_norm: clip to this norm, or None.
-        on_bad: called with (what, rows) where the loss of a micro batch or the gradient of them all is not finite;
-            must raise.
-        stop: asked between micro batches, the same answer on all ranks: where True, no step is made and
-            None is returned.
+        model, optimizer: as `prepare` returned them.
+        checkpoints: of the run; polled between micro batches, which ends the process where a signal asked to stop.
     """
-    ddp = isinstance(model, torch.nn.parallel.DistributedDataParallel)
-    for i, micro in enumerate(micro_batches):
-        last = i == len(micro_batches) - 1
-        accelerator.sync_gradients = last
-        with model.no_sync() if ddp and not last else nullcontext():
-            loss = loss_of(micro) * accelerator.num_processes  # gradients are averaged over ranks: undo it
-            if not torch.isfinite(loss):
-                on_bad("loss", micro)
-            accelerator.backward(loss)  # with DeepSpeed, the last one also steps
-        if not last and stop():
-            return None
-    norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
-    norm = float(norm if norm is not None else math.nan)
-    if not math.isfinite(norm):
-        on_bad("gradient", sum(micro_batches, []))
-    optimizer.step()
-    update_masters(model)
-    optimizer.zero_grad(set_to_none=False)
-    return norm
+
+    def __init__(self, accelerator: Accelerator, model, optimizer, checkpoints: Checkpoints):
+        self.accelerator, self.model, self.optimizer, self.checkpoints = accelerator, model, optimizer, checkpoints
+        self.args, self.weight, self.batches = checkpoints.args, 1.0, []
+
+    def micro_batches(self, lengths: list[int], sort_by_length: bool) -> Iterator[tuple[list[int], float]]:
+        """Yield this rank's micro batches, each for one `add`: (numbers of rows, weight).
+
+        The weight is 1; 0 where there is no row left for this rank, which then reads the first row once more, so that
+        collectives match.
+
+        Args:
+            lengths: tokens of each row of the whole batch, the same on all ranks.
+            sort_by_length: see `micro_batches`.
+        """
+        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
+        parts = micro_batches(lengths, self.args.local_micro_batch_size, rank, world_size, sort_by_length)
+        ddp = isinstance(self.model, torch.nn.parallel.DistributedDataParallel)
+        for i, part in enumerate(parts):
+            last = i == len(parts) - 1
+            self.accelerator.sync_gradients = last
+            self.weight = float(bool(part))
+            with self.model.no_sync() if ddp and not last else nullcontext():
+                yield part or [0], self.weight
+            if not last:
+                self.checkpoints.poll()
+
+    def add(self, loss: torch.Tensor, batch: dict[str, Any]) -> None:
+        """Add the gradient of a micro batch.
+
+        Args:
+            loss: its part of the loss over the GLOBAL batch (a sum over ranks and micro batches gives the loss).
+            batch: what it was computed from, columns of rows; written to a file where the loss or the gradient is not
+                finite, which ends the run.
+        """
+        self.batches.append(batch)
+        loss = loss * self.weight * self.accelerator.num_processes  # gradients are averaged over ranks: undo it
+        if not torch.isfinite(loss):
+            self._stop("loss", [batch])
+        self.accelerator.backward(loss)  # with DeepSpeed, the last one also steps
+
+    def step(self) -> float:
+        """Make the optimiser step; returns the global gradient norm, before it is clipped."""
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm or math.inf)
+        norm = float(norm if norm is not None else math.nan)
+        if not math.isfinite(norm):
+            self._stop("gradient", self.batches)
+        self.optimizer.step()
+        update_masters(self.model)
+        self.optimizer.zero_grad(set_to_none=False)
+        return norm
+
+    def _stop(self, what: str, batches: list[dict[str, Any]]) -> NoReturn:
+        update, step, _ = self.checkpoints.marked
+        what += "" if step is None else f" of step {step + 1}"
+        columns = {name: [batch[name] for batch in batches] for name in batches[0]}
+        join = lambda parts: torch.cat(parts).cpu() if torch.is_tensor(parts[0]) else [row for p in parts for row in p]
+        batch = {name: join(parts) for name, parts in columns.items()}
+        self.checkpoints.run.stop_on_bad_numbers(update + 1, what, batch)
 
 
 def disable_dropout(model: torch.nn.Module) -> None:
