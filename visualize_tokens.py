@@ -53,7 +53,7 @@ from summarize_from_feedback_details.common.check_inputs import (
 )
 from summarize_from_feedback_details.common.console import Progress, quiet_libraries
 from summarize_from_feedback_details.common.files import refuse_uncreatable, write_whole
-from summarize_from_feedback_details.common.logprobs import response_logits, spread, token_logprobs
+from summarize_from_feedback_details.common.logprobs import response_logits, scatter_tokens, token_logprobs
 from summarize_from_feedback_details.common.machine import on_gpu
 from summarize_from_feedback_details.common.policies import load_policy
 from summarize_from_feedback_details.common.reward_models import load_reward_model, read_rewards
@@ -258,7 +258,7 @@ def make_plan(args: Args) -> SimpleNamespace:
     hparams = {f.name: (run.get("ppo") or {}).get(f.name, f.default) for f in fields(ppo.PpoHParams)}
     hparams |= {n: getattr(args, n) for n in ("kl_coef", "gamma", "lam") if getattr(args, n) is not None}
     pick = lambda name, own=None: own if own is not None else run.get(name, getattr(default, name))
-    plan.settings = SimpleNamespace(  # what `compute_advantages` and the sampling read
+    plan.settings = SimpleNamespace(  # what `compute_experience` and the sampling read
         ppo=ppo.PpoHParams(**hparams), non_eos_penalty=pick("non_eos_penalty"),
         penalty_reward_value=pick("penalty_reward_value"), truncate_token=pick("truncate_token"),
         seed=pick("seed", args.seed), response_length=pick("response_length", args.response_length),
@@ -376,7 +376,7 @@ def read_policy(model, queries, responses, pad_id: int, temperature: float, prog
         # rank 1 is the largest logit; the temperature changes no order
         ranks = 1 + (logits > logits.gather(1, targets[:, None])).sum(1)
         columns = token_logprobs(logits, targets, temperature), ranks, logits.argmax(1)
-        found.append([spread(column.cpu(), mask, 0.0) for column in columns])
+        found.append([scatter_tokens(column.cpu(), mask, 0.0) for column in columns])
     logprobs, ranks, top = (torch.cat(column) for column in zip(*found))
     return logprobs, ranks.long(), top.long()
 
@@ -395,8 +395,8 @@ def read_head(model, queries, responses, pad_id: int, device, progress: Progress
         counts = [len(row) + 1 for row in real]
         read = network.values(queries[part], real, counts).cpu().split(counts)
         R, mask_p1 = responses.shape[1], torch.arange(responses.shape[1]) < torch.tensor(counts)[:, None]
-        before = spread(torch.cat([row[:R] for row in read]), mask_p1, 0.0)
-        found.append([scores.cpu(), before, spread(torch.cat([row[1:] for row in read]), mask, 0.0)])
+        before = scatter_tokens(torch.cat([row[:R] for row in read]), mask_p1, 0.0)
+        found.append([scores.cpu(), before, scatter_tokens(torch.cat([row[1:] for row in read]), mask, 0.0)])
     return tuple(torch.cat(column) for column in zip(*found))
 
 
@@ -510,16 +510,15 @@ def read_columns(name: str, column: Scores, ids, settings, read: Callable[[int],
     pad_id = ids.pad
     per_token = {"base_logprob": column.base_logprobs, "logprob": column.logprobs, "ref_logprob": column.ref_logprobs,
                  "value": column.values, "reward_logit": column.reward_logits}  # fmt: skip
-    adv, scored_as = None, column.scores
+    experience, scored_as = None, column.scores
     if column.logprobs is not None:
         per_token["kl"] = column.logprobs - column.ref_logprobs
         if column.scores is not None:
-            adv = ppo.compute_advantages(
-                column.responses, column.logprobs, column.ref_logprobs, column.values, column.scores, pad_id, ids.stop,
-                settings,
-            )  # fmt: skip
-            per_token |= {"reward": adv.rewards, "advantage": adv.advantages}
-            scored_as = adv.scores
+            then = column.logprobs, column.ref_logprobs, column.values, column.scores
+            rollout = ppo.Rollout(torch.arange(len(column.responses)), column.responses, *then)
+            experience = ppo.compute_experience(rollout, ids, settings)
+            per_token |= {"reward": experience.rewards, "advantage": experience.advantages}
+            scored_as = experience.scores
     found = []
     for b, row in enumerate(column.responses.tolist()):
         row = [i for i in row if i != pad_id]
@@ -537,11 +536,11 @@ def read_columns(name: str, column: Scores, ids, settings, read: Callable[[int],
             response |= {"score": number(column.scores[b]), "scored_as": number(scored_as[b])}
         if column.logprobs is not None:
             response["kl"] = number(sum(token["kl"] or 0.0 for token in tokens))
-        if adv is not None:
-            response["reward"] = number((adv.rewards[b] * ~adv.padding_mask_p1[b]).sum())
+        if experience is not None:
+            response["reward"] = number((experience.rewards[b] * ~experience.padding_mask_p1[b]).sum())
             if len(row) < column.responses.shape[1]:  # the place right after the end, where the score lands
                 n = len(row)
-                response["end"] = {"value": number(adv.values[b, n]), "reward": number(adv.rewards[b, n])}
+                response["end"] = {name: number(getattr(experience, f"{name}s")[b, n]) for name in ("value", "reward")}
         found.append(response)
     return found
 

@@ -19,8 +19,7 @@ whitening and mini-batches are those of the whole batch on any number of process
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -41,6 +40,7 @@ from summarize_from_feedback_details.common.arguments import (
     refuse,
 )
 from summarize_from_feedback_details.common.check_inputs import (
+    TokenIds,
     check_context,
     check_same_tokenizer,
     check_same_vocabulary,
@@ -61,14 +61,14 @@ from summarize_from_feedback_details.common.logprobs import (
     masked_whiten,
     response_logits,
     response_positions,
-    spread,
+    scatter_tokens,
     token_entropies,
     token_logprobs,
 )
 from summarize_from_feedback_details.common.machine import memory_gb
-from summarize_from_feedback_details.common.packed_rows import hidden_at, packs
+from summarize_from_feedback_details.common.packed_rows import hidden_at, supports_packing
 from summarize_from_feedback_details.common.policies import load_policy
-from summarize_from_feedback_details.common.precision import cast_parameters, exact, keep_exact
+from summarize_from_feedback_details.common.precision import exact, keep_exact
 from summarize_from_feedback_details.common.reward_models import load_reward_model, read_rewards
 from summarize_from_feedback_details.common.run_folder import RunFolder
 from summarize_from_feedback_details.common.sampling import (
@@ -81,11 +81,13 @@ from summarize_from_feedback_details.common.sampling import (
 from summarize_from_feedback_details.common.training import (
     Gradient,
     epoch_order,
+    freeze,
     launch,
+    lent,
     prepare,
     save_model,
 )
-from summarize_from_feedback_details.common.zero import gathered
+from summarize_from_feedback_details.common.zero import full_weights
 
 STATISTICS = ("loss/policy", "loss/value", "policy/ratio", "policy/clipfrac", "policy/approxkl", "value/clipfrac",
               "policy/entropy")  # fmt: skip
@@ -293,9 +295,10 @@ class Rollout(NamedTuple):
     scores: torch.Tensor  # [B] of the reward model
 
 
-class Advantages(NamedTuple):
-    """What a rollout comes to, see `compute_advantages`; [B, R] each but where stated."""
+class Experience(NamedTuple):
+    """What a rollout comes to, see `compute_experience`; [B, R] each but where stated."""
 
+    responses: torch.Tensor  # token ids, pads after the stop token
     padding_mask: torch.Tensor  # True after the last token of the response
     padding_mask_p1: torch.Tensor  # the same, one position later
     sequence_lengths: torch.Tensor  # [B] index of the last token
@@ -310,6 +313,10 @@ class Advantages(NamedTuple):
     advantages: torch.Tensor
     returns: torch.Tensor
 
+    def take(self, episodes) -> "Experience":
+        """That of some episodes of the batch."""
+        return Experience(*(column[episodes] for column in self))
+
 
 def generalised_advantages(rewards, values, gamma: float, lam: float) -> torch.Tensor:
     """Generalised advantage estimation (Schulman et al. 2016): [B, R], [B, R] -> [B, R]."""
@@ -321,19 +328,13 @@ def generalised_advantages(rewards, values, gamma: float, lam: float) -> torch.T
     return advantages
 
 
-def compute_advantages(responses, logprobs, ref_logprobs, values, scores, pad_id, stop_id, args) -> Advantages:
-    """From what was sampled to what is learned: masks, rewards, advantages, returns over the WHOLE batch.
-
-    Args:
-        responses: [B, R], pads after the stop token.
-        logprobs, ref_logprobs, values: [B, R].
-        scores: [B].
-        args: has `ppo`, `non_eos_penalty` and `penalty_reward_value`.
-    """
+def compute_experience(rollout: Rollout, ids: TokenIds, args: Args) -> Experience:
+    """From what was sampled to what is learned: masks, rewards, advantages, returns over the WHOLE batch."""
+    _, responses, logprobs, ref_logprobs, values, scores = rollout
     R = responses.shape[1]
     # a response always has a first token, so that index is at least 0
-    sequence_lengths = first_true_indices(responses == pad_id) - 1  # [B]
-    contains_stop = (responses == stop_id).any(1)  # [B]
+    sequence_lengths = first_true_indices(responses == ids.pad) - 1  # [B]
+    contains_stop = (responses == ids.stop).any(1)  # [B]
     if args.non_eos_penalty:
         # Detail: no EOS - the score IS SET to -1 (TRL subtracts instead: not the same)
         scores = torch.where(contains_stop, scores, torch.full_like(scores, args.penalty_reward_value))
@@ -360,8 +361,8 @@ def compute_advantages(responses, logprobs, ref_logprobs, values, scores, pad_id
     # Detail: advantage whitening - biased variance, over real tokens
     # Deviates: over the whole batch of all processes; the original whitened on each GPU
     advantages = masked_whiten(advantages, ~padding_mask).masked_fill(padding_mask, 0.0)
-    return Advantages(padding_mask, padding_mask_p1, sequence_lengths, contains_stop, logprobs, ref_logprobs, values,
-                      scores, kl, non_score_rewards, rewards, advantages, returns)  # fmt: skip
+    return Experience(responses, padding_mask, padding_mask_p1, sequence_lengths, contains_stop, logprobs, ref_logprobs,
+                      values, scores, kl, non_score_rewards, rewards, advantages, returns)  # fmt: skip
 
 
 def ppo_losses(new_logprobs, vpreds, logprobs, values, advantages, returns, cliprange: float, cliprange_value: float):
@@ -387,24 +388,23 @@ def ppo_losses(new_logprobs, vpreds, logprobs, values, advantages, returns, clip
     }  # fmt: skip
 
 
-def micro_batch_loss(model, queries, responses, adv: Advantages, mb, counts, pad_id: int, args):
+def micro_batch_loss(model, queries: list[list[int]], episodes: Experience, counts: list[int], args: Args):
     """One micro batch's part of the loss over its mini-batch, and of the statistics.
 
     Args:
         model: `PolicyAndValue`, wrapped or not.
-        queries: b lists of token ids; responses: [b, R], pads after the stop token.
-        adv: of the whole batch; mb: [b] numbers of these episodes in it.
+        queries: b lists of token ids; episodes: their part of the batch's experience.
         counts: real tokens of the whole mini-batch, and those of the value loss (one more where there is room).
 
     Returns:
         loss []; STATISTICS [7], to be added up over micro batches; largest |ratio - 1| [].
     """
-    mask, mask_p1 = ~adv.padding_mask[mb], ~adv.padding_mask_p1[mb]  # [b, R]
-    real = [strip_pads(row, pad_id) for row in responses.cpu()]
+    mask, mask_p1 = ~episodes.padding_mask, ~episodes.padding_mask_p1  # [b, R]
+    real = [row[keep].tolist() for row, keep in zip(episodes.responses.cpu(), mask.cpu())]
     new_logprobs, entropies, vpreds = model(queries, real, mask_p1.sum(1).tolist(), args.temperature)
-    new_logprobs, entropies = spread(new_logprobs, mask, INVALID_LOGPROB), spread(entropies, mask, 0.0)  # [b, R]
-    vpreds = spread(vpreds, mask_p1, 0.0)
-    then = (column[mb] for column in (adv.logprobs, adv.values, adv.advantages, adv.returns))
+    new_logprobs = scatter_tokens(new_logprobs, mask, INVALID_LOGPROB)  # [b, R]
+    entropies, vpreds = scatter_tokens(entropies, mask, 0.0), scatter_tokens(vpreds, mask_p1, 0.0)
+    then = (episodes.logprobs, episodes.values, episodes.advantages, episodes.returns)
     losses = ppo_losses(new_logprobs, vpreds, *then, args.ppo.cliprange, args.ppo.cliprange_value)
     # Deviates: means over the real tokens of the whole mini-batch; the original averaged each micro batch by itself,
     # and its statistics over pads
@@ -412,7 +412,7 @@ def micro_batch_loss(model, queries, responses, adv: Advantages, mb, counts, pad
     mean_p1 = lambda values: (values * mask_p1).sum() / counts[1]
     pg_loss, vf_loss = mean(losses["pg"]), mean_p1(losses["vf"])
     with torch.no_grad():
-        approx_kl = 0.5 * (new_logprobs - adv.logprobs[mb]) ** 2
+        approx_kl = 0.5 * (new_logprobs - episodes.logprobs) ** 2
         statistics = [pg_loss, vf_loss, mean(losses["ratio"]), mean(losses["pg_clipped"]), mean(approx_kl),
                       mean_p1(losses["vf_clipped"]), mean(entropies)]  # fmt: skip
         statistics = torch.stack(statistics)
@@ -421,34 +421,37 @@ def micro_batch_loss(model, queries, responses, adv: Advantages, mb, counts, pad
     return pg_loss + args.ppo.vf_coef * vf_loss, statistics, ratio_error
 
 
-@contextmanager
-def lent(model, device) -> Iterator[None]:
-    """A frozen model on this device for one pass. With --offload its weights stay in host memory, too, so that nothing
-    is copied back; elsewhere nothing happens."""
-    home, weights = next(model.parameters()).device, [parameter.data for parameter in model.parameters()]
-    model.to(device)
-    try:
-        yield
-    finally:
-        for parameter, weight in zip(model.parameters(), weights):
-            parameter.data = weight
-        model.to(home)  # its buffers
+class Networks(NamedTuple):
+    """The four networks of PPO."""
+
+    trained: PolicyAndValue
+    ref_policy: torch.nn.Module
+    reward_model: torch.nn.Module
+
+
+class Prompts(NamedTuple):
+    """Queries to sample responses to."""
+
+    queries: list[list[int]]  # B token lists without pads
+    rows: np.ndarray  # [B] in the dataset
+    episodes: np.ndarray  # [B] numbers, to which the sampling noise belongs
 
 
 @torch.no_grad()
 def make_rollout(
-    policy_and_value, ref_policy, reward_model, queries, query_rows, episodes, resample, ids, args, poll=lambda: None,
-):  # fmt: skip
+    networks: Networks, prompts: Prompts, recompute_logprobs: bool, ids: TokenIds, args: Args,
+    poll: Callable = lambda: None,
+) -> Rollout:  # fmt: skip
     """Sample a response to each query and compute what PPO needs of it, --local_rollout_forward_batch_size at a time.
 
     Args:
-        queries: list of B token lists; query_rows, episodes: [B] their rows in the dataset and numbers of episodes.
-        resample: compute the policy's log-probs again by the forward pass of training instead of taking those of
-            sampling: in bf16 the two differ by rounding, and the first-pass ratio has to be 1.
+        recompute_logprobs: compute the policy's log-probs again by the forward pass of training instead of taking those
+            of sampling: in bf16 the two differ by rounding, and the first-pass ratio has to be 1.
         poll: called before each forward pass that samples.
     """
-    device, R = policy_and_value.value_bias.device, args.response_length
-    policy, at_once = policy_and_value.policy, args.local_rollout_forward_batch_size
+    (trained, ref_policy, reward_model), (queries, query_rows, episodes) = networks, prompts
+    device, R = trained.value_bias.device, args.response_length
+    policy, at_once = trained.policy, args.local_rollout_forward_batch_size
     parts = [slice(start, start + at_once) for start in range(0, len(queries), at_once)]
     sampled = []
     for part in parts:
@@ -463,9 +466,9 @@ def make_rollout(
 
     def logprobs_of(model) -> torch.Tensor:
         read = lambda part: token_logprobs(*response_logits(model, queries[part], real[part]), args.temperature)
-        return spread(torch.cat([read(part) for part in parts]), mask, INVALID_LOGPROB)
+        return scatter_tokens(torch.cat([read(part) for part in parts]), mask, INVALID_LOGPROB)
 
-    if resample:
+    if recompute_logprobs:
         logprobs = logprobs_of(policy)
     with lent(ref_policy, device):
         ref_logprobs = logprobs_of(ref_policy)
@@ -473,11 +476,11 @@ def make_rollout(
     # read at EOS at the latest: what stands after EOS influences nothing, so the truncated one gives the same values
     mask_p1 = torch.arange(R, device=device) <= mask.sum(1)[:, None]  # one more where there is room
     counts = mask_p1.sum(1).tolist()
-    values = torch.cat([policy_and_value.values(queries[part], real[part], counts[part]) for part in parts])
+    values = torch.cat([trained.values(queries[part], real[part], counts[part]) for part in parts])
     with lent(reward_model, device):
         rows = [q + r for q, r in zip(queries, real)]
         scores = torch.cat([read_rewards(reward_model, rows[part]) for part in parts])
-    values = spread(values, mask_p1, 0.0)
+    values = scatter_tokens(values, mask_p1, 0.0)
     return Rollout(torch.tensor(query_rows, device=device), responses, logprobs, ref_logprobs, values, scores)
 
 
@@ -493,25 +496,26 @@ def report(found: dict[str, list]) -> dict[str, float]:
     }
 
 
-def rollout_metrics(adv: Advantages) -> dict[str, float]:
+def rollout_metrics(experience: Experience) -> dict[str, float]:
     """Metrics of a batch of episodes; means are over all episodes, or all real tokens."""
-    mask, mask_p1 = ~adv.padding_mask, ~adv.padding_mask_p1
-    kl = (adv.kl * mask).sum(1)  # [B] nats per episode
+    mask, mask_p1 = ~experience.padding_mask, ~experience.padding_mask_p1
+    kl = (experience.kl * mask).sum(1)  # [B] nats per episode
     # the same KL by an estimate that is never negative (k3, Schulman 2020, "Approximating KL divergence")
-    kl_k3 = ((torch.expm1(-adv.kl) + adv.kl) * mask).sum(1)
-    errors = adv.returns - adv.values
-    unexplained = masked_var(errors, mask_p1, unbiased=False) / masked_var(adv.returns, mask_p1, unbiased=False)
-    non_score = (adv.non_score_rewards * mask).sum(1)
+    kl_k3 = ((torch.expm1(-experience.kl) + experience.kl) * mask).sum(1)
+    errors = experience.returns - experience.values
+    unexplained = masked_var(errors, mask_p1, unbiased=False) / masked_var(experience.returns, mask_p1, unbiased=False)
+    non_score = (experience.non_score_rewards * mask).sum(1)
     metrics = {
-        "objective/scores": adv.scores.mean(), "objective/scores_std": adv.scores.std(unbiased=False),
+        "objective/scores": experience.scores.mean(), "objective/scores_std": experience.scores.std(unbiased=False),
         "objective/kl": kl.mean(), "objective/kl_standard_error": kl.std(unbiased=False) / math.sqrt(len(kl)),
         "objective/kl_k3": kl_k3.mean(),
-        "objective/entropy": (-adv.logprobs * mask).sum(1).mean(),
-        "objective/non_score_reward": non_score.mean(), "objective/score_total": (adv.scores + non_score).mean(),
-        "objective/eos_rate": adv.contains_stop.float().mean(),
+        "objective/entropy": (-experience.logprobs * mask).sum(1).mean(),
+        "objective/non_score_reward": non_score.mean(), "objective/score_total": (experience.scores + non_score).mean(),
+        "objective/eos_rate": experience.contains_stop.float().mean(),
         "objective/response_length": mask.sum(1).float().mean(),
         "value/error": masked_mean(errors.abs(), mask_p1), "value/explained_variance": 1.0 - unexplained,
-        "value/mean": masked_mean(adv.values, mask_p1), "value/returns": masked_mean(adv.returns, mask_p1),
+        "value/mean": masked_mean(experience.values, mask_p1),
+        "value/returns": masked_mean(experience.returns, mask_p1),
     }  # fmt: skip
     return {name: float(value) for name, value in metrics.items()}
 
@@ -522,6 +526,14 @@ def training_metrics(stats: torch.Tensor, ratio_error: float) -> dict[str, float
     metrics["policy/entropy"] = float(stats[0, STATISTICS.index("policy/entropy")])  # of the policy that sampled
     metrics["policy/approxkl_last_pass"] = float(stats[-1, STATISTICS.index("policy/approxkl")])
     return metrics | {"policy/first_pass_ratio_error": ratio_error}
+
+
+def print_results(final: dict[str, float]) -> None:
+    """The closing table."""
+    table = Table("PPO", "last value")
+    for name in (*CLOSING_METRICS, *(name for name in final if name.startswith("eval/"))):
+        table.add_row(name, f"{final[name]:.4f}")
+    print_table(table)
 
 
 def warn(update: int, metrics: dict[str, float], in_float32: bool) -> None:
@@ -592,7 +604,7 @@ def main(args: Args) -> dict[str, float]:
         return run.final_metrics()
     tokenizer, dataset, ids = check_args(args)
     accelerator = launch(args, "episodes")
-    is_main, device, pad_id = accelerator.is_main_process, accelerator.device, tokenizer.pad_token_id
+    is_main, device, in_float32 = accelerator.is_main_process, accelerator.device, accelerator.mixed_precision == "no"
     rank, world_size = accelerator.process_index, args.world_size
     if is_main:
         print(f"{args.num_updates} updates, {args.ppo.noptepochs} passes each", flush=True)
@@ -614,43 +626,39 @@ def main(args: Args) -> dict[str, float]:
         )
         reward_model = load_reward_model(args.reward_model_path, args.reward_model_revision)
         value_model = load_reward_model(args.reward_model_path, args.reward_model_revision)
-        packed = packs(policy) and packs(reward_model)
+        packed = supports_packing(policy) and supports_packing(reward_model)
         if is_main:
-            how = "packed" if packed else "padded: this architecture cannot pack them"
-            print(f"rows are read {how}", flush=True)
+            print(f"rows are read {'packed' if packed else 'padded: this architecture cannot pack them'}", flush=True)
         if args.gradient_checkpointing:
             policy.gradient_checkpointing_enable({"use_reentrant": False})
             value_model.gradient_checkpointing_enable({"use_reentrant": False})
         model = PolicyAndValue(policy, value_model)
         run.parameters = sum(p.numel() for p in policy.parameters())
         model, optimizer, scheduler = prepare(accelerator, model, args)
-        whole = accelerator.unwrap_model(model)
-        # the frozen models compute in the precision of the trained ones, so that KL starts at 0
+        unwrapped = accelerator.unwrap_model(model)
         for frozen in (ref_policy, reward_model):
-            cast_parameters(frozen, next(whole.policy.parameters()).dtype)
-            frozen.eval().requires_grad_(False)
-            if not args.offload:
-                frozen.to(device)
+            freeze(frozen, unwrapped.policy, None if args.offload else device)
+        networks = Networks(unwrapped, ref_policy, reward_model)
 
-        def evaluate(rows, what: str):
-            with evaluating(accelerator, model) as networks, lent(reward_model, device):
-                return score_policy(networks.policy, reward_model, rows, tokenizer, args, what)
+        def evaluate(rows, what: str) -> dict[str, list]:
+            with evaluating(accelerator, model) as trained, lent(reward_model, device):
+                return score_policy(trained.policy, reward_model, rows, tokenizer, args, what)
 
         # --------------------------------------------------------------------------------------------------------------
         # loop
-        some = train[np.linspace(0, len(train) - 1, 1000).astype(int)]["query_token"]
-        data = {"query_dataset": fingerprint([len(train), *np.concatenate(some)])}
+        probe_rows = train[np.linspace(0, len(train) - 1, 1000).astype(int)]["query_token"]
+        data = {"query_dataset": fingerprint([len(train), *np.concatenate(probe_rows)])}
         checkpoints = Checkpoints(run, accelerator, model, optimizer, scheduler, data)
         resumed = checkpoints.resume()
         for update in run.progress("ppo updates", resumed.update + 1, args.num_updates):
             start = time.time()
             # rollout: each rank samples its share of the batch, rows of similar length together
             episodes = np.arange((update - 1) * args.batch_size, update * args.batch_size)
-            queries = [strip_pads(q, pad_id) for q in train[order[episodes]]["query_token"]]
-            inside = resumed.inside(update)  # where a run goes on inside an update
+            queries = [strip_pads(q, ids.pad) for q in train[order[episodes]]["query_token"]]
             stats = torch.zeros(args.ppo.noptepochs, len(STATISTICS), device=device, dtype=torch.float64)
             # of the first pass over the first mini-batch, where it is noise
             ratio_error = torch.zeros(1, device=device)
+            inside = resumed.inside(update)
             if inside:
                 rollout = Rollout(*(inside.shared[name].to(device) for name in Rollout._fields))
                 stats.copy_(inside.local["stats"])
@@ -659,26 +667,25 @@ def main(args: Args) -> dict[str, float]:
                 model.eval()
                 # this rank's share: as many rows on each rank, of similar lengths, longest first
                 mine = sorted(range(len(queries)), key=lambda i: (-len(queries[i]), i))[rank::world_size]
-                with accelerator.autocast(), gathered(model):
-                    local = make_rollout(
-                        whole, ref_policy, reward_model, [queries[i] for i in mine],
-                        order[episodes[mine]], episodes[mine], accelerator.mixed_precision == "bf16", ids, args, checkpoints.poll,
-                    )  # fmt: skip
+                prompts = Prompts([queries[i] for i in mine], order[episodes[mine]], episodes[mine])
+                with accelerator.autocast(), full_weights(model):
+                    local = make_rollout(networks, prompts, not in_float32, ids, args, checkpoints.poll)
                 # from the order of ranks to that of episodes
                 back = accelerator.gather(torch.tensor(mine, device=device)).argsort()
                 rollout = Rollout(*(accelerator.gather(column)[back] for column in local))
             assert torch.equal(rollout.query_rows.cpu(), torch.from_numpy(order[episodes]))
-            adv = compute_advantages(*rollout[1:], ids.pad, ids.stop, args)
+            experience = compute_experience(rollout, ids, args)
             rollout_seconds = time.time() - start
 
             # optimisation: passes over the whole batch, cut into the same mini-batches on any number of ranks
             model.train()
-            total_lengths = [len(q) + int(n) + 1 for q, n in zip(queries, adv.sequence_lengths.tolist())]
+            lengths = np.array([len(q) + int(n) + 1 for q, n in zip(queries, experience.sequence_lengths.tolist())])
             for step in range(inside.step if inside else 0, args.ppo.noptepochs * args.nminibatches):
                 epoch, i = divmod(step, args.nminibatches)
                 shuffled = np.random.default_rng([args.seed, update, epoch]).permutation(args.batch_size)
                 mini_batch = shuffled.reshape(args.nminibatches, args.mini_batch_size)[i]
-                counts = [int((~m[mini_batch]).sum()) for m in (adv.padding_mask, adv.padding_mask_p1)]
+                masks = experience.padding_mask, experience.padding_mask_p1
+                counts = [int((~mask[mini_batch]).sum()) for mask in masks]
                 before = stats.clone()
 
                 def state() -> tuple[dict, dict]:
@@ -687,18 +694,15 @@ def main(args: Args) -> dict[str, float]:
 
                 checkpoints.mark(update - 1, step, state)
                 gradient = Gradient(accelerator, model, optimizer, checkpoints)
-                for part, _ in gradient.micro_batches([total_lengths[j] for j in mini_batch], not packed):
+                for part, _ in gradient.micro_batches(lengths[mini_batch].tolist(), sort_by_length=not packed):
                     mb = mini_batch[part]
-                    loss, values, error = micro_batch_loss(
-                        model, [queries[j] for j in mb], rollout.responses[mb], adv, mb, counts, pad_id, args
-                    )
-                    columns = {name: column[mb] for name, column in adv._asdict().items()}
-                    columns |= {"responses": rollout.responses[mb], "queries": [queries[j] for j in mb]}
-                    gradient.add(loss, columns | {"query_rows": order[episodes[mb]]})
+                    mb_queries, mb_experience = [queries[j] for j in mb], experience.take(mb)
+                    loss, values, error = micro_batch_loss(model, mb_queries, mb_experience, counts, args)
+                    evidence = {"queries": mb_queries, "query_rows": order[episodes[mb]]}
+                    gradient.add(loss, mb_experience._asdict() | evidence)
                     stats[epoch] += values
-                    if step == 0:
-                        ratio_error = torch.max(ratio_error, error)
-                norm = gradient.step()
+                    ratio_error = torch.max(ratio_error, error) if step == 0 else ratio_error
+                grad_norm = gradient.step()
             lr = scheduler.get_last_lr()[0]
             scheduler.step()
             stats = accelerator.reduce(stats, "sum") / args.nminibatches
@@ -706,16 +710,16 @@ def main(args: Args) -> dict[str, float]:
 
             # what happened
             seconds = time.time() - start
-            metrics = rollout_metrics(adv) | training_metrics(stats, ratio_error)
+            metrics = rollout_metrics(experience) | training_metrics(stats, ratio_error)
             metrics |= {
-                "train/ppo/lr": lr, "train/ppo/grad_norm": norm, "train/ppo/episode": update * args.batch_size,
+                "train/ppo/lr": lr, "train/ppo/grad_norm": grad_norm, "train/ppo/episode": update * args.batch_size,
                 "time/ppo/rollout_seconds": rollout_seconds, "time/ppo/training_seconds": seconds - rollout_seconds,
                 "time/ppo/episodes_per_second": args.batch_size / seconds,
-                "time/ppo/sampled_tokens_per_second": int((~adv.padding_mask).sum()) / rollout_seconds,
+                "time/ppo/sampled_tokens_per_second": int((~experience.padding_mask).sum()) / rollout_seconds,
                 "memory/ppo/peak_gb": memory_gb(device),
             }  # fmt: skip
             if is_main:
-                warn(update, metrics, in_float32=accelerator.mixed_precision == "no")
+                warn(update, metrics, in_float32)
             if args.run_eval and args.eval_freq and update % args.eval_freq == 0 and update < args.num_updates:
                 found = evaluate(validation, f"update {update}, validation")
                 run.table(f"validation_{update}", found)
@@ -740,14 +744,11 @@ def main(args: Args) -> dict[str, float]:
             run.log(args.num_updates + 1, report(found))
         save_model(accelerator, run, model, policy, tokenizer, args.output_dir)
         if args.value_output_dir:
-            with gathered(model):
-                value_model.config.reward_bias = float(exact(whole.value_bias).detach())
+            with full_weights(model):
+                value_model.config.reward_bias = float(exact(unwrapped.value_bias).detach())
             save_model(accelerator, run, model, value_model, tokenizer, args.value_output_dir)
         if is_main:
-            shown = Table("PPO", "last value")
-            for name in (*CLOSING_METRICS, *(k for k in final if k.startswith("eval/"))):
-                shown.add_row(name, f"{final[name]:.4f}")
-            print_table(shown)
+            print_results(final)
             paths = f"policy: {args.output_dir}" + (f"\ntable:  {table}" if args.run_eval else "")
             print(f"{paths}\nrun:    {run.path}", flush=True)
             if args.push_to_hub:

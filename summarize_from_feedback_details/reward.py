@@ -53,7 +53,13 @@ from summarize_from_feedback_details.common.checkpoints import Checkpoints, fing
 from summarize_from_feedback_details.common.console import print_table
 from summarize_from_feedback_details.common.evaluation import evaluating, for_each_row, gather_rows
 from summarize_from_feedback_details.common.machine import memory_gb
-from summarize_from_feedback_details.common.packed_rows import hidden_at, join, pack, packs, use_packed_attention
+from summarize_from_feedback_details.common.packed_rows import (
+    hidden_at,
+    pack_pieces,
+    pack_rows,
+    supports_packing,
+    use_packed_attention,
+)
 from summarize_from_feedback_details.common.precision import use_float32_head
 from summarize_from_feedback_details.common.run_folder import RunFolder
 from summarize_from_feedback_details.common.sampling import strip_pads
@@ -144,9 +150,9 @@ class Args(RunArgs):
     """tokenised comparisons: folder or hub id"""
     query_dataset: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered_oai_preprocessing_1706381144"
     """tokenised SFT dataset, whose references are the demonstrations of the normalisation: folder or hub id"""
-    dataset_revision: str | None = None
+    label_dataset_revision: str | None = None
     """hub revision of the comparisons"""
-    query_dataset_revision: str | None = None
+    dataset_revision: str | None = None
     """hub revision of the SFT dataset"""
 
     # algorithm
@@ -166,7 +172,7 @@ class RewardModel(torch.nn.Module):
         self.model = model
 
     def forward(self, inputs: dict, ends: torch.Tensor) -> torch.Tensor:
-        """Inputs of `pack` or `join`, positions [N] -> [N] rewards, the normalising constant not added."""
+        """Inputs of `pack_rows` or `pack_pieces`, positions [N] -> [N] rewards, the normalising constant not added."""
         # Detail: reward at the EOS token [12] - the last real token; scores elsewhere are meaningless
         return self.model.score(hidden_at(self.model, inputs, ends))[:, 0]
 
@@ -205,12 +211,12 @@ def shared_prefix_rows(pairs: list[tuple[list[int], list[int]]], device) -> tupl
             its_ends.append(total + len(row) - 1)
             total += len(row) - p
         total += p
-    return join(pieces, device), [*ends[0], *ends[1]]
+    return pack_pieces(pieces, device), [*ends[0], *ends[1]]
 
 
 def separate_rows(rows: list[list[int]], packed: bool, device) -> tuple[dict, list[int]]:
     """Whole sequences: (inputs, positions of their last tokens)."""
-    inputs, starts = pack(rows, packed, device)
+    inputs, starts = pack_rows(rows, packed, device)
     return inputs, [start + len(row) - 1 for start, row in zip(starts, rows)]
 
 
@@ -244,7 +250,7 @@ def evaluate_pairs(accelerator, model, rows, pad_id: int, args: Args, what: str)
     """Rewards of every pair of a split: ([rows], [rows]) chosen and rejected, on every rank."""
     lengths, found = np.asarray(rows["query_chosen_token_len"]) + np.asarray(rows["query_rejected_token_len"]), []
     with evaluating(accelerator, model) as scorer:
-        packed = packs(scorer.model)
+        packed = supports_packing(scorer.model)
         for part in for_each_row(lengths, args.local_eval_batch_size, f"{what} pairs"):
             pairs = read_pairs(rows[part], pad_id)
             both = pair_rewards(scorer, pairs, packed, packed and args.shared_prefix, accelerator.device)
@@ -259,7 +265,7 @@ def score_demonstrations(accelerator, model, rows, pad_id: int, args: Args) -> n
     with evaluating(accelerator, model) as scorer:
         for part in for_each_row(lengths, args.local_eval_batch_size, "demonstrations rows"):
             tokens = [strip_pads(row, pad_id) for row in rows[part]["query_reference_response_token"]]
-            inputs, ends = separate_rows(tokens, packs(scorer.model), accelerator.device)
+            inputs, ends = separate_rows(tokens, supports_packing(scorer.model), accelerator.device)
             found += zip(part, scorer(inputs, torch.tensor(ends, device=accelerator.device)).tolist())
     return np.array([reward for _, reward in gather_rows(found)])
 
@@ -311,7 +317,7 @@ def check_args(args: Args):
     splits = ["train", "validation"] if args.run_eval else ["train"]
     optional = ("validation_cnndm",) if args.run_eval and args.eval_cnndm else ()
     pairs = load_rows(
-        "label_dataset", args.label_dataset, args.dataset_revision, "comparisons", columns, splits, optional
+        "label_dataset", args.label_dataset, args.label_dataset_revision, "comparisons", columns, splits, optional
     )
     longest = {}
     for split, rows in pairs.items():
@@ -326,7 +332,7 @@ def check_args(args: Args):
     check_same_tokenizer("label_dataset", pairs["train"][0], "query", "query_token", tokenizer)
     tokens = ["query_token", "query_reference_response_token"]
     columns = [*tokens, "query", "query_reference_response_token_len"]
-    sft_rows = load_rows("query_dataset", args.query_dataset, args.query_dataset_revision, "sft", columns, ["train"])
+    sft_rows = load_rows("query_dataset", args.query_dataset, args.dataset_revision, "sft", columns, ["train"])
     check_tokens("query_dataset", sft_rows, tokens, base["vocab_size"], tokenizer.pad_token_id)
     check_same_tokenizer("query_dataset", sft_rows["train"][0], "query", "query_token", tokenizer)
     fill_episodes(args, len(pairs["train"]))
@@ -466,7 +472,7 @@ def print_pairs(accelerator, model, rows, tokenizer, shared_prefix: bool) -> Non
     """Print the texts and rewards of a few training pairs."""
     pairs = read_pairs(rows, tokenizer.pad_token_id)
     with evaluating(accelerator, model) as scorer:
-        rewards = pair_rewards(scorer, pairs, packs(scorer.model), shared_prefix, accelerator.device)
+        rewards = pair_rewards(scorer, pairs, supports_packing(scorer.model), shared_prefix, accelerator.device)
     if accelerator.is_main_process:
         for (chosen, rejected), good, bad in zip(pairs, *(r.tolist() for r in rewards)):
             for name, tokens, reward in (("chosen", chosen, good), ("rejected", rejected, bad)):

@@ -46,7 +46,7 @@ from summarize_from_feedback_details.common.dataset_files import refuse_unwritab
 from summarize_from_feedback_details.common.evaluation import evaluating, for_each_row, gather_rows, sample_batch
 from summarize_from_feedback_details.common.logprobs import token_logprobs
 from summarize_from_feedback_details.common.machine import memory_gb
-from summarize_from_feedback_details.common.packed_rows import logits_at, pack, packs
+from summarize_from_feedback_details.common.packed_rows import logits_at, pack_rows, supports_packing
 from summarize_from_feedback_details.common.policies import load_policy
 from summarize_from_feedback_details.common.run_folder import RunFolder
 from summarize_from_feedback_details.common.sampling import strip_pads
@@ -176,7 +176,7 @@ class Policy(torch.nn.Module):
         self.model = model
 
     def forward(self, inputs: dict, at: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Inputs of `pack`, positions [N] that predict and the tokens [N] there -> log-probabilities [N], in nats."""
+        """Inputs of `pack_rows`, positions [N] that predict, the tokens [N] there -> log-probabilities [N] in nats."""
         return token_logprobs(logits_at(self.model, inputs, at), targets, 1.0)
 
 
@@ -188,7 +188,7 @@ def batch_losses(model, rows: list[tuple[list[int], int]], query_loss_weight: fl
     Args:
         model: `Policy`, wrapped or not; `packed`: whether it reads packed rows.
     """
-    inputs, starts = pack([tokens for tokens, _ in rows], packed, device)
+    inputs, starts = pack_rows([tokens for tokens, _ in rows], packed, device)
     at, targets, weights, counts = [], [], [], []
     for start, (tokens, R) in zip(starts, rows):
         T = len(tokens)
@@ -219,7 +219,7 @@ def evaluate_policy(accelerator, model, rows, tokenizer, args: Args, what: str) 
             given = read_rows(batch, tokenizer.pad_token_id)
             losses = []
             for start in range(0, len(given), at_once):
-                part, packed = given[start : start + at_once], packs(policy.model)
+                part, packed = given[start : start + at_once], supports_packing(policy.model)
                 losses += batch_losses(policy, part, args.query_loss_weight, packed, accelerator.device).tolist()
             samples = sample_batch(policy.model, batch, numbers, tokenizer, args, args.temperature)
             for row, sample, loss in zip(numbers, samples, losses):
@@ -296,7 +296,7 @@ def main(args: Args) -> dict[str, float]:
         lengths = np.asarray(train["query_reference_response_token_len"])
         torch.manual_seed(args.seed)
         policy = load_policy("base_model", args.base_model, args.base_model_revision)
-        packed = packs(policy)
+        packed = supports_packing(policy)
         if is_main:
             print(f"rows are read {'packed' if packed else 'padded: this architecture cannot pack them'}", flush=True)
         if args.gradient_checkpointing:

@@ -25,6 +25,7 @@ from packaging.requirements import Requirement
 
 import visualize_tokens
 from summarize_from_feedback_details import ppo_left_padding, reward, sft, tldr_dataset, toy_tldr
+from summarize_from_feedback_details.common.check_inputs import TokenIds
 
 PATHS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 DOCUMENTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PATHS}
@@ -450,8 +451,9 @@ def test_every_reported_metric_is_in_the_glossary():
     found += ppo_left_padding.report(rows | {"score": [1.0], "reference_score": [0.0]})
     args = SimpleNamespace(ppo=ppo_left_padding.PpoHParams(), non_eos_penalty=True, penalty_reward_value=-1.0)
     columns = (torch.zeros(2, 3), torch.zeros(2, 3), torch.randn(2, 3), torch.ones(2))
-    adv = ppo_left_padding.compute_advantages(torch.tensor([[5, 0, 9], [5, 6, 0]]), *columns, 9, 0, args)
-    found += ppo_left_padding.rollout_metrics(adv)
+    rollout = ppo_left_padding.Rollout(torch.arange(2), torch.tensor([[5, 0, 9], [5, 6, 0]]), *columns)
+    experience = ppo_left_padding.compute_experience(rollout, TokenIds(9, 0, 9), args)
+    found += ppo_left_padding.rollout_metrics(experience)
     found += ppo_left_padding.training_metrics(torch.zeros(2, len(ppo_left_padding.STATISTICS)), 0.0)
     assert len(found) > 45 and set(found) <= names, set(found) - names
 

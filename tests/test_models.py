@@ -24,7 +24,7 @@ from summarize_from_feedback_details import ppo_left_padding as ppo
 from summarize_from_feedback_details import reward, sft, tldr_dataset
 from summarize_from_feedback_details.common import sampling, training
 from summarize_from_feedback_details.common.check_inputs import TokenIds, check_context, find_model, find_tokenizer
-from summarize_from_feedback_details.common.packed_rows import packs, use_packed_attention
+from summarize_from_feedback_details.common.packed_rows import supports_packing, use_packed_attention
 
 VOCAB, PAD, BOS, EOS = 96, 96, 1, 2  # the pad lies behind the embedding
 SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -89,7 +89,7 @@ def tiny(family: str, kind: type, pad: int | None):
 def ours_and_plain(family: str, kind: type):
     """The model as the stages read it, and the same as transformers alone reads it."""
     ours, plain = tiny(family, kind, pad=EOS), tiny(family, kind, pad=None)
-    assert use_packed_attention(ours) == packs(ours) == (family not in PADDED)
+    assert use_packed_attention(ours) == supports_packing(ours) == (family not in PADDED)
     return ours, plain
 
 
@@ -122,7 +122,8 @@ def test_a_policy_along_plain_passes(family):
             assert [token for token in written if token != PAD] == expected
             at = plain_logprobs(plain, row)[len(query) - 1 :].gather(1, torch.tensor(expected)[:, None])[:, 0]
             close(found[: len(expected)], at)
-    loss = sft.batch_losses(sft.Policy(policy), [(r, 1) for r in ROWS], 1.0, packs(policy), "cpu").mean()
+    rows, packed = [(r, 1) for r in ROWS], supports_packing(policy)
+    loss = sft.batch_losses(sft.Policy(policy), rows, 1.0, packed, "cpu").mean()
     expected = torch.stack(
         [F.nll_loss(plain_logprobs(plain, row), torch.tensor(row[1:])) for row in ROWS]
     ).mean()  # fmt: skip
@@ -132,7 +133,7 @@ def test_a_policy_along_plain_passes(family):
     compare_gradients(policy, plain)
     torch.optim.SGD(policy.parameters(), lr=1e-2).step()
     with torch.no_grad():
-        after = sft.batch_losses(sft.Policy(policy), [(r, 1) for r in ROWS], 1.0, packs(policy), "cpu").mean()
+        after = sft.batch_losses(sft.Policy(policy), rows, 1.0, packed, "cpu").mean()
     assert after < loss
 
 
@@ -145,7 +146,8 @@ def test_a_reward_model_and_ppo_along_plain_passes(family):
     with torch.no_grad():
         close(ppo.read_rewards(scorer, ROWS), torch.stack([alone(row) + 0.25 for row in ROWS]))
     pairs = [(ROWS[0], QUERIES[0] + [30, EOS]), (ROWS[1], [7, EOS]), (ROWS[2], QUERIES[2] + [31, 32, 33, EOS])]
-    chosen, rejected = reward.pair_rewards(reward.RewardModel(scorer), pairs, packs(scorer), packs(scorer), "cpu")
+    packed = supports_packing(scorer)
+    chosen, rejected = reward.pair_rewards(reward.RewardModel(scorer), pairs, packed, packed, "cpu")
     loss = reward.preference_losses(chosen, rejected).mean()
     expected = -F.logsigmoid(torch.stack([alone(c) - alone(r) for c, r in pairs])).mean()
     loss.backward()
@@ -160,14 +162,15 @@ def test_a_reward_model_and_ppo_along_plain_passes(family):
     responses, R = sampling.pad_rows(RESPONSES, PAD, "right"), 6
     args = SimpleNamespace(ppo=ppo.PpoHParams(), non_eos_penalty=True, penalty_reward_value=-1.0, temperature=0.7)
     then = [torch.linspace(-1.0 - i, -0.5, 3 * R).view(3, R) for i in range(3)]  # log-probs, of the reference, values
-    adv = ppo.compute_advantages(responses, *then, torch.tensor([0.3, -0.2, 0.1]), PAD, EOS, args)
+    rollout = ppo.Rollout(torch.arange(3), responses, *then, torch.tensor([0.3, -0.2, 0.1]))
+    adv = ppo.compute_experience(rollout, TokenIds(PAD, EOS, VOCAB), args)
     mask, mask_p1 = ~adv.padding_mask, ~adv.padding_mask_p1
     counts = (int(mask.sum()), int(mask_p1.sum()))
-    loss, *_ = ppo.micro_batch_loss(model, QUERIES, responses, adv, torch.arange(3), counts, PAD, args)
+    loss, *_ = ppo.micro_batch_loss(model, QUERIES, adv, counts, args)
     values = [alone((q + r)[: len(q) + t]) + 0.5 for q, r, n in zip(QUERIES, RESPONSES, mask_p1.sum(1))
               for t in range(n)]  # fmt: skip
-    new = ppo.spread(torch.cat(plain_response_logprobs(plain_policy, 0.7)), mask, ppo.INVALID_LOGPROB)
-    losses = ppo.ppo_losses(new, ppo.spread(torch.stack(values), mask_p1, 0.0), adv.logprobs, adv.values,
+    new = ppo.scatter_tokens(torch.cat(plain_response_logprobs(plain_policy, 0.7)), mask, ppo.INVALID_LOGPROB)
+    losses = ppo.ppo_losses(new, ppo.scatter_tokens(torch.stack(values), mask_p1, 0.0), adv.logprobs, adv.values,
                             adv.advantages, adv.returns, 0.2, 0.2)  # fmt: skip
     expected = (losses["pg"] * mask).sum() / counts[0] + 0.1 * (losses["vf"] * mask_p1).sum() / counts[1]
     loss.backward()

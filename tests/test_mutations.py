@@ -117,8 +117,8 @@ def test_a_tie_is_not_right(world, workdir, monkeypatch):
 @pytest.mark.parametrize("nminibatches", [1, 2])
 def test_statistics_of_a_policy_that_stands_still(world, workdir, monkeypatch, nminibatches):
     """Learning rate 0: in all passes the ratio is 1, no KL, nothing clipped, and the loss is that of the rollout."""
-    seen, plain = [], ppo.compute_advantages
-    monkeypatch.setattr(ppo, "compute_advantages", lambda *given: seen.append(plain(*given)) or seen[-1])
+    seen, plain = [], ppo.compute_experience
+    monkeypatch.setattr(ppo, "compute_experience", lambda *given: seen.append(plain(*given)) or seen[-1])
     sizes = {"nminibatches": nminibatches, "local_micro_batch_size": 2, "num_updates": 1}
     line = train(world, "ppo", workdir / "m", lr=0.0, run_eval=False, **sizes)[0]
     assert line["policy/ratio"] == pytest.approx(1.0, abs=1e-5)

@@ -8,11 +8,11 @@ from summarize_from_feedback_details import ppo_left_padding, reward, sft
 from summarize_from_feedback_details.common import logprobs, sampling, training
 from summarize_from_feedback_details.common.check_inputs import TokenIds
 from summarize_from_feedback_details.common.packed_rows import (
-    join,
     logits_at,
-    pack,
+    pack_pieces,
+    pack_rows,
     packed_attention,
-    packs,
+    supports_packing,
     use_packed_attention,
 )
 from summarize_from_feedback_details.common.precision import cast_parameters, use_float32_head
@@ -33,13 +33,13 @@ def compare_gradients(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
 
 
 def test_layouts_by_hand():
-    inputs, starts = pack(ROWS[:2], True, "cpu")
+    inputs, starts = pack_rows(ROWS[:2], True, "cpu")
     assert inputs["input_ids"].tolist() == [[3, 4, 5, 6, 7, 8, 9]] and starts == [0, 5]
     assert inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1]] and inputs["pieces"] == [(5, None), (2, None)]
-    inputs, starts = pack(ROWS[:2], False, "cpu")
+    inputs, starts = pack_rows(ROWS[:2], False, "cpu")
     assert inputs["input_ids"].tolist() == [[3, 4, 5, 6, 7], [8, 9, 0, 0, 0]] and starts == [0, 5]
     assert inputs["attention_mask"].tolist() == [[1] * 5, [1, 1, 0, 0, 0]]
-    inputs = join([([1, 2], None), ([3], 0), ([4, 5], 0)], "cpu")
+    inputs = pack_pieces([([1, 2], None), ([3], 0), ([4, 5], 0)], "cpu")
     assert inputs["position_ids"].tolist() == [[0, 1, 2, 2, 3]] and inputs["pieces"] == [(2, None), (1, 0), (2, 0)]
 
 
@@ -49,8 +49,8 @@ def test_an_architecture_that_cannot_pack_is_noticed_and_padded(kind):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(kind(**SIZES)).eval()
     training.disable_dropout(model)
-    assert not use_packed_attention(model) and not packs(model)
-    inputs, starts = pack(ROWS, packs(model), "cpu")
+    assert not use_packed_attention(model) and not supports_packing(model)
+    inputs, starts = pack_rows(ROWS, supports_packing(model), "cpu")
     with torch.no_grad():
         for start, row in zip(starts, ROWS):
             alone = model(torch.tensor([row]), use_cache=False).logits[0, -1]
@@ -101,7 +101,7 @@ def test_an_architecture_that_fails_falls_back_to_padded_rows(error, fails_on):
     model = tiny_policy("gpt2").train()
     model.transformer = Fails(model.transformer, error("no"), fails_on)
     assert not use_packed_attention(model) and model.config._attn_implementation == "sdpa" and model.training
-    inputs, _ = pack(ROWS, packs(model), "cpu")
+    inputs, _ = pack_rows(ROWS, supports_packing(model), "cpu")
     assert logits_at(model, inputs, torch.tensor([4])).isfinite().all()
 
 
@@ -128,10 +128,10 @@ def test_a_sliding_window_is_kept_in_packed_rows(kind):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
         if packed:
             assert use_packed_attention(model)
-            inputs, starts = pack(rows, True, "cpu")
+            inputs, starts = pack_rows(rows, True, "cpu")
             at = torch.tensor([s + len(r) - 1 for s, r in zip(starts, rows)])
             logits = logits_at(model, inputs, at)
-            shared = join([(rows[3][:12], None), (rows[3][12:], 0), ([7, 7, 7], 0)], "cpu")
+            shared = pack_pieces([(rows[3][:12], None), (rows[3][12:], 0), ([7, 7, 7], 0)], "cpu")
             logits = torch.cat([logits, logits_at(model, shared, torch.tensor([19, 22]))])
         else:
             alone = [*rows, rows[3], [*rows[3][:12], 7, 7, 7]]
@@ -199,7 +199,7 @@ def test_token_logprobs_are_cross_entropy(temperature, dtype):
     torch.manual_seed(0)
     logits, targets = torch.randn(100, 50_000).to(dtype), torch.randint(0, 50_000, (100,))
     ours, plain = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    assert len(logprobs.cut(logits)) > 3
+    assert len(logprobs.row_slices(logits)) > 3
     expected = -torch.nn.functional.cross_entropy(plain.float() / temperature, targets, reduction="none")
     found = logprobs.token_logprobs(ours * 1, targets, temperature)  # a product: a leaf may not be written over
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)

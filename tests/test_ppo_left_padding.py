@@ -36,6 +36,7 @@ from summarize_from_feedback_details.common.logprobs import (
     masked_mean,
     masked_var,
     masked_whiten,
+    scatter_tokens,
     token_entropies,
     token_logprobs,
 )
@@ -54,7 +55,8 @@ from summarize_from_feedback_details.common.training import epoch_order, micro_b
 from summarize_from_feedback_details.ppo_left_padding import (
     PolicyAndValue,
     PpoHParams,
-    compute_advantages,
+    Rollout,
+    compute_experience,
     generalised_advantages,
     micro_batch_loss,
     ppo_losses,
@@ -122,6 +124,11 @@ def test_golden_helpers():
         close(masked_whiten(values, mask, shift_mean=False), g[f"whiten_noshift_{i}"])
 
 
+def experience_of(responses, *columns, args, pad=PAD, stop=EOS):
+    rollout = Rollout(torch.arange(len(responses)), responses, *columns)
+    return compute_experience(rollout, TokenIds(pad, stop, pad), args)
+
+
 def golden_rollout(g, cfg):
     responses = truncate_response(g["in_responses"], cfg["eos"], cfg["pad"])
     names = ("gamma", "lam", "kl_coef", "whiten_rewards", "cliprange", "cliprange_value", "vf_coef")
@@ -132,7 +139,7 @@ def golden_rollout(g, cfg):
         temperature=cfg["temperature"],
     )
     columns = (g[f"in_{name}"] for name in ("logprobs", "ref_logprobs", "values", "scores"))
-    return responses, compute_advantages(responses, *columns, cfg["pad"], cfg["eos"], args), args
+    return responses, experience_of(responses, *columns, args=args, pad=cfg["pad"], stop=cfg["eos"]), args
 
 
 @needs_golden
@@ -172,7 +179,7 @@ def test_golden_rollout_and_loss(name):
             logprobs = token_logprobs(of_response, responses[mb][mask[mb]], temperature)
             return logprobs, entropies, vpreds[mb][mask_p1[mb]]
 
-        part, values, _ = micro_batch_loss(model, [[1]] * len(mb), responses[mb], adv, mb, counts, PAD, args)
+        part, values, _ = micro_batch_loss(model, [[1]] * len(mb), adv.take(mb), counts, args)
         stats, loss = stats + values, loss + part
     loss.backward()
     close(loss.detach(), g["loss_loss"])
@@ -196,7 +203,7 @@ def test_golden_loss_terms():
     responses, adv, args = golden_rollout(g, cfg)
     mask, logits = ~adv.padding_mask, g["in_policy_logits_unscaled"]
     new = token_logprobs(logits[mask], responses[mask], cfg["temperature"])
-    new = ppo.spread(new, mask, INVALID_LOGPROB)
+    new = scatter_tokens(new, mask, INVALID_LOGPROB)
     close(new, g["loss_new_logprobs"])
     vpreds = g["in_vpred_raw"].masked_fill(adv.padding_mask_p1, 0)
     found = ppo_losses(new, vpreds, adv.logprobs, adv.values, adv.advantages, adv.returns, 0.2, 0.2)
@@ -234,7 +241,7 @@ def test_golden_models():
             logprobs, _, values = trained(queries, written, counts, 0.7)
             close(logprobs, g["resp_logprobs_T07"][mask])
             expected = g["values_full"][:, -R - 1 : -1, 0]
-            close(ppo.spread(values, mask, 0.0)[before], expected[before])  # head, bias and normalising constant
+            close(scatter_tokens(values, mask, 0.0)[before], expected[before])  # head, bias and normalising constant
             # Detail: layouts agree
             rewards = read_rewards(reward, [q + r for q, r in zip(queries, written)])
             close(rewards, g["reward"])
@@ -277,7 +284,7 @@ def test_golden_sums_of_logprobs():
     tokens, labels = g["right_padded"], g["dpo_labels"]
     logits = policy(**model_inputs(tokens, PAD)).logits[:, :-1]
     counted = labels[:, 1:] != PAD
-    sums = ppo.spread(token_logprobs(logits[counted], tokens[:, 1:][counted], 1.0), counted, 0.0).sum(1)
+    sums = scatter_tokens(token_logprobs(logits[counted], tokens[:, 1:][counted], 1.0), counted, 0.0).sum(1)
     close(sums[:3].detach(), g["dpo_chosen"], atol=1e-4)
     close(sums[3:].detach(), g["dpo_rejected"], atol=1e-4)
     beta, chosen, rejected = float(g["beta"]), sums[:3] - g["dpo_ref_chosen"], sums[3:] - g["dpo_ref_rejected"]
@@ -298,12 +305,12 @@ def test_where_the_score_lands():
     responses = torch.tensor([[5, EOS, PAD, PAD], [5, 6, 7, EOS], [5, 6, 7, 8]])
     zeros = torch.zeros(3, 4)
     args = SimpleNamespace(ppo=PpoHParams(gamma=1.0, lam=1.0), non_eos_penalty=True, penalty_reward_value=-1.0)
-    adv = compute_advantages(responses, zeros, zeros, zeros, torch.tensor([2.0, 3.0, 4.0]), PAD, EOS, args)
+    adv = experience_of(responses, zeros, zeros, zeros, torch.tensor([2.0, 3.0, 4.0]), args=args)
     assert adv.rewards.tolist() == [[0, 0, 2, 0], [0, 0, 0, 3], [0, 0, 0, -1]]
     assert adv.returns[0].tolist() == [2, 2, 2, 0]
     assert adv.padding_mask_p1[0].tolist() == [False, False, False, True]
     args.non_eos_penalty = False
-    adv = compute_advantages(responses, zeros, zeros, zeros, torch.tensor([2.0, 3.0, 4.0]), PAD, EOS, args)
+    adv = experience_of(responses, zeros, zeros, zeros, torch.tensor([2.0, 3.0, 4.0]), args=args)
     assert adv.rewards[2].tolist() == [0, 0, 0, 4]
 
 
@@ -311,7 +318,7 @@ def test_kl_in_the_reward():
     responses = torch.tensor([[5, EOS, PAD]])
     args = SimpleNamespace(ppo=PpoHParams(kl_coef=0.5), non_eos_penalty=True, penalty_reward_value=-1.0)
     logprobs, ref = torch.tensor([[-1.0, -2.0, -9.0]]), torch.tensor([[-1.5, -1.0, -3.0]])
-    adv = compute_advantages(responses, logprobs, ref, torch.zeros(1, 3), torch.tensor([1.0]), PAD, EOS, args)
+    adv = experience_of(responses, logprobs, ref, torch.zeros(1, 3), torch.tensor([1.0]), args=args)
     assert adv.rewards.tolist() == [[-0.25, 0.5, 1.0]]
     metrics = ppo.rollout_metrics(adv)
     assert metrics["objective/kl"] == pytest.approx(0.5 - 1.0)
@@ -332,7 +339,7 @@ def test_discounted_advantages_by_hand(gamma, lam):
     args = SimpleNamespace(
         ppo=PpoHParams(gamma=gamma, lam=lam, kl_coef=1.0), non_eos_penalty=True, penalty_reward_value=-1.0
     )
-    adv = compute_advantages(responses, *torch.randn(2, 1, 4), values, torch.tensor([3.0]), PAD, EOS, args)
+    adv = experience_of(responses, *torch.randn(2, 1, 4), values, torch.tensor([3.0]), args=args)
     r, v = adv.rewards[0].tolist(), [*values[0].tolist(), 0.0]  # after the last token nothing is worth anything
     deltas = [r[t] + gamma * v[t + 1] - v[t] for t in range(4)]
     expected = [sum((gamma * lam) ** k * deltas[t + k] for k in range(4 - t)) for t in range(4)]
@@ -350,7 +357,7 @@ def test_metrics_of_a_rollout_by_hand():
     ref = torch.tensor([[-1.5, -2.5, -7.0, -7.0], [-2.0, -1.0, -2.0, -3.0]])
     values = torch.tensor([[1.0, 2.0, 4.0, 9.0], [0.0, 0.0, 1.0, 2.0]])
     args = SimpleNamespace(ppo=PpoHParams(kl_coef=0.5), non_eos_penalty=True, penalty_reward_value=-1.0)
-    adv = compute_advantages(responses, logprobs, ref, values, torch.tensor([3.0, 8.0]), PAD, EOS, args)
+    adv = experience_of(responses, logprobs, ref, values, torch.tensor([3.0, 8.0]), args=args)
     found = ppo.rollout_metrics(adv)
     expected = {
         "scores": 1.0, "scores_std": 2.0,  # 3, and -1 without EOS
@@ -385,7 +392,7 @@ def test_advantages_are_whitened_over_real_tokens_of_the_whole_batch():
     responses = torch.randint(1, 50, (16, 6))
     responses[:8, 3], responses[:8, 4:] = EOS, PAD
     args = SimpleNamespace(ppo=PpoHParams(), non_eos_penalty=True, penalty_reward_value=-1.0)
-    adv = compute_advantages(responses, *torch.randn(3, 16, 6), torch.randn(16), PAD, EOS, args)
+    adv = experience_of(responses, *torch.randn(3, 16, 6), torch.randn(16), args=args)
     real = adv.advantages[~adv.padding_mask]
     assert real.mean().abs() < 1e-6 and abs(float(real.var(unbiased=False)) - 1) < 1e-5
     assert (adv.advantages[adv.padding_mask] == 0).all()
@@ -404,13 +411,13 @@ def test_each_cliprange_clips_its_own_loss():
     """0.1 for the policy, 0.3 for the value: of `ppo.cliprange` and `ppo.cliprange_value`, in this order."""
     responses, zero, one = torch.tensor([[EOS]]), torch.zeros(1, 1), torch.ones(1, 1)
     args = SimpleNamespace(ppo=PpoHParams(cliprange=0.1, cliprange_value=0.3, vf_coef=10.0), temperature=1.0)
-    adv = ppo.Advantages(
-        padding_mask=zero.bool(), padding_mask_p1=zero.bool(), sequence_lengths=torch.zeros(1).long(),
-        contains_stop=torch.ones(1).bool(), logprobs=zero, ref_logprobs=zero, values=zero, scores=torch.ones(1),
-        kl=zero, non_score_rewards=zero, rewards=one, advantages=one, returns=one,
+    adv = ppo.Experience(
+        responses=responses, padding_mask=zero.bool(), padding_mask_p1=zero.bool(),
+        sequence_lengths=torch.zeros(1).long(), contains_stop=torch.ones(1).bool(), logprobs=zero, ref_logprobs=zero,
+        values=zero, scores=torch.ones(1), kl=zero, non_score_rewards=zero, rewards=one, advantages=one, returns=one,
     )  # fmt: skip
     model = lambda *_: (torch.tensor([math.log(2.0)]), torch.zeros(1), torch.ones(1))
-    loss, _, _ = micro_batch_loss(model, [[1]], responses, adv, torch.arange(1), [1, 1], PAD, args)
+    loss, _, _ = micro_batch_loss(model, [[1]], adv, [1, 1], args)
     # the ratio of 2 counts as 1.1; the value of 1, which was 0, as 0.3
     assert loss.item() == pytest.approx(-1.1 + 10.0 * 0.5 * 0.7**2)
 
@@ -564,12 +571,12 @@ def test_tokens_after_eos_influence_nothing_that_is_kept():
             written = [strip_pads(row, PAD) for row in sampled]
             counts = [min(len(row) + 1, 6) for row in written]
             read = torch.arange(6) < torch.tensor(counts)[:, None]
-            values = ppo.spread(model.values(queries, written, counts), read, 0.0)
+            values = scatter_tokens(model.values(queries, written, counts), read, 0.0)
             logits, _ = ppo.response_logits(policy, queries, [row.tolist() for row in untruncated])
             logprobs = token_logprobs(logits, truncated.clamp(max=logits.shape[1] - 1)[everything], 0.7)
-            logprobs = ppo.spread(logprobs, everything, 0.0)
+            logprobs = scatter_tokens(logprobs, everything, 0.0)
             score = read_rewards(reward, [q + r for q, r in zip(queries, kept)])
-            results.append(compute_advantages(truncated, logprobs, logprobs - 0.1, values, score, PAD, EOS, args))
+            results.append(experience_of(truncated, logprobs, logprobs - 0.1, values, score, args=args))
     for ours, theirs in zip(*results):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
@@ -583,7 +590,8 @@ def test_a_rollout_along_plain_forward_passes():
     numbers = np.arange(6)
     args = SimpleNamespace(seed=3, response_length=R, temperature=T, local_rollout_forward_batch_size=4)
     stop = int(draw(policy, queries, T, R=R, seed=3, stop=-1)[0][0, 3])  # so that at least one response ends early
-    found = ppo.make_rollout(model, ref, reward, queries, numbers, numbers, False, TokenIds(PAD, stop, PAD), args)
+    networks, prompts = ppo.Networks(model, ref, reward), ppo.Prompts(queries, numbers, numbers)
+    found = ppo.make_rollout(networks, prompts, False, TokenIds(PAD, stop, PAD), args)
     assert torch.equal(found.query_rows, torch.arange(6))
     lengths = (found.responses != PAD).sum(1).tolist()
     assert min(lengths) < R == max(lengths)
@@ -633,8 +641,9 @@ def test_a_frozen_network_is_on_the_gpu_for_its_own_pass_only(monkeypatch):
     model = PolicyAndValue(networks["policy"], networks["value"])
     args = SimpleNamespace(seed=3, response_length=4, temperature=0.7, local_rollout_forward_batch_size=2)
     polls = []
-    ppo.make_rollout(model, networks["ref"], networks["reward"], some_queries((3, 5, 2)), np.arange(3), np.arange(3),
-                     False, TokenIds(PAD, 1, PAD), args, lambda: polls.append(1))  # fmt: skip
+    prompts = ppo.Prompts(some_queries((3, 5, 2)), np.arange(3), np.arange(3))
+    three = ppo.Networks(model, networks["ref"], networks["reward"])
+    ppo.make_rollout(three, prompts, False, TokenIds(PAD, 1, PAD), args, lambda: polls.append(1))
     assert events == ["ref comes", "ref goes", "reward comes", "reward goes"] and len(polls) == 2
 
 
@@ -656,14 +665,14 @@ def test_the_kl_is_an_estimate_of_the_exact_one(capsys):
     with torch.no_grad():
         logits, tokens = ppo.response_logits(policy, queries, real)  # [real tokens, V]
         ref_logits, _ = ppo.response_logits(ref, queries, real)
-    ref_logprobs = ppo.spread(token_logprobs(ref_logits, tokens, T), mask, INVALID_LOGPROB)
+    ref_logprobs = scatter_tokens(token_logprobs(ref_logits, tokens, T), mask, INVALID_LOGPROB)
     logits, ref_logits = (logits / T).log_softmax(-1), (ref_logits / T).log_softmax(-1)
-    exact = ppo.spread((logits.exp() * (logits - ref_logits)).sum(-1), mask, 0.0).sum(1)  # [n] nats per episode
+    exact = scatter_tokens((logits.exp() * (logits - ref_logits)).sum(-1), mask, 0.0).sum(1)  # [n] nats per episode
     args = SimpleNamespace(ppo=PpoHParams(), non_eos_penalty=True, penalty_reward_value=-1.0)
 
     def measure(part: slice) -> dict[str, float]:
         columns = [x[part] for x in (responses, logprobs, ref_logprobs, torch.zeros(n, 8), torch.zeros(n))]
-        return ppo.rollout_metrics(compute_advantages(*columns, PAD, EOS, args))
+        return ppo.rollout_metrics(experience_of(*columns, args=args))
 
     found, kl = measure(slice(None)), float(exact.mean())
     assert 0.005 < kl < 0.05
@@ -683,7 +692,7 @@ def test_the_loss_is_policy_and_value_loss_and_nothing_else():
     args = SimpleNamespace(
         ppo=PpoHParams(vf_coef=0.3), non_eos_penalty=True, penalty_reward_value=-1.0, temperature=0.7
     )
-    adv = compute_advantages(responses, *torch.randn(3, 2, 4), torch.randn(2), PAD, EOS, args)
+    adv = experience_of(responses, *torch.randn(3, 2, 4), torch.randn(2), args=args)
     mask, mask_p1 = ~adv.padding_mask, ~adv.padding_mask_p1
     new, vpreds = torch.randn(int(mask.sum())), torch.randn(int(mask_p1.sum()))
     asked, losses = [], []
@@ -694,7 +703,7 @@ def test_the_loss_is_policy_and_value_loss_and_nothing_else():
             return new, entropies, vpreds
 
         counts = [len(new), len(vpreds)]
-        losses.append(micro_batch_loss(model, [[1], [2]], responses, adv, torch.arange(2), counts, PAD, args))
+        losses.append(micro_batch_loss(model, [[1], [2]], adv, counts, args))
     assert asked[0] == ([[5, 6, EOS], [7, 8, 9, 3]], [4, 4], 0.7)
     ratio = torch.exp(new - adv.logprobs[mask])
     advantages, values, returns = adv.advantages[mask], adv.values[mask_p1], adv.returns[mask_p1]
@@ -719,7 +728,7 @@ def test_whitened_rewards_keep_their_mean():
     columns, scores, found = torch.randn(3, 16, 6), torch.randn(16) + 2, {}
     for whiten in (False, True):
         args = SimpleNamespace(ppo=PpoHParams(whiten_rewards=whiten), non_eos_penalty=True, penalty_reward_value=-1.0)
-        adv = compute_advantages(responses, *columns, scores, PAD, EOS, args)
+        adv = experience_of(responses, *columns, scores, args=args)
         found[whiten] = adv.rewards[~adv.padding_mask_p1]
     plain = found[False]
     expected = (plain - plain.mean()) / plain.std(unbiased=False) + plain.mean()
@@ -872,7 +881,7 @@ def test_prompts_come_in_a_new_order_and_dropout_is_off_in_training(world, workd
     prompts, rollout = [], ppo.make_rollout
 
     def remember(*given):
-        prompts.extend(given[4].tolist())
+        prompts.extend(given[1].rows.tolist())
         return rollout(*given)
 
     monkeypatch.setattr(ppo, "make_rollout", remember)

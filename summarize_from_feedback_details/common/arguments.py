@@ -23,6 +23,7 @@ DROPPED = {
     "hf_repo_url": "--hf_repo_id and --hf_repo_revision",
     "num_eval_samples": "--num_eval_rows",
     "local_normalize_batch_size": "--local_eval_batch_size",
+    "query_dataset_revision": "--dataset_revision; the comparisons have --label_dataset_revision",
     "micro_batch_size": SIZES,
     "local_mini_batch_size": SIZES,
     "mini_batch_size": SIZES,

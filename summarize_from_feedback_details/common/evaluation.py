@@ -13,7 +13,7 @@ from summarize_from_feedback_details.common.console import Progress
 from summarize_from_feedback_details.common.reward_models import read_rewards
 from summarize_from_feedback_details.common.run_folder import REQUEUE_ME, stop_wanted
 from summarize_from_feedback_details.common.sampling import episode_noise, pad_rows, sample_responses, strip_pads
-from summarize_from_feedback_details.common.zero import gathered
+from summarize_from_feedback_details.common.zero import full_weights
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def evaluating(accelerator, model) -> Iterator[torch.nn.Module]:
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), gathered(model), accelerator.autocast():
+        with torch.no_grad(), full_weights(model), accelerator.autocast():
             yield accelerator.unwrap_model(model)
     finally:
         model.train(was_training)

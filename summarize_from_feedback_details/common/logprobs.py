@@ -5,7 +5,7 @@ Dimensions: B rows, R response tokens, N real tokens of all rows, V vocabulary.
 
 import torch
 
-from summarize_from_feedback_details.common.packed_rows import logits_at, pack, packs
+from summarize_from_feedback_details.common.packed_rows import logits_at, pack_rows, supports_packing
 
 INVALID_LOGPROB = 1.0  # stands at positions without a real token; masked wherever numbers are taken
 
@@ -13,7 +13,7 @@ INVALID_LOGPROB = 1.0  # stands at positions without a real token; masked wherev
 def response_positions(model, queries, responses, counts) -> tuple[dict, torch.Tensor]:
     """Inputs of a model, and the positions in its output before the first `counts` tokens of each response."""
     device = next(model.parameters()).device
-    inputs, starts = pack([q + r for q, r in zip(queries, responses)], packs(model), device)
+    inputs, starts = pack_rows([q + r for q, r in zip(queries, responses)], supports_packing(model), device)
     before = [range(s + len(q) - 1, s + len(q) - 1 + n) for s, q, n in zip(starts, queries, counts)]
     return inputs, torch.tensor([i for each in before for i in each], device=device)
 
@@ -30,7 +30,7 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, temperature):
         logprobs, totals = (torch.empty(len(logits), device=logits.device) for _ in range(2))
-        for part in cut(logits):
+        for part in row_slices(logits):
             scaled = logits[part].float() / temperature
             totals[part] = scaled.logsumexp(-1)
             logprobs[part] = scaled.gather(1, targets[part, None])[:, 0] - totals[part]
@@ -42,7 +42,7 @@ class TokenLogprobs(torch.autograd.Function):
     def backward(ctx, grad):
         logits, targets, totals = ctx.saved_tensors
         grad = grad / ctx.temperature
-        for part in cut(logits):
+        for part in row_slices(logits):
             softmax = (logits[part].float() / ctx.temperature).sub_(totals[part, None]).exp_()
             gradient = softmax.mul_(-grad[part, None])
             gradient.scatter_add_(1, targets[part, None], grad[part, None])
@@ -50,7 +50,7 @@ class TokenLogprobs(torch.autograd.Function):
         return logits, None, None
 
 
-def cut(logits: torch.Tensor) -> list[slice]:
+def row_slices(logits: torch.Tensor) -> list[slice]:
     """Slices of rows of [N, V] logits, so small that the intermediate results of one stay in the cache of a CPU."""
     rows = max(1, 2 ** (20 if logits.device.type == "cpu" else 27) // logits.shape[1])
     return [slice(i, i + rows) for i in range(0, len(logits), rows)]
@@ -70,13 +70,13 @@ def token_logprobs(logits: torch.Tensor, targets: torch.Tensor, temperature: flo
 def token_entropies(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     """Entropy of each next-token distribution: [N, V] -> [N] nats."""
     entropies = torch.empty(len(logits), device=logits.device)
-    for part in cut(logits):
+    for part in row_slices(logits):
         logprobs = (logits[part].float() / temperature).log_softmax(-1)
         entropies[part] = -(logprobs.exp() * logprobs).sum(-1)
     return entropies
 
 
-def spread(values: torch.Tensor, mask: torch.Tensor, fill: float) -> torch.Tensor:
+def scatter_tokens(values: torch.Tensor, mask: torch.Tensor, fill: float) -> torch.Tensor:
     """Numbers of real tokens, one row behind the other, to their places: [N], [B, R] with N True -> [B, R]."""
     return torch.full(mask.shape, fill, device=mask.device).masked_scatter(mask, values.float())
 

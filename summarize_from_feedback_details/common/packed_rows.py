@@ -57,7 +57,7 @@ def packed_attention(module, query, key, value, attention_mask, pieces=None, **k
     return torch.cat(out, 1), None
 
 
-def packs(model) -> bool:
+def supports_packing(model) -> bool:
     """Whether `use_packed_attention` found that this model reads packed rows."""
     return getattr(model.config, "_attn_implementation", None) == NAME
 
@@ -82,17 +82,17 @@ def use_packed_attention(model) -> bool:
     a, b, c = (list(range(1, 1 + n)) for n in (5, 9, 3))
     read = lambda inputs: trunk(**inputs, use_cache=False).last_hidden_state[0]
     try:
-        alone = [read(join([(row, None)], device, packed=False)) for row in (c, b, a + b, a + c)]
+        alone = [read(pack_pieces([(row, None)], device, packed=False)) for row in (c, b, a + b, a + c)]
         expected = torch.cat([*alone[:3], alone[3][len(a) :]])
         model.set_attn_implementation(NAME)
-        found = read(join([(c, None), (b, None), (a, None), (b, 2), (c, 2)], device))
-        same = packs(model) and bool((found - expected).abs().max() <= 1e-3 * expected.abs().max())
+        found = read(pack_pieces([(c, None), (b, None), (a, None), (b, 2), (c, 2)], device))
+        same = supports_packing(model) and bool((found - expected).abs().max() <= 1e-3 * expected.abs().max())
     except Exception:  # whatever an architecture raises that takes no `pieces`, or needs more than SDPA can do
         same = False
     if not same:
         model.set_attn_implementation(before)
         try:
-            trunk(**pack([b, c], False, device)[0], use_cache=False)
+            trunk(**pack_rows([b, c], False, device)[0], use_cache=False)
         except Exception as error:
             why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise SystemExit(f"error: a {type(model).__name__} that cannot read rows of token ids ({why})") from None
@@ -100,7 +100,7 @@ def use_packed_attention(model) -> bool:
     return same
 
 
-def join(pieces, device, packed: bool = True) -> dict:
+def pack_pieces(pieces, device, packed: bool = True) -> dict:
     """Pieces, [(token ids, number of the earlier piece that it continues, or None)] -> inputs of a model."""
     positions = []
     for tokens, before in pieces:
@@ -117,7 +117,7 @@ def join(pieces, device, packed: bool = True) -> dict:
     return inputs
 
 
-def pack(rows: list[list[int]], packed: bool, device) -> tuple[dict, list[int]]:
+def pack_rows(rows: list[list[int]], packed: bool, device) -> tuple[dict, list[int]]:
     """Rows of token ids -> (inputs of a model, number of each row's first token in its output, flattened).
 
     Args:
@@ -128,7 +128,7 @@ def pack(rows: list[list[int]], packed: bool, device) -> tuple[dict, list[int]]:
         starts = [0]
         for row in rows[:-1]:
             starts.append(starts[-1] + len(row))
-        return join([(row, None) for row in rows], device), starts
+        return pack_pieces([(row, None) for row in rows], device), starts
     T = max(map(len, rows))
     padded = lambda values: torch.tensor([[*v, *[0] * (T - len(v))] for v in values], device=device)
     inputs = {

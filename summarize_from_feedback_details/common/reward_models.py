@@ -9,7 +9,12 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from summarize_from_feedback_details.common.check_inputs import refuse_bad_weights
 from summarize_from_feedback_details.common.hub import find_file
-from summarize_from_feedback_details.common.packed_rows import hidden_at, pack, packs, use_packed_attention
+from summarize_from_feedback_details.common.packed_rows import (
+    hidden_at,
+    pack_rows,
+    supports_packing,
+    use_packed_attention,
+)
 from summarize_from_feedback_details.common.precision import use_float32_head
 from summarize_from_feedback_details.common.training import disable_dropout
 
@@ -80,7 +85,7 @@ def _ready(model, bias: float):
 def read_rewards(model, rows: list[list[int]]) -> torch.Tensor:
     """Reward of each row (token ids without pads), read at its last token, normalised: [B] reward units."""
     device = next(model.parameters()).device
-    inputs, starts = pack(rows, packs(model), device)
+    inputs, starts = pack_rows(rows, supports_packing(model), device)
     # Detail: reward at the EOS token [12]
     last = torch.tensor([start + len(row) - 1 for start, row in zip(starts, rows)], device=device)
     return model.score(hidden_at(model, inputs, last))[:, 0] + model.config.reward_bias

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 
 from summarize_from_feedback_details.common.check_inputs import TokenIds
 from summarize_from_feedback_details.common.logprobs import INVALID_LOGPROB
-from summarize_from_feedback_details.common.packed_rows import pack, packs
+from summarize_from_feedback_details.common.packed_rows import pack_rows, supports_packing
 
 
 def pad_rows(rows: list[list[int]], pad_id: int, side: str) -> torch.Tensor:
@@ -145,10 +145,10 @@ def read_queries(model, inputs: dict, room: int) -> tuple[torch.Tensor, dict]:
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     past = {name: cache, "use_cache": True}
     # layers of a sliding window keep the last tokens of what they read, whichever row's these are
-    if packs(model) and all(type(layer) is DynamicLayer for layer in cache.layers):
+    if supports_packing(model) and all(type(layer) is DynamicLayer for layer in cache.layers):
         Q, lengths = inputs["input_ids"].shape[1], inputs["attention_mask"].sum(1).tolist()
         rows = [row[Q - n :] for row, n in zip(inputs["input_ids"].tolist(), lengths)]
-        packed, starts = pack(rows, True, inputs["input_ids"].device)
+        packed, starts = pack_rows(rows, True, inputs["input_ids"].device)
         last = torch.tensor([start + n - 1 for start, n in zip(starts, lengths)], device=inputs["input_ids"].device)
         logits = model(**packed, **past, logits_to_keep=last).logits[0]
         pad = lambda states: torch.cat([F.pad(s, (0, 0, Q - s.shape[2], 0)) for s in states.split(lengths, 2)])

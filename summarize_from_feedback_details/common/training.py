@@ -4,7 +4,7 @@ that it ends with."""
 import math
 import os
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, NoReturn
 
 import numpy as np
@@ -18,7 +18,7 @@ from summarize_from_feedback_details.common.arguments import refuse
 from summarize_from_feedback_details.common.checkpoints import Checkpoints
 from summarize_from_feedback_details.common.files import atomic_folder
 from summarize_from_feedback_details.common.machine import keep_freed_memory, on_gpu, warn_of_busy_cores
-from summarize_from_feedback_details.common.precision import choose_precision
+from summarize_from_feedback_details.common.precision import cast_parameters, choose_precision
 from summarize_from_feedback_details.common.run_folder import RunFolder
 from summarize_from_feedback_details.common.zero import update_masters
 
@@ -202,6 +202,33 @@ def disable_dropout(model: torch.nn.Module) -> None:
     for keeper in (model.config, *model.modules()):
         for name in [k for k, v in vars(keeper).items() if "drop" in k and isinstance(v, float)]:
             setattr(keeper, name, 0.0)
+
+
+def freeze(model: torch.nn.Module, like: torch.nn.Module, device: torch.device | None) -> None:
+    """Make a network one that is only read. It computes in the precision of a trained one, so that KL starts at 0.
+
+    Args:
+        like: the trained network, as `prepare` left it.
+        device: where it stays; None where it is (with --offload, in host memory: see `lent`).
+    """
+    cast_parameters(model, next(like.parameters()).dtype)
+    model.eval().requires_grad_(False)
+    if device is not None:
+        model.to(device)
+
+
+@contextmanager
+def lent(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
+    """A frozen model on this device for one pass. With --offload its weights stay in host memory, too, so that nothing
+    is copied back; elsewhere nothing happens."""
+    home, weights = next(model.parameters()).device, [parameter.data for parameter in model.parameters()]
+    model.to(device)
+    try:
+        yield
+    finally:
+        for parameter, weight in zip(model.parameters(), weights):
+            parameter.data = weight
+        model.to(home)  # its buffers
 
 
 def save_model(accelerator, run: RunFolder, wrapped, model, tokenizer, path: str) -> None:

@@ -139,7 +139,7 @@ def _own_part(zero, parameter, value: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def gathered(model) -> Iterator[None]:
+def full_weights(model) -> Iterator[None]:
     """Under ZeRO-3: whole weights on every rank and no communication inside, so that ranks may do as many passes of the
     unwrapped model as each needs. Elsewhere nothing.
 
