@@ -21,12 +21,12 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from rich.table import Table
+from torch import Tensor
 
 from summarize_from_feedback_details.common.arguments import (
     RunArgs,
@@ -34,26 +34,21 @@ from summarize_from_feedback_details.common.arguments import (
     check_sizes,
     command_line,
     derive_sizes,
+    derive_updates,
     derived,
     drop_revisions,
     may_change,
-    refuse,
 )
 from summarize_from_feedback_details.common.check_inputs import (
     TokenIds,
-    check_context,
-    check_same_tokenizer,
-    check_same_vocabulary,
-    check_tokens,
     find_ids,
-    find_model,
+    find_models,
     find_tokenizer,
-    load_rows,
+    load_queries,
 )
 from summarize_from_feedback_details.common.checkpoints import Checkpoints, fingerprint
 from summarize_from_feedback_details.common.console import print_table
-from summarize_from_feedback_details.common.evaluation import evaluating, score_policy
-from summarize_from_feedback_details.common.files import refuse_unwritable
+from summarize_from_feedback_details.common.evaluation import evaluating, first_rows, print_samples, score_policy
 from summarize_from_feedback_details.common.logprobs import (
     INVALID_LOGPROB,
     masked_mean,
@@ -177,14 +172,10 @@ class Args(RunArgs):
     """episodes that one process samples at a time"""
     local_eval_batch_size: int | None = may_change(None)
     """rows that one process samples at a time in evaluation (default: local_rollout_forward_batch_size)"""
-    micro_batch_size: int | None = derived()
-    """episodes of one forward pass on all processes, derived"""
     local_mini_batch_size: int | None = derived()
     """episodes of one mini-batch on one process, derived"""
     mini_batch_size: int | None = derived()
     """episodes of one mini-batch on all processes, derived"""
-    local_batch_size: int | None = derived()
-    """episodes of one update on one process, derived"""
 
     # task
     base_model: str = "EleutherAI/pythia-1b-deduped"
@@ -222,24 +213,6 @@ class Args(RunArgs):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# sizes and processes
-
-
-def derive_updates(args: Args) -> None:
-    """Fill in how many episodes and updates there will be."""
-    if args.total_episodes is None:
-        args.total_episodes = args.num_updates * args.batch_size if args.num_updates else 1_000_000
-    if args.total_episodes > 10**9:
-        refuse("total_episodes", str(args.total_episodes), "at most 1,000,000,000: their order is held in memory")
-    updates = args.total_episodes // args.batch_size
-    if updates == 0:
-        refuse("total_episodes", str(args.total_episodes), f"at least one batch of {args.batch_size}")
-    if args.num_updates not in (None, updates):
-        refuse("num_updates", str(args.num_updates), f"{updates} ({args.total_episodes} // {args.batch_size})")
-    args.num_updates = updates
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # models
 
 
@@ -255,14 +228,12 @@ class PolicyAndValue(torch.nn.Module):
             where the value head's bias starts.
     """
 
-    def __init__(self, policy, value_model):
+    def __init__(self, policy: torch.nn.Module, value_model: torch.nn.Module):
         super().__init__()
         self.policy, self.value_model = policy, value_model
         self.value_bias = keep_exact(torch.nn.Parameter(torch.tensor([value_model.config.reward_bias])))
 
-    def forward(
-        self, queries: list[list[int]], responses: list[list[int]], value_counts: list[int], temperature: float
-    ):
+    def forward(self, queries: list, responses: list, value_counts: list[int], temperature: float):
         """What training needs of B episodes, token lists without pads; one row behind the other in each result.
 
         Returns:
@@ -273,7 +244,7 @@ class PolicyAndValue(torch.nn.Module):
         entropies = token_entropies(logits, temperature)
         return token_logprobs(logits, targets, temperature), entropies, self.values(queries, responses, value_counts)
 
-    def values(self, queries, responses, value_counts) -> torch.Tensor:
+    def values(self, queries: list[list[int]], responses: list[list[int]], value_counts: list[int]) -> Tensor:
         """values[t] is read at the token BEFORE response token t: it has seen the query and the tokens < t."""
         inputs, before = response_positions(self.value_model, queries, responses, value_counts)
         values = self.value_model.score(hidden_at(self.value_model, inputs, before))[:, 0]
@@ -287,38 +258,38 @@ class PolicyAndValue(torch.nn.Module):
 class Rollout(NamedTuple):
     """What was sampled and computed for the episodes of a batch, in the order of episodes."""
 
-    query_rows: torch.Tensor  # [B] row of the dataset
-    responses: torch.Tensor  # [B, R] token ids, pads after the stop token
-    logprobs: torch.Tensor  # [B, R] of the policy that sampled, nats
-    ref_logprobs: torch.Tensor  # [B, R] of the reference policy, nats
-    values: torch.Tensor  # [B, R] before each token, reward units
-    scores: torch.Tensor  # [B] of the reward model
+    query_rows: Tensor  # [B] row of the dataset
+    responses: Tensor  # [B, R] token ids, pads after the stop token
+    logprobs: Tensor  # [B, R] of the policy that sampled, nats
+    ref_logprobs: Tensor  # [B, R] of the reference policy, nats
+    values: Tensor  # [B, R] before each token, reward units
+    scores: Tensor  # [B] of the reward model
 
 
 class Experience(NamedTuple):
     """What a rollout comes to, see `compute_experience`; [B, R] each but where stated."""
 
-    responses: torch.Tensor  # token ids, pads after the stop token
-    padding_mask: torch.Tensor  # True after the last token of the response
-    padding_mask_p1: torch.Tensor  # the same, one position later
-    sequence_lengths: torch.Tensor  # [B] index of the last token
-    contains_stop: torch.Tensor  # [B] whether the response ends with the stop token
-    logprobs: torch.Tensor
-    ref_logprobs: torch.Tensor
-    values: torch.Tensor
-    scores: torch.Tensor  # [B]
-    kl: torch.Tensor
-    non_score_rewards: torch.Tensor
-    rewards: torch.Tensor
-    advantages: torch.Tensor
-    returns: torch.Tensor
+    responses: Tensor  # token ids, pads after the stop token
+    padding_mask: Tensor  # True after the last token of the response
+    padding_mask_p1: Tensor  # the same, one position later
+    sequence_lengths: Tensor  # [B] index of the last token
+    contains_stop: Tensor  # [B] whether the response ends with the stop token
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    values: Tensor
+    scores: Tensor  # [B]
+    kl: Tensor
+    non_score_rewards: Tensor
+    rewards: Tensor
+    advantages: Tensor
+    returns: Tensor
 
-    def take(self, episodes) -> "Experience":
+    def take(self, episodes: Any) -> "Experience":
         """That of some episodes of the batch."""
         return Experience(*(column[episodes] for column in self))
 
 
-def generalised_advantages(rewards, values, gamma: float, lam: float) -> torch.Tensor:
+def generalised_advantages(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> Tensor:
     """Generalised advantage estimation (Schulman et al. 2016): [B, R], [B, R] -> [B, R]."""
     advantages, after = torch.zeros_like(values), torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
@@ -365,7 +336,10 @@ def compute_experience(rollout: Rollout, ids: TokenIds, args: Args) -> Experienc
                       values, scores, kl, non_score_rewards, rewards, advantages, returns)  # fmt: skip
 
 
-def ppo_losses(new_logprobs, vpreds, logprobs, values, advantages, returns, cliprange: float, cliprange_value: float):
+def ppo_losses(
+    new_logprobs: Tensor, vpreds: Tensor, logprobs: Tensor, values: Tensor, advantages: Tensor, returns: Tensor,
+    cliprange: float, cliprange_value: float,
+) -> dict[str, Tensor]:  # fmt: skip
     """Clipped policy loss and clipped value loss of each token (Schulman et al. 2017; value clipping of the baselines).
 
     Args:
@@ -388,7 +362,7 @@ def ppo_losses(new_logprobs, vpreds, logprobs, values, advantages, returns, clip
     }  # fmt: skip
 
 
-def micro_batch_loss(model, queries: list[list[int]], episodes: Experience, counts: list[int], args: Args):
+def micro_batch_loss(model: Callable, queries: list[list[int]], episodes: Experience, counts: list[int], args: Args):
     """One micro batch's part of the loss over its mini-batch, and of the statistics.
 
     Args:
@@ -413,9 +387,8 @@ def micro_batch_loss(model, queries: list[list[int]], episodes: Experience, coun
     pg_loss, vf_loss = mean(losses["pg"]), mean_p1(losses["vf"])
     with torch.no_grad():
         approx_kl = 0.5 * (new_logprobs - episodes.logprobs) ** 2
-        statistics = [pg_loss, vf_loss, mean(losses["ratio"]), mean(losses["pg_clipped"]), mean(approx_kl),
-                      mean_p1(losses["vf_clipped"]), mean(entropies)]  # fmt: skip
-        statistics = torch.stack(statistics)
+        means = mean(losses["ratio"]), mean(losses["pg_clipped"]), mean(approx_kl)
+        statistics = torch.stack([pg_loss, vf_loss, *means, mean_p1(losses["vf_clipped"]), mean(entropies)])
         ratio_error = ((losses["ratio"] - 1.0) * mask).abs().max()
     # Detail: nothing else - no entropy bonus, no adaptive KL, no pretraining loss
     return pg_loss + args.ppo.vf_coef * vf_loss, statistics, ratio_error
@@ -464,7 +437,7 @@ def make_rollout(
     real = [strip_pads(row, ids.pad) for row in responses.cpu()]
     mask = responses != ids.pad  # [B, R]
 
-    def logprobs_of(model) -> torch.Tensor:
+    def logprobs_of(model: torch.nn.Module) -> Tensor:
         read = lambda part: token_logprobs(*response_logits(model, queries[part], real[part]), args.temperature)
         return scatter_tokens(torch.cat([read(part) for part in parts]), mask, INVALID_LOGPROB)
 
@@ -520,7 +493,7 @@ def rollout_metrics(experience: Experience) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
 
 
-def training_metrics(stats: torch.Tensor, ratio_error: float) -> dict[str, float]:
+def training_metrics(stats: Tensor, ratio_error: float) -> dict[str, float]:
     """Metrics of the passes over a batch, [passes, STATISTICS]: means over passes, the first and the last one apart."""
     metrics = {name: float(stats[:, i].mean()) for i, name in enumerate(STATISTICS)}
     metrics["policy/entropy"] = float(stats[0, STATISTICS.index("policy/entropy")])  # of the policy that sampled
@@ -554,41 +527,18 @@ def check_args(args: Args):
     """Refuse what cannot work; fill in what was left out. Returns (tokenizer, dataset, ids)."""
     check_sizes(
         args,
-        positive=("response_length", "temperature", "total_episodes", "num_updates", "local_rollout_forward_batch_size",
-                  "ppo.noptepochs", "ppo.cliprange", "ppo.cliprange_value"),
-        at_least_zero=("eval_temperature", "ppo.vf_coef", "ppo.kl_coef"),
+        positive=("response_length", "temperature", "local_rollout_forward_batch_size", "ppo.noptepochs",
+                  "ppo.cliprange", "ppo.cliprange_value"),
+        at_least_zero=("eval_temperature", "ppo.vf_coef", "ppo.kl_coef"), shares=("ppo.gamma", "ppo.lam"),
     )  # fmt: skip
-    for name in ("gamma", "lam"):
-        if not 0 <= getattr(args.ppo, name) <= 1:
-            refuse(f"ppo.{name}", str(getattr(args.ppo, name)), "a number from 0 to 1")
     check_optimisation(args)
     derive_sizes(args, default_batch_size=512)
     derive_updates(args)
     args.local_eval_batch_size = args.local_eval_batch_size or args.local_rollout_forward_batch_size
     RunFolder.check(args)
-    if args.value_output_dir is not None:
-        refuse_unwritable("value_output_dir", args.value_output_dir, args.run_name)
-        value, policy = Path(args.value_output_dir).resolve(), Path(args.output_dir).resolve()
-        if value in (policy, *policy.parents) or policy in value.parents:
-            found = f"'{args.value_output_dir}', which is, holds or is inside --output_dir"
-            refuse("value_output_dir", found, "a folder beside it")
-    base = find_model("base_model", args.base_model, args.base_model_revision, "policy")
-    sft = find_model("sft_model_path", args.sft_model_path, args.sft_model_revision, "policy")
-    check_same_vocabulary("sft_model_path", args.sft_model_path, sft, "base_model", args.base_model, base)
-    reward = find_model("reward_model_path", args.reward_model_path, args.reward_model_revision, "reward")
-    check_same_vocabulary(
-        "reward_model_path", args.reward_model_path, reward, "sft_model_path", args.sft_model_path, sft
-    )
+    models = find_models(args, base_model="policy", sft_model_path="policy", reward_model_path="reward")
     tokenizer = find_tokenizer("base_model", args.base_model, args.base_model_revision)
-    tokens = ["query_token", "reference_response_token"]
-    columns = [*tokens, "query", "reference_response"]
-    splits = ["train", "validation"]
-    dataset = load_rows("query_dataset", args.query_dataset, args.dataset_revision, "sft", columns, splits)
-    longest = check_tokens("query_dataset", dataset, tokens, base["vocab_size"], tokenizer.pad_token_id)
-    longest = longest["query_token"] + max(args.response_length, longest["reference_response_token"])
-    for name, model in (("sft_model_path", sft), ("reward_model_path", reward)):
-        check_context(name, getattr(args, name), model, longest, "the longest query and its response")
-    check_same_tokenizer("query_dataset", dataset["train"][0], "query", "query_token", tokenizer)
+    dataset = load_queries(args, tokenizer, models)
     ids = find_ids(args.truncate_token, tokenizer)
     RunFolder.refuse_taken(args)
     return tokenizer, dataset, ids
@@ -604,34 +554,27 @@ def main(args: Args) -> dict[str, float]:
         return run.final_metrics()
     tokenizer, dataset, ids = check_args(args)
     accelerator = launch(args, "episodes")
-    is_main, device, in_float32 = accelerator.is_main_process, accelerator.device, accelerator.mixed_precision == "no"
-    rank, world_size = accelerator.process_index, args.world_size
-    if is_main:
-        print(f"{args.num_updates} updates, {args.ppo.noptepochs} passes each", flush=True)
+    device, rank, world_size = accelerator.device, accelerator.process_index, args.world_size
+    in_float32 = accelerator.mixed_precision == "no"
+    run.say(f"{args.num_updates} updates, {args.ppo.noptepochs} passes each")
 
     with run.open(accelerator):
         # --------------------------------------------------------------------------------------------------------------
         # data
         train = dataset["train"].with_format("numpy", columns=["query_token"])
-        validation = dataset["validation"]
-        validation = validation.select(range(min(len(validation), args.num_eval_rows or len(validation))))
+        validation = first_rows(dataset["validation"], args.num_eval_rows)
         # Detail: prompts [21] - the SFT queries, reshuffled at each pass
         order = epoch_order(len(train), args.num_updates * args.batch_size, args.seed)
 
         # --------------------------------------------------------------------------------------------------------------
         # models, optimiser
         torch.manual_seed(args.seed)
-        policy, ref_policy = (
-            load_policy("sft_model_path", args.sft_model_path, args.sft_model_revision) for _ in range(2)
-        )
-        reward_model = load_reward_model(args.reward_model_path, args.reward_model_revision)
-        value_model = load_reward_model(args.reward_model_path, args.reward_model_revision)
+        sft = args.sft_model_path, args.sft_model_revision
+        reward = args.reward_model_path, args.reward_model_revision
+        policy, ref_policy = load_policy("sft_model_path", *sft), load_policy("sft_model_path", *sft)
+        reward_model, value_model = load_reward_model(*reward), load_reward_model(*reward)
         packed = supports_packing(policy) and supports_packing(reward_model)
-        if is_main:
-            print(f"rows are read {'packed' if packed else 'padded: this architecture cannot pack them'}", flush=True)
-        if args.gradient_checkpointing:
-            policy.gradient_checkpointing_enable({"use_reentrant": False})
-            value_model.gradient_checkpointing_enable({"use_reentrant": False})
+        run.say(f"rows are read {'packed' if packed else 'padded: this architecture cannot pack them'}")
         model = PolicyAndValue(policy, value_model)
         run.parameters = sum(p.numel() for p in policy.parameters())
         model, optimizer, scheduler = prepare(accelerator, model, args)
@@ -640,7 +583,7 @@ def main(args: Args) -> dict[str, float]:
             freeze(frozen, unwrapped.policy, None if args.offload else device)
         networks = Networks(unwrapped, ref_policy, reward_model)
 
-        def evaluate(rows, what: str) -> dict[str, list]:
+        def evaluate(rows: Any, what: str) -> dict[str, list]:
             with evaluating(accelerator, model) as trained, lent(reward_model, device):
                 return score_policy(trained.policy, reward_model, rows, tokenizer, args, what)
 
@@ -718,43 +661,37 @@ def main(args: Args) -> dict[str, float]:
                 "time/ppo/sampled_tokens_per_second": int((~experience.padding_mask).sum()) / rollout_seconds,
                 "memory/ppo/peak_gb": memory_gb(device),
             }  # fmt: skip
-            if is_main:
+            if run.is_main:
                 warn(update, metrics, in_float32)
             if args.run_eval and args.eval_freq and update % args.eval_freq == 0 and update < args.num_updates:
                 found = evaluate(validation, f"update {update}, validation")
                 run.table(f"validation_{update}", found)
                 metrics |= report(found)
             if args.print_sample_output_freq and update % args.print_sample_output_freq == 0:
-                found = evaluate(validation.select(range(min(len(validation), 2 * world_size))), "samples")
+                found = evaluate(first_rows(validation, 2 * world_size), "samples")
+                print_samples(found)
                 run.table(f"samples_{update}", found)
-                if is_main:
-                    for query, text, score in zip(found["query"], found["response"], found["score"]):
-                        print(f"{query[-300:]}\n  policy ({score:+.2f}): {text}", flush=True)
             run.log(update, metrics, f"score {metrics['objective/scores']:.3f} kl {metrics['objective/kl']:.3f}")
             checkpoints.after_update(update)
 
         # --------------------------------------------------------------------------------------------------------------
         # evaluation and saving
         checkpoints.save(args.num_updates)
-        final = dict(run.metrics)
+        paths = {"policy": args.output_dir}
         if args.run_eval:
             found = evaluate(validation, "policy, validation")
-            final |= report(found)
-            table = run.table("validation", found)
+            paths["table"] = run.table("validation", found)
             run.log(args.num_updates + 1, report(found))
         save_model(accelerator, run, model, policy, tokenizer, args.output_dir)
         if args.value_output_dir:
             with full_weights(model):
                 value_model.config.reward_bias = float(exact(unwrapped.value_bias).detach())
             save_model(accelerator, run, model, value_model, tokenizer, args.value_output_dir)
-        if is_main:
-            print_results(final)
-            paths = f"policy: {args.output_dir}" + (f"\ntable:  {table}" if args.run_eval else "")
-            print(f"{paths}\nrun:    {run.path}", flush=True)
-            if args.push_to_hub:
-                run.push()
+        if run.is_main:
+            print_results(run.metrics)
+        run.deliver(paths)
     checkpoints.remove()
-    return final
+    return dict(run.metrics)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import math
 import os
 import time
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,7 +33,6 @@ from summarize_from_feedback_details.common.arguments import (
     check_sizes,
     command_line,
     derive_sizes,
-    derived,
     drop_revisions,
     fill_episodes,
     may_change,
@@ -41,17 +40,16 @@ from summarize_from_feedback_details.common.arguments import (
 from summarize_from_feedback_details.common.check_inputs import (
     check_context,
     check_same_tokenizer,
-    check_same_vocabulary,
     check_tokens,
     context_of,
-    find_model,
+    find_models,
     find_tokenizer,
     load_rows,
     refuse_bad_weights,
 )
 from summarize_from_feedback_details.common.checkpoints import Checkpoints, fingerprint
 from summarize_from_feedback_details.common.console import print_table
-from summarize_from_feedback_details.common.evaluation import evaluating, for_each_row, gather_rows
+from summarize_from_feedback_details.common.evaluation import evaluating, first_rows, for_each_row, gather_rows
 from summarize_from_feedback_details.common.machine import memory_gb
 from summarize_from_feedback_details.common.packed_rows import (
     hidden_at,
@@ -132,10 +130,6 @@ class Args(RunArgs):
     """pairs of one update on all processes (default: 64, the paper's)"""
     local_eval_batch_size: int = may_change(32)
     """pairs that one process scores at a time in evaluation"""
-    micro_batch_size: int | None = derived()
-    """pairs of one forward pass on all processes, derived"""
-    local_batch_size: int | None = derived()
-    """pairs of one update on one process, derived"""
 
     # task
     base_model: str = "EleutherAI/pythia-1b-deduped"
@@ -167,7 +161,7 @@ class Args(RunArgs):
 class RewardModel(torch.nn.Module):
     """A sequence-classification model read at chosen positions."""
 
-    def __init__(self, model):
+    def __init__(self, model: torch.nn.Module):
         super().__init__()
         self.model = model
 
@@ -177,7 +171,7 @@ class RewardModel(torch.nn.Module):
         return self.model.score(hidden_at(self.model, inputs, ends))[:, 0]
 
 
-def init_head(model) -> None:
+def init_head(model: torch.nn.Module) -> None:
     """Initialise the scalar head in place."""
     # Detail: head initialisation [11] - weights N(0, 1/sqrt(d+1)); a bias would have zero gradient: there is none
     torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))
@@ -189,7 +183,7 @@ def preference_losses(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Ten
     return -F.logsigmoid(chosen - rejected)
 
 
-def shared_prefix_rows(pairs: list[tuple[list[int], list[int]]], device) -> tuple[dict, list[int]]:
+def shared_prefix_rows(pairs: list[tuple[list[int], list[int]]], device: torch.device) -> tuple[dict, list[int]]:
     """Pairs as pieces, common prefix | rest of chosen | rest of rejected: the prefix is read once.
 
     Both rests continue the prefix and do not see each other, so they score as if they stood alone ("Accelerating Direct
@@ -214,19 +208,25 @@ def shared_prefix_rows(pairs: list[tuple[list[int], list[int]]], device) -> tupl
     return pack_pieces(pieces, device), [*ends[0], *ends[1]]
 
 
-def separate_rows(rows: list[list[int]], packed: bool, device) -> tuple[dict, list[int]]:
+def separate_rows(rows: list[list[int]], packed: bool, device: torch.device) -> tuple[dict, list[int]]:
     """Whole sequences: (inputs, positions of their last tokens)."""
     inputs, starts = pack_rows(rows, packed, device)
     return inputs, [start + len(row) - 1 for start, row in zip(starts, rows)]
 
 
-def read_pairs(rows, pad_id: int) -> list[tuple[list[int], list[int]]]:
+def read_pairs(rows: Any, pad_id: int) -> list[tuple[list[int], list[int]]]:
     """Rows of the dataset -> (query + chosen, query + rejected) without pads."""
     both = zip(rows["query_chosen_token"], rows["query_rejected_token"])
     return [(strip_pads(chosen, pad_id), strip_pads(rejected, pad_id)) for chosen, rejected in both]
 
 
-def pair_rewards(model, pairs, packed: bool, shared_prefix: bool, device) -> tuple[torch.Tensor, torch.Tensor]:
+def pair_rewards(
+    model: torch.nn.Module,
+    pairs: list[tuple[list[int], list[int]]],
+    packed: bool,
+    shared_prefix: bool,
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Rewards of chosen and rejected: ([B], [B]).
 
     Args:
@@ -246,7 +246,9 @@ def pair_rewards(model, pairs, packed: bool, shared_prefix: bool, device) -> tup
 # evaluation
 
 
-def evaluate_pairs(accelerator, model, rows, pad_id: int, args: Args, what: str) -> tuple[np.ndarray, np.ndarray]:
+def evaluate_pairs(
+    accelerator: Any, model: torch.nn.Module, rows: Any, pad_id: int, args: Args, what: str
+) -> tuple[np.ndarray, np.ndarray]:
     """Rewards of every pair of a split: ([rows], [rows]) chosen and rejected, on every rank."""
     lengths, found = np.asarray(rows["query_chosen_token_len"]) + np.asarray(rows["query_rejected_token_len"]), []
     with evaluating(accelerator, model) as scorer:
@@ -259,7 +261,7 @@ def evaluate_pairs(accelerator, model, rows, pad_id: int, args: Args, what: str)
     return np.array(chosen), np.array(rejected)
 
 
-def score_demonstrations(accelerator, model, rows, pad_id: int, args: Args) -> np.ndarray:
+def score_demonstrations(accelerator: Any, model: torch.nn.Module, rows: Any, pad_id: int, args: Args) -> np.ndarray:
     """Reward of each row's reference, read at its last token: [rows], on every rank."""
     lengths, found = rows["query_reference_response_token_len"], []
     with evaluating(accelerator, model) as scorer:
@@ -270,7 +272,7 @@ def score_demonstrations(accelerator, model, rows, pad_id: int, args: Args) -> n
     return np.array([reward for _, reward in gather_rows(found)])
 
 
-def group_columns(rows) -> dict[str, list]:
+def group_columns(rows: Any) -> dict[str, list]:
     """What accuracies are reported by: batch, split, confidence, policy pair; those that the dataset has."""
     groups = {name: list(rows[name]) for name in ("batch", "split") if name in rows.column_names}
     if "extra" in rows.column_names:
@@ -281,7 +283,7 @@ def group_columns(rows) -> dict[str, list]:
     return groups
 
 
-def report(split: str, rows, chosen: np.ndarray, rejected: np.ndarray):
+def report(split: str, rows: Any, chosen: np.ndarray, rejected: np.ndarray):
     """Metrics `eval/rm/<split>/...` and a table (split, group, value, pairs, accuracy) of one evaluated split."""
     # Detail: report - accuracy varies a lot between batches and grows with the annotator's confidence
     # Deviates: each pair counts once; the original's evaluation repeated rows to fill its last batch
@@ -304,21 +306,18 @@ def report(split: str, rows, chosen: np.ndarray, rejected: np.ndarray):
 
 def check_args(args: Args):
     """Refuse what cannot work; fill in what was left out. Returns (tokenizer, comparisons, SFT dataset)."""
-    check_sizes(args, positive=("num_train_epochs", "total_episodes", "num_updates", "num_normalization_rows"))
+    check_sizes(args, positive=("num_train_epochs", "num_normalization_rows"))
     check_optimisation(args)
     derive_sizes(args, default_batch_size=64)
     RunFolder.check(args)
-    base = find_model("base_model", args.base_model, args.base_model_revision, "policy")
-    sft = find_model("sft_model_path", args.sft_model_path, args.sft_model_revision, "policy")
-    check_same_vocabulary("sft_model_path", args.sft_model_path, sft, "base_model", args.base_model, base)
+    base, sft = find_models(args, base_model="policy", sft_model_path="policy").values()
     tokenizer = find_tokenizer("base_model", args.base_model, args.base_model_revision)
     tokens = ["query_token", "query_chosen_token", "query_rejected_token"]
     columns = [*tokens, "query", "query_chosen_token_len", "query_rejected_token_len"]
     splits = ["train", "validation"] if args.run_eval else ["train"]
-    optional = ("validation_cnndm",) if args.run_eval and args.eval_cnndm else ()
-    pairs = load_rows(
-        "label_dataset", args.label_dataset, args.label_dataset_revision, "comparisons", columns, splits, optional
-    )
+    splits += ["validation_cnndm?"] if args.run_eval and args.eval_cnndm else []
+    revision = args.label_dataset_revision
+    pairs = load_rows("label_dataset", args.label_dataset, revision, "comparisons", columns, splits)
     longest = {}
     for split, rows in pairs.items():
         found = check_tokens("label_dataset", {split: rows}, tokens, base["vocab_size"], tokenizer.pad_token_id)
@@ -350,10 +349,9 @@ def main(args: Args) -> dict[str, float]:
         return run.final_metrics()
     tokenizer, dataset, sft_dataset = check_args(args)
     accelerator = launch(args, "pairs")
-    is_main, device, pad_id = accelerator.is_main_process, accelerator.device, tokenizer.pad_token_id
+    device, pad_id = accelerator.device, tokenizer.pad_token_id
     train = dataset["train"].with_format("numpy", columns=["query_chosen_token", "query_rejected_token"])
-    if is_main:
-        print(f"{args.num_updates} updates over {args.total_episodes} of {len(train)} pairs", flush=True)
+    run.say(f"{args.num_updates} updates over {args.total_episodes} of {len(train)} pairs")
 
     with run.open(accelerator):
         # --------------------------------------------------------------------------------------------------------------
@@ -374,17 +372,13 @@ def main(args: Args) -> dict[str, float]:
         disable_dropout(scorer)
         packed = use_packed_attention(scorer)
         shared = args.shared_prefix and packed
-        if is_main:
-            how = "read once for each pair" if shared else "read twice"
-            why = "" if packed or not args.shared_prefix else ": this architecture cannot pack rows"
-            print(f"the prefix that chosen and rejected share is {how}{why}", flush=True)
-        if args.gradient_checkpointing:
-            scorer.gradient_checkpointing_enable({"use_reentrant": False})
+        how = "read once for each pair" if shared else "read twice"
+        why = "" if packed or not args.shared_prefix else ": this architecture cannot pack rows"
+        run.say(f"the prefix that chosen and rejected share is {how}{why}")
         model = RewardModel(scorer)
         run.parameters = sum(p.numel() for p in model.parameters())
         model, optimizer, scheduler = prepare(accelerator, model, args)
-        splits = {split: rows for split, rows in dataset.items() if split != "train"}
-        splits = {s: rows.select(range(min(len(rows), args.num_eval_rows or len(rows)))) for s, rows in splits.items()}
+        splits = {s: first_rows(rows, args.num_eval_rows) for s, rows in dataset.items() if s != "train"}
 
         def evaluate_splits(when: str):
             metrics, table = {}, []
@@ -445,10 +439,7 @@ def main(args: Args) -> dict[str, float]:
             columns = zip(*table)
             run.table("accuracy", dict(zip(("split", "group", "value", "pairs", "accuracy"), map(list, columns))))
         # Detail: normalise [15] - the mean reward over demonstrations becomes 0, by a constant in the config
-        demonstrations = sft_dataset["train"]
-        demonstrations = demonstrations.select(
-            range(min(len(demonstrations), args.num_normalization_rows or len(demonstrations)))
-        )
+        demonstrations = first_rows(sft_dataset["train"], args.num_normalization_rows)
         before = score_demonstrations(accelerator, model, demonstrations, pad_id, args)
         # Deviates: the original kept it in a class of its own, without which the checkpoint did not load
         scorer.config.reward_bias = -float(before.mean())
@@ -459,16 +450,14 @@ def main(args: Args) -> dict[str, float]:
         run.log(args.num_updates + 1, final)
         scorer.config.id2label, scorer.config.label2id = {0: "reward"}, {"reward": 0}
         save_model(accelerator, run, model, scorer, tokenizer, args.output_dir)
-        if is_main:
+        if run.is_main:
             print_tables(table, before, after)
-            print(f"reward model: {args.output_dir}\ntables: {run.path / 'tables'}\nrun:    {run.path}", flush=True)
-            if args.push_to_hub:
-                run.push()
+        run.deliver({"reward model": args.output_dir, "tables": run.path / "tables"})
     checkpoints.remove()
     return final
 
 
-def print_pairs(accelerator, model, rows, tokenizer, shared_prefix: bool) -> None:
+def print_pairs(accelerator: Any, model: torch.nn.Module, rows: Any, tokenizer: Any, shared_prefix: bool) -> None:
     """Print the texts and rewards of a few training pairs."""
     pairs = read_pairs(rows, tokenizer.pad_token_id)
     with evaluating(accelerator, model) as scorer:
@@ -479,7 +468,7 @@ def print_pairs(accelerator, model, rows, tokenizer, shared_prefix: bool) -> Non
                 print(f"{name:8} {reward:+.2f}  ...{tokenizer.decode(tokens)[-300:]!r}", flush=True)
 
 
-def print_tables(table, before: np.ndarray, after: np.ndarray) -> None:
+def print_tables(table: Any, before: np.ndarray, after: np.ndarray) -> None:
     """The closing tables: accuracies with counts, and the rewards of demonstrations before and after."""
     shown = Table("split", "by", "value", "pairs", "accuracy", title="Reward model accuracy")
     for split, group, value, pairs, accuracy in table:

@@ -15,7 +15,7 @@ Dimensions: B rows, Q query tokens, R response tokens, T = Q + R, V vocabulary.
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,7 +27,6 @@ from summarize_from_feedback_details.common.arguments import (
     check_sizes,
     command_line,
     derive_sizes,
-    derived,
     fill_episodes,
     may_change,
 )
@@ -43,7 +42,14 @@ from summarize_from_feedback_details.common.check_inputs import (
 from summarize_from_feedback_details.common.checkpoints import Checkpoints, fingerprint
 from summarize_from_feedback_details.common.console import print_table
 from summarize_from_feedback_details.common.dataset_files import refuse_unwritable_cache
-from summarize_from_feedback_details.common.evaluation import evaluating, for_each_row, gather_rows, sample_batch
+from summarize_from_feedback_details.common.evaluation import (
+    evaluating,
+    first_rows,
+    for_each_row,
+    gather_rows,
+    print_samples,
+    sample_batch,
+)
 from summarize_from_feedback_details.common.logprobs import token_logprobs
 from summarize_from_feedback_details.common.machine import memory_gb
 from summarize_from_feedback_details.common.packed_rows import logits_at, pack_rows, supports_packing
@@ -114,10 +120,6 @@ class Args(RunArgs):
     """rows of one update on all processes (default: 128, the paper's)"""
     local_eval_batch_size: int = may_change(32)
     """rows that one process samples at a time in evaluation"""
-    micro_batch_size: int | None = derived()
-    """rows of one forward pass on all processes, derived"""
-    local_batch_size: int | None = derived()
-    """rows of one update on one process, derived"""
 
     # task
     base_model: str = "EleutherAI/pythia-1b-deduped"
@@ -161,7 +163,7 @@ def sft_losses(logprobs: torch.Tensor, weights: torch.Tensor, counts: list[int])
     return torch.stack([-(row * weight).sum() / weight.sum().clamp(min=1e-8) for row, weight in rows])
 
 
-def read_rows(rows, pad_id: int) -> list[tuple[list[int], int]]:
+def read_rows(rows: Any, pad_id: int) -> list[tuple[list[int], int]]:
     """Rows of the dataset -> (tokens of query and response without pads, how many of them are the response's)."""
     joined = (strip_pads(row, pad_id) for row in rows["query_reference_response_token"])
     labels = rows["query_reference_response_token_response_label"]
@@ -171,7 +173,7 @@ def read_rows(rows, pad_id: int) -> list[tuple[list[int], int]]:
 class Policy(torch.nn.Module):
     """A causal language model that is asked for log-probabilities of given tokens."""
 
-    def __init__(self, model):
+    def __init__(self, model: torch.nn.Module):
         super().__init__()
         self.model = model
 
@@ -180,7 +182,13 @@ class Policy(torch.nn.Module):
         return token_logprobs(logits_at(self.model, inputs, at), targets, 1.0)
 
 
-def batch_losses(model, rows: list[tuple[list[int], int]], query_loss_weight: float, packed: bool, device):
+def batch_losses(
+    model: torch.nn.Module,
+    rows: list[tuple[list[int], int]],
+    query_loss_weight: float,
+    packed: bool,
+    device: torch.device,
+):
     """Loss of each row, see `read_rows`: [B]. Logits are computed only where a weight is not 0.
 
     Tokens of the response weigh 1, those of the query `query_loss_weight`; nothing predicts a row's first token.
@@ -205,7 +213,9 @@ def batch_losses(model, rows: list[tuple[list[int], int]], query_loss_weight: fl
 # evaluation
 
 
-def evaluate_policy(accelerator, model, rows, tokenizer, args: Args, what: str) -> dict[str, list]:
+def evaluate_policy(
+    accelerator: Any, model: torch.nn.Module, rows: Any, tokenizer: Any, args: Args, what: str
+) -> dict[str, list]:
     """Loss and a sampled summary for each row of a split.
 
     Returns:
@@ -249,11 +259,7 @@ def report(split: str, rows: dict[str, list]) -> dict[str, float]:
 
 def check_args(args: Args):
     """Refuse what cannot work; fill in what was left out. Returns (tokenizer, dataset)."""
-    check_sizes(
-        args,
-        positive=("response_length", "num_train_epochs", "total_episodes", "num_updates"),
-        at_least_zero=("temperature", "query_loss_weight"),
-    )
+    check_sizes(args, ("response_length", "num_train_epochs"), at_least_zero=("temperature", "query_loss_weight"))
     check_optimisation(args)
     derive_sizes(args, default_batch_size=128)
     RunFolder.check(args)
@@ -262,9 +268,8 @@ def check_args(args: Args):
     tokenizer = find_tokenizer("base_model", args.base_model, args.base_model_revision)
     tokens = ["query_token", "query_reference_response_token", "query_reference_response_token_response_label"]
     columns = [*tokens, "query", "reference_response", "query_reference_response_token_len"]
-    splits = ["train", "validation", "test"] if args.run_eval else ["train"]
-    optional = ("validation", "test")
-    dataset = load_rows("query_dataset", args.query_dataset, args.dataset_revision, "sft", columns, splits, optional)
+    splits = ["train", "validation", "test"] if args.run_eval else ["train", "validation?", "test?"]
+    dataset = load_rows("query_dataset", args.query_dataset, args.dataset_revision, "sft", columns, splits)
     longest = check_tokens("query_dataset", dataset, tokens, config["vocab_size"], tokenizer.pad_token_id)
     check_same_tokenizer("query_dataset", dataset["train"][0], "query", "query_token", tokenizer)
     longest = max(longest["query_token"] + args.response_length, longest["query_reference_response_token"])
@@ -284,10 +289,9 @@ def main(args: Args) -> dict[str, float]:
         return run.final_metrics()
     tokenizer, dataset = check_args(args)
     accelerator = launch(args, "rows")
-    is_main, device, pad_id = accelerator.is_main_process, accelerator.device, tokenizer.pad_token_id
+    device, pad_id = accelerator.device, tokenizer.pad_token_id
     train = dataset["train"].with_format("numpy")
-    if is_main:
-        print(f"{args.num_updates} updates over {args.total_episodes} of {len(train)} rows", flush=True)
+    run.say(f"{args.num_updates} updates over {args.total_episodes} of {len(train)} rows")
 
     with run.open(accelerator):
         # --------------------------------------------------------------------------------------------------------------
@@ -297,15 +301,11 @@ def main(args: Args) -> dict[str, float]:
         torch.manual_seed(args.seed)
         policy = load_policy("base_model", args.base_model, args.base_model_revision)
         packed = supports_packing(policy)
-        if is_main:
-            print(f"rows are read {'packed' if packed else 'padded: this architecture cannot pack them'}", flush=True)
-        if args.gradient_checkpointing:
-            policy.gradient_checkpointing_enable({"use_reentrant": False})
+        run.say(f"rows are read {'packed' if packed else 'padded: this architecture cannot pack them'}")
         model = Policy(policy)
         run.parameters = sum(p.numel() for p in model.parameters())
         model, optimizer, scheduler = prepare(accelerator, model, args)
-        splits = {s: dataset[s] for s in ("validation", "test") if s in dataset}
-        splits = {s: rows.select(range(min(len(rows), args.num_eval_rows or len(rows)))) for s, rows in splits.items()}
+        splits = {s: first_rows(dataset[s], args.num_eval_rows) for s in ("validation", "test") if s in dataset}
         data = {"query_dataset": fingerprint(lengths)}
         checkpoints = Checkpoints(run, accelerator, model, optimizer, scheduler, data)
         resumed = checkpoints.resume()
@@ -331,9 +331,8 @@ def main(args: Args) -> dict[str, float]:
                 losses = batch_losses(model, batch, args.query_loss_weight, packed, device)
                 loss = losses.sum() / len(rows)
                 gradient.add(loss, {"rows": rows[part], "batch": batch})
-                sums += weight * torch.stack(
-                    [loss.detach(), torch.tensor(sum(len(row) for row, _ in batch), device=device)]
-                )
+                tokens = torch.tensor(sum(len(row) for row, _ in batch), device=device)
+                sums += weight * torch.stack([loss.detach(), tokens])
             norm = gradient.step()
             lr = scheduler.get_last_lr()[0]
             scheduler.step()
@@ -349,11 +348,9 @@ def main(args: Args) -> dict[str, float]:
                 found = evaluate_policy(accelerator, model, splits["validation"], tokenizer, args, "validation")
                 metrics |= report("validation", found)
             if args.print_sample_output_freq and update % args.print_sample_output_freq == 0 and "validation" in splits:
-                few = splits["validation"].select(range(min(len(splits["validation"]), 2 * args.world_size)))
+                few = first_rows(splits["validation"], 2 * args.world_size)
                 found = evaluate_policy(accelerator, model, few, tokenizer, args, "samples")
-                for query, text, reference in zip(found["query"], found["response"], found["reference"]):
-                    if is_main:
-                        print(f"{query[-300:]}\n  policy:    {text}\n  reference: {reference}", flush=True)
+                print_samples(found)
                 run.table(f"samples_{update}", found)
             run.log(update, metrics, note=f"loss {loss:.3f}")
             checkpoints.after_update(update)
@@ -361,23 +358,18 @@ def main(args: Args) -> dict[str, float]:
         # --------------------------------------------------------------------------------------------------------------
         # evaluation and saving
         checkpoints.save(args.num_updates)
-        final, paths, references = {"train/sft/loss": run.metrics["train/sft/loss"]}, [], {}
+        final, paths, references = {"train/sft/loss": run.metrics["train/sft/loss"]}, {}, {}
         if args.run_eval:
             for split, rows in splits.items():
                 found = evaluate_policy(accelerator, model, rows, tokenizer, args, f"policy, {split}")
                 final |= report(split, found)
-                paths.append(run.table(split, found))
+                paths[f"{split} table"] = run.table(split, found)
                 references[split] = rouge_means(found["reference"], found["reference"])
             run.log(args.num_updates + 1, final)
         save_model(accelerator, run, model, policy, tokenizer, args.output_dir)
-        if is_main:
-            if args.run_eval:
-                print_table(closing_table(run.metrics, references))
-            print(
-                "policy:", args.output_dir, *("\ntable:  " + str(p) for p in paths), f"\nrun:    {run.path}", flush=True
-            )
-            if args.push_to_hub:
-                run.push()
+        if run.is_main and args.run_eval:
+            print_table(closing_table(run.metrics, references))
+        run.deliver({"policy": args.output_dir, **paths})
     checkpoints.remove()
     return final
 

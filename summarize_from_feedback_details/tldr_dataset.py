@@ -150,7 +150,7 @@ class Query(NamedTuple):
     truncated: bool
 
 
-def encode(encoder, texts: list[str]) -> list[list[int]]:
+def encode(encoder: Any, texts: list[str]) -> list[list[int]]:
     """Token ids of each text, with nothing added."""
     if not texts:
         return []
@@ -209,7 +209,7 @@ def find_cut(text: str, truncate_text: str, length: int, count: Callable[[int], 
     raise ValueError("Could not truncate enough!")
 
 
-def format_queries(infos: list[dict], encoder, hparams: TaskQueryHParams) -> list[Query]:
+def format_queries(infos: list[dict], encoder: Any, hparams: TaskQueryHParams) -> list[Query]:
     """The text and tokens of each row's query, truncated to `hparams.length` tokens.
 
     Raises:
@@ -245,7 +245,7 @@ def pad_lists(rows: list[list[int]], length: int, pad_id: int, side: str = "righ
     return padded
 
 
-def pad_queries(queries: list[Query], encoder, hparams: TaskQueryHParams, pad_id: int) -> np.ndarray:
+def pad_queries(queries: list[Query], encoder: Any, hparams: TaskQueryHParams, pad_id: int) -> np.ndarray:
     """`query_token`: [B, Q]."""
     if hparams.padding == "empty_space":
         pad_id = encode(encoder, [" "])[0][0]
@@ -253,7 +253,9 @@ def pad_queries(queries: list[Query], encoder, hparams: TaskQueryHParams, pad_id
     return pad_lists([q.tokens for q in queries], hparams.length, pad_id, hparams.pad_side)
 
 
-def process_query(query_info: dict, *, encoder, hparams: TaskQueryHParams, pad_token_id: int | None = None) -> dict:
+def process_query(
+    query_info: dict, *, encoder: Any, hparams: TaskQueryHParams, pad_token_id: int | None = None
+) -> dict:
     """One row's query: its text, its padded tokens [Q], and how many of these are real.
 
     Raises:
@@ -265,7 +267,9 @@ def process_query(query_info: dict, *, encoder, hparams: TaskQueryHParams, pad_t
     return {"query": queries[0].text, "query_token": query_token, "query_token_len": len(queries[0].tokens)}
 
 
-def join_tokens(queries: list[str], query_tokens: list[list[int]], responses: list[str], encoder) -> tuple[list, list]:
+def join_tokens(
+    queries: list[str], query_tokens: list[list[int]], responses: list[str], encoder: Any
+) -> tuple[list, list]:
     """Tokens of each `query + response` as one text, and how many of them are the query's.
 
     The query is not tokenised again: where its last line joined with the response makes the tokens of both, nothing
@@ -289,9 +293,10 @@ def join_tokens(queries: list[str], query_tokens: list[list[int]], responses: li
 
 
 def tokenise_responses(
-    name: str, responses: list[str], queries: list[Query], encoder, pad_id: int, length: int, joined_length: int
+    name: str, responses: list[str], queries: list[Query], encoder: Any, pad_id: int, lengths: tuple[int, int]
 ) -> dict[str, Any]:
-    """The columns `{name}*` [B, R] and `query_{name}*` [B, T] of a batch."""
+    """The columns `{name}*` [B, R] and `query_{name}*` [B, T] of a batch; lengths: R, T."""
+    length, joined_length = lengths
     tokens = encode(encoder, responses)
     # Detail: joined text - query.strip() + response, tokenised together, right-padded
     stripped = [q.text.strip() for q in queries]
@@ -314,7 +319,9 @@ def tokenise_responses(
     }
 
 
-def tokenise_queries(infos: list[dict], encoder, pad_id: int, hparams: TaskQueryHParams) -> tuple[list[Query], dict]:
+def tokenise_queries(
+    infos: list[dict], encoder: Any, pad_id: int, hparams: TaskQueryHParams
+) -> tuple[list[Query], dict]:
     queries = format_queries(infos, encoder, hparams)
     columns = {
         "query": [q.text for q in queries],
@@ -325,17 +332,19 @@ def tokenise_queries(infos: list[dict], encoder, pad_id: int, hparams: TaskQuery
     return queries, columns
 
 
-def tokenise_sft(batch: dict[str, list], encoder, pad_id: int, hparams: TldrHParams) -> dict[str, Any]:
+def tokenise_sft(batch: dict[str, list], encoder: Any, pad_id: int, hparams: TldrHParams) -> dict[str, Any]:
     """Columns of a batch of SFT rows."""
     infos = [dict(zip(batch, values)) for values in zip(*batch.values())]
     queries, columns = tokenise_queries(infos, encoder, pad_id, hparams)
     # Detail: leading space - reference summaries have none, and end with the end-of-text token
     responses = [f" {summary}{encoder.eos_token}" for summary in batch["summary"]]
     lengths = hparams.max_sft_response_length, hparams.max_sft_query_response_length
-    return columns | tokenise_responses("reference_response", responses, queries, encoder, pad_id, *lengths)
+    return columns | tokenise_responses("reference_response", responses, queries, encoder, pad_id, lengths)
 
 
-def tokenise_comparisons(batch: dict[str, list], encoder, pad_id: int, hparams: TaskQueryHParams) -> dict[str, Any]:
+def tokenise_comparisons(
+    batch: dict[str, list], encoder: Any, pad_id: int, hparams: TaskQueryHParams
+) -> dict[str, Any]:
     """Columns of a batch of comparisons."""
     queries, columns = tokenise_queries(batch["info"], encoder, pad_id, hparams)
     columns["info"] = [{name: info.get(name) for name in INFO_FIELDS} for info in batch["info"]]
@@ -346,7 +355,7 @@ def tokenise_comparisons(batch: dict[str, list], encoder, pad_id: int, hparams: 
         # Detail: leading space - the summaries of comparisons already have it
         responses = [summary["text"] + encoder.eos_token for summary in summaries]
         lengths = hparams.max_rm_response_length, hparams.max_rm_query_response_length
-        columns |= tokenise_responses(name, responses, queries, encoder, pad_id, *lengths)
+        columns |= tokenise_responses(name, responses, queries, encoder, pad_id, lengths)
     pairs = zip(columns["chosen_policy"], columns["rejected_policy"])
     columns["policies"] = ["--".join(sorted(pair)) for pair in pairs]
     return columns
@@ -617,7 +626,7 @@ def check_args(args: Args) -> None:
     refuse_uncreatable("visuals_dir", args.visuals_dir, "comparisons_token_lengths.png")
 
 
-def tokenise(args: Args, kind: str, raw: DatasetDict, encoder, pad_id: int) -> tuple[DatasetDict, list[Lengths]]:
+def tokenise(args: Args, kind: str, raw: DatasetDict, encoder: Any, pad_id: int) -> tuple[DatasetDict, list[Lengths]]:
     """Tokenise every split of one dataset, and measure it."""
     name, function = {
         "sft": ("sft_dataset", tokenise_sft),

@@ -87,6 +87,11 @@ class RunArgs:
     """repository on the hub (default `<base model>__<stage>__tldr`)"""
     hf_repo_revision: str | None = may_change(None)
     """branch on the hub (default `<stage>__<seed>__<time>`)"""
+    # what follows from the sizes, for the record
+    micro_batch_size: int | None = derived()
+    """rows of one forward pass on all processes"""
+    local_batch_size: int | None = derived()
+    """rows of one update on one process"""
 
 
 def refuse(argument: str, found: str, expected: str) -> NoReturn:
@@ -252,11 +257,14 @@ def refuse_dropped(argv: list[str], arguments: type) -> None:
             refuse(name, "an argument that this version does not have", DROPPED[name])
 
 
-def check_sizes(args: Any, positive: tuple[str, ...] = (), at_least_zero: tuple[str, ...] = ()) -> None:
-    """Refuse arguments that are not positive (or not at least zero); None passes. `ppo.lam` style names work."""
+def check_sizes(
+    args: Any, positive: tuple[str, ...] = (), at_least_zero: tuple[str, ...] = (), shares: tuple[str, ...] = ()
+) -> None:
+    """Refuse arguments that are not positive, at least zero, or from 0 to 1; None passes. Names may be `ppo.lam`."""
     for names, ok, expected in (
         (positive, lambda v: math.isfinite(v) and v > 0, "more than 0"),
         (at_least_zero, lambda v: math.isfinite(v) and v >= 0, "at least 0"),
+        (shares, lambda v: 0 <= v <= 1, "a number from 0 to 1"),
     ):
         for name in names:
             value = args
@@ -290,7 +298,8 @@ def derive_sizes(args: Any, default_batch_size: int) -> None:
         refuse("world_size", str(args.world_size), f"{world_size}, the number of processes launched")
     args.world_size = world_size
     cuts = ["nminibatches"] if hasattr(args, "nminibatches") else []
-    check_sizes(args, positive=("local_micro_batch_size", "gradient_accumulation_steps", "batch_size", *cuts))
+    sizes = "local_micro_batch_size", "gradient_accumulation_steps", "batch_size", "total_episodes", "num_updates"
+    check_sizes(args, positive=(*sizes, *cuts))
     minis = args.nminibatches if cuts else 1
     args.micro_batch_size = args.local_micro_batch_size * world_size
     how = f"--local_micro_batch_size {args.local_micro_batch_size} x {world_size} processes"
@@ -309,7 +318,7 @@ def derive_sizes(args: Any, default_batch_size: int) -> None:
         args.mini_batch_size, args.local_mini_batch_size = batch_size // minis, args.local_batch_size // minis
 
 
-def fill_episodes(args, rows: int) -> None:
+def fill_episodes(args: Any, rows: int) -> None:
     """Fill in how many rows and updates there will be; refuse more than the data can serve."""
     available = rows * args.num_train_epochs
     if args.total_episodes is None:
@@ -320,6 +329,20 @@ def fill_episodes(args, rows: int) -> None:
     updates = math.ceil(args.total_episodes / args.batch_size)
     if args.num_updates not in (None, updates):
         refuse("num_updates", str(args.num_updates), f"{updates} ({args.total_episodes} episodes / {args.batch_size})")
+    args.num_updates = updates
+
+
+def derive_updates(args: Any) -> None:
+    """Fill in how many episodes and updates there will be, where queries are sampled anew in each pass."""
+    if args.total_episodes is None:
+        args.total_episodes = args.num_updates * args.batch_size if args.num_updates else 1_000_000
+    if args.total_episodes > 10**9:
+        refuse("total_episodes", str(args.total_episodes), "at most 1,000,000,000: their order is held in memory")
+    updates = args.total_episodes // args.batch_size
+    if updates == 0:
+        refuse("total_episodes", str(args.total_episodes), f"at least one batch of {args.batch_size}")
+    if args.num_updates not in (None, updates):
+        refuse("num_updates", str(args.num_updates), f"{updates} ({args.total_episodes} // {args.batch_size})")
     args.num_updates = updates
 
 

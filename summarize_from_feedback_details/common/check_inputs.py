@@ -10,7 +10,7 @@ import os
 import unicodedata
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from summarize_from_feedback_details.common.arguments import reason, refuse
 from summarize_from_feedback_details.common.dataset_files import EXPECTED, read_folder, refuse_unwritable_cache
@@ -61,10 +61,7 @@ def find_rows(argument: str, path: str, revision: str | None = None, data_dir: s
             datasets.enable_progress_bars()
 
 
-def load_rows(
-    argument: str, path: str, revision: str | None, kind: str, columns: list[str], splits: list[str],
-    optional: tuple[str, ...] = (),
-):  # fmt: skip
+def load_rows(argument: str, path: str, revision: str | None, kind: str, columns: list[str], splits: list[str]):
     """Load a tokenised dataset from a folder or the hub and check its shape.
 
     Args:
@@ -74,8 +71,7 @@ def load_rows(
         kind: "sft" or "comparisons", for a message when the other one is given.
         columns: needed columns; those of token ids are checked by `check_tokens`; those that end in `_len` must hold
             whole numbers, the others text.
-        splits: splits that must exist and hold rows.
-        optional: splits that are read, too, where they exist and hold rows.
+        splits: splits that must exist and hold rows; `validation?` is read where it exists and holds rows.
 
     Returns:
         split -> datasets.Dataset; other splits are not looked at.
@@ -87,6 +83,8 @@ def load_rows(
     missing = [c for c in columns if c not in first.column_names]
     if missing and other[0] in first.column_names:
         refuse(argument, f"'{path}', which holds {other[1]}", other[2])
+    optional = [split.removesuffix("?") for split in splits if split.endswith("?")]
+    splits = [split for split in splits if not split.endswith("?")]
     for split in splits:
         if split not in found:
             refuse(argument, f"'{path}' with the splits {', '.join(found)}", f"a split '{split}'")
@@ -106,7 +104,7 @@ def load_rows(
     return found
 
 
-def _check_type(argument: str, where: str, data, expected: str) -> None:
+def _check_type(argument: str, where: str, data: Any, expected: str) -> None:
     """Refuse a column with a hole, or of something else than "whole numbers" or "text"."""
     from pyarrow import compute, types
 
@@ -121,7 +119,9 @@ def _check_type(argument: str, where: str, data, expected: str) -> None:
         refuse(argument, f"{where} with {found}", f"{expected} in each row")
 
 
-def check_tokens(argument: str, rows_by_split, columns: list[str], vocab_size: int, pad_id: int) -> dict[str, int]:
+def check_tokens(
+    argument: str, rows_by_split: dict[str, Any], columns: list[str], vocab_size: int, pad_id: int
+) -> dict[str, int]:
     """Refuse token columns that are not whole numbers, differ in length, or do not fit the model's vocabulary.
 
     Args:
@@ -166,7 +166,7 @@ def check_tokens(argument: str, rows_by_split, columns: list[str], vocab_size: i
     return longest
 
 
-def check_same_tokenizer(argument: str, row: dict, text_column: str, token_column: str, tokenizer) -> None:
+def check_same_tokenizer(argument: str, row: dict, text_column: str, token_column: str, tokenizer: Any) -> None:
     """Refuse a dataset tokenised with another vocabulary: its first row must decode to its own text."""
     ids = [i for i in row[token_column] if i != tokenizer.pad_token_id]
     plain = lambda text: unicodedata.normalize("NFC", text).strip()  # as the Pythia tokenizer normalises
@@ -238,7 +238,7 @@ def _check_weights(argument: str, folder: Path) -> set[str]:
     return names
 
 
-def refuse_bad_weights(argument: str, path: str, missing: set[str], model=None) -> None:
+def refuse_bad_weights(argument: str, path: str, missing: set[str], model: Any = None) -> None:
     """Refuse a checkpoint that lacks weights of its model, or holds NaN or infinity.
 
     Args:
@@ -305,6 +305,50 @@ def find_model(argument: str, path: str | None, revision: str | None, kind: str)
         if names:
             refuse_bad_weights(argument, path, {"score.weight"} - names)
     return config
+
+
+def find_models(args: Any, **kinds: str) -> dict[str, dict]:
+    """Find the checkpoints that these arguments name, and check that each has the vocabulary of the one before.
+
+    Args:
+        kinds: argument -> "policy" or "reward", e.g. `base_model="policy"`; their revisions are the arguments
+            `base_model_revision`, and `sft_model_revision` of `sft_model_path`.
+
+    Returns:
+        argument -> its configuration, see `find_model`.
+    """
+    found: dict[str, dict] = {}
+    for argument, kind in kinds.items():
+        revision = getattr(args, f"{argument.removesuffix('_path')}_revision")
+        config = find_model(argument, getattr(args, argument), revision, kind)
+        if found:
+            partner = next(reversed(found))
+            paths = getattr(args, argument), getattr(args, partner)
+            check_same_vocabulary(argument, paths[0], config, partner, paths[1], found[partner])
+        found[argument] = config
+    return found
+
+
+def load_queries(args: Any, tokenizer: Any, models: dict[str, dict]):
+    """The queries and references of --query_dataset, to sample responses to: the splits train and validation.
+
+    Args:
+        models: see `find_models`; all of them but --base_model must have room for a query and its response.
+
+    Returns:
+        split -> datasets.Dataset
+    """
+    tokens = ["query_token", "reference_response_token"]
+    columns, splits = [*tokens, "query", "reference_response"], ["train", "validation"]
+    dataset = load_rows("query_dataset", args.query_dataset, args.dataset_revision, "sft", columns, splits)
+    vocab_size = models["base_model"]["vocab_size"]
+    longest = check_tokens("query_dataset", dataset, tokens, vocab_size, tokenizer.pad_token_id)
+    longest = longest["query_token"] + max(args.response_length, longest["reference_response_token"])
+    for name, config in models.items():
+        if name != "base_model":
+            check_context(name, getattr(args, name), config, longest, "the longest query and its response")
+    check_same_tokenizer("query_dataset", dataset["train"][0], "query", "query_token", tokenizer)
+    return dataset
 
 
 def _check_architecture(argument: str, path: str, config: dict) -> None:
@@ -396,7 +440,7 @@ class TokenIds(NamedTuple):
     vocab_size: int  # ids from here on are not in the tokenizer, and never drawn
 
 
-def find_ids(truncate_token: str, tokenizer) -> TokenIds:
+def find_ids(truncate_token: str, tokenizer: Any) -> TokenIds:
     """Ids of a tokenizer with a pad; a response ends with `truncate_token`: `eos`, or a text that is one token."""
     if truncate_token == "eos":
         return TokenIds(tokenizer.pad_token_id, tokenizer.eos_token_id, len(tokenizer))

@@ -73,7 +73,15 @@ class Checkpoints:
             the data: argument -> value.
     """
 
-    def __init__(self, run: RunFolder, accelerator, model, optimizer, scheduler, must_not_change: dict[str, str]):
+    def __init__(
+        self,
+        run: RunFolder,
+        accelerator: Any,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scheduler: Any,
+        must_not_change: dict[str, str],
+    ):
         self.run, self.args, self.accelerator, self.scheduler = run, run.args, accelerator, scheduler
         self.model, self.optimizer = model, optimizer
         precision = {"precision": accelerator.mixed_precision}
@@ -357,7 +365,7 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def fingerprint(numbers) -> str:
+def fingerprint(numbers: Any) -> str:
     """A short text that changes when the numbers (e.g. lengths of all rows of a dataset) do."""
     data = np.ascontiguousarray(np.asarray(numbers, dtype=np.int64))
     return f"{len(data)} rows, {hashlib.sha256(data.tobytes()).hexdigest()[:12]}"

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from typing import Any
 
 SECONDS_BETWEEN_LINES = 10.0  # progress in a log file: at most one line in this time
 
@@ -38,7 +39,7 @@ class Progress:
             print(f"{self.what}: {self.done}/{self.total}  {spent:.0f} s, {left:.0f} s left  {note}", flush=True)
 
 
-def print_table(table) -> None:
+def print_table(table: Any) -> None:
     """Print a `rich.table.Table`; in a log file as wide as its words need, so that none is cut."""
     from rich.console import Console
 

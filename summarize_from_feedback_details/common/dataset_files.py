@@ -22,6 +22,7 @@ import zlib
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -113,7 +114,7 @@ def find_files(argument: str, folder: str) -> dict[str, list[str]]:
     return splits
 
 
-def read_csv(argument: str, path: str, file) -> Iterator[dict]:
+def read_csv(argument: str, path: str, file: Any) -> Iterator[dict]:
     """Rows of a csv file; each value is text."""
     csv.field_size_limit(sys.maxsize)
     separator = "\t" if DATA_FILE.search(path)[1] == "tsv" else ","
@@ -125,7 +126,7 @@ def read_csv(argument: str, path: str, file) -> Iterator[dict]:
         yield row
 
 
-def read_json(argument: str, path: str, file) -> Iterator[dict]:
+def read_json(argument: str, path: str, file: Any) -> Iterator[dict]:
     """Rows of a file with a JSON object on each line; of `*.json` also where it is one list of them."""
     text = file.read() if DATA_FILE.search(path)[1] == "json" else b""
     if text.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):

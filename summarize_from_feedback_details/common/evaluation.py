@@ -17,7 +17,7 @@ from summarize_from_feedback_details.common.zero import full_weights
 
 
 @contextmanager
-def evaluating(accelerator, model) -> Iterator[torch.nn.Module]:
+def evaluating(accelerator: Any, model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """Yield the unwrapped model: in evaluation mode, whole on every rank, without gradients, in the run's precision.
 
     Args:
@@ -32,7 +32,7 @@ def evaluating(accelerator, model) -> Iterator[torch.nn.Module]:
         model.train(was_training)
 
 
-def for_each_row(lengths, at_once: int, what: str) -> Iterator[list[int]]:
+def for_each_row(lengths: Any, at_once: int, what: str) -> Iterator[list[int]]:
     """Yield numbers of rows, so many at a time and longest first, until this rank has seen its share of all rows.
 
     Ends early where a signal asked to stop: what is evaluated here is evaluated again. Follow it by `gather_rows`.
@@ -64,6 +64,11 @@ def gather_rows(found: list[tuple]) -> list[tuple]:
     return sorted(gather_object(found))
 
 
+def first_rows(rows: Any, number: int | None):
+    """So many rows of a dataset, or all there are."""
+    return rows.select(range(min(len(rows), number or len(rows))))
+
+
 class Sample(NamedTuple):
     """A response of a policy to a row's query."""
 
@@ -74,7 +79,9 @@ class Sample(NamedTuple):
     has_eos: bool
 
 
-def sample_batch(policy, batch: dict, rows: list[int], tokenizer, args: Any, temperature: float) -> list[Sample]:
+def sample_batch(
+    policy: torch.nn.Module, batch: dict, rows: list[int], tokenizer: Any, args: Any, temperature: float
+) -> list[Sample]:
     """A response to each row of a batch.
 
     Args:
@@ -95,7 +102,9 @@ def sample_batch(policy, batch: dict, rows: list[int], tokenizer, args: Any, tem
     ]
 
 
-def score_policy(policy, reward_model, rows, tokenizer, args: Any, what: str) -> dict[str, list]:
+def score_policy(
+    policy: torch.nn.Module, reward_model: torch.nn.Module, rows: Any, tokenizer: Any, args: Any, what: str
+) -> dict[str, list]:
     """A response to each row of a split with its score, and the reference's score; inside `evaluating`.
 
     Args:
@@ -120,3 +129,12 @@ def score_policy(policy, reward_model, rows, tokenizer, args: Any, what: str) ->
             found.append((row, *sample[:3], *both, len(sample.tokens), sample.has_eos))
     names = ["query", "response", "reference", "score", "reference_score", "response_length", "has_eos"]
     return dict(zip(names, map(list, zip(*(row[1:] for row in gather_rows(found))))))
+
+
+def print_samples(found: dict[str, list]) -> None:
+    """Print responses, with their scores where they have some, beside their references; on rank 0."""
+    if PartialState().is_main_process:
+        scores = [f" ({score:+.2f})" for score in found.get("score", [])] or [""] * len(found["query"])
+        for query, response, score, reference in zip(found["query"], found["response"], scores, found["reference"]):
+            policy = f"policy{score}:"
+            print(f"{query[-300:]}\n  {policy:10} {response}\n  reference: {reference}", flush=True)

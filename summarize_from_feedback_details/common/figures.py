@@ -30,7 +30,7 @@ def new_figure(width: float, height: float):
     return FigureCanvasAgg(Figure(figsize=(width, height), layout="constrained")).figure
 
 
-def save_figure(figure, path: str | Path, dpi: int) -> None:
+def save_figure(figure: Any, path: str | Path, dpi: int) -> None:
     """Write a PNG, whole or not at all."""
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=dpi)

@@ -77,7 +77,7 @@ def check_push(args: Any) -> None:
                 refuse(name, f"'{getattr(args, name)}' ({reason(error)})", "a name that the hub allows")
 
 
-def push(args, stage: str, stamp: int) -> None:
+def push(args: Any, stage: str, stamp: int) -> None:
     """Upload the checkpoint to a branch of its own on the hub."""
     from huggingface_hub import HfApi
 
@@ -94,7 +94,7 @@ def push(args, stage: str, stamp: int) -> None:
     write_json(Path("runs") / args.run_name / "pushed.json", {"repo": repo, "revision": revision})
 
 
-def _push_to(api, args, stage: str, stamp: int) -> tuple[str, str]:
+def _push_to(api: Any, args: Any, stage: str, stamp: int) -> tuple[str, str]:
     # the last two parts of a path, since a hub id has no more; the hub allows 96 letters, no `..`, and no `--`
     name = "_".join([part for part in Path(args.base_model).parts if part.strip("./")][-2:])
     name = re.sub(r"([.-])\1+", r"\1", re.sub(r"[^\w.-]+", "_", name, flags=re.ASCII))

@@ -3,6 +3,8 @@
 Dimensions: B rows, R response tokens, N real tokens of all rows, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 
 from summarize_from_feedback_details.common.packed_rows import logits_at, pack_rows, supports_packing
@@ -10,7 +12,9 @@ from summarize_from_feedback_details.common.packed_rows import logits_at, pack_r
 INVALID_LOGPROB = 1.0  # stands at positions without a real token; masked wherever numbers are taken
 
 
-def response_positions(model, queries, responses, counts) -> tuple[dict, torch.Tensor]:
+def response_positions(
+    model: torch.nn.Module, queries: list[list[int]], responses: list[list[int]], counts: list[int]
+) -> tuple[dict, torch.Tensor]:
     """Inputs of a model, and the positions in its output before the first `counts` tokens of each response."""
     device = next(model.parameters()).device
     inputs, starts = pack_rows([q + r for q, r in zip(queries, responses)], supports_packing(model), device)
@@ -18,7 +22,9 @@ def response_positions(model, queries, responses, counts) -> tuple[dict, torch.T
     return inputs, torch.tensor([i for each in before for i in each], device=device)
 
 
-def response_logits(policy, queries, responses) -> tuple[torch.Tensor, torch.Tensor]:
+def response_logits(
+    policy: torch.nn.Module, queries: list[list[int]], responses: list[list[int]]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [N, V] that predict the N tokens of the responses, and these tokens [N]."""
     inputs, before = response_positions(policy, queries, responses, list(map(len, responses)))
     return logits_at(policy, inputs, before), torch.tensor([i for r in responses for i in r], device=before.device)
@@ -28,7 +34,7 @@ class TokenLogprobs(torch.autograd.Function):
     """See `token_logprobs`."""
 
     @staticmethod
-    def forward(ctx, logits, targets, temperature):
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor, temperature: float):
         logprobs, totals = (torch.empty(len(logits), device=logits.device) for _ in range(2))
         for part in row_slices(logits):
             scaled = logits[part].float() / temperature
@@ -39,7 +45,7 @@ class TokenLogprobs(torch.autograd.Function):
         return logprobs
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor):
         logits, targets, totals = ctx.saved_tensors
         grad = grad / ctx.temperature
         for part in row_slices(logits):

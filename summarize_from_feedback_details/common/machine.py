@@ -5,6 +5,7 @@ import ctypes
 import os
 import resource
 from pathlib import Path
+from typing import Any
 
 
 def on_gpu() -> bool:
@@ -77,7 +78,7 @@ def give_back_fragments(held: int) -> int:
     return 0
 
 
-def memory_gb(device) -> float:
+def memory_gb(device: Any) -> float:
     """Peak memory of this process in GB: of the GPU, or resident on CPU."""
     import torch
 

@@ -10,6 +10,8 @@ Nothing here knows about RLHF. Architectures that do not let their attention be 
 same numbers, more work.
 """
 
+from typing import Any
+
 import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -17,7 +19,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 NAME = "packed"
 
 
-def packed_attention(module, query, key, value, attention_mask, pieces=None, **kwargs):
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    pieces: list[tuple[Any, int | None]] | None = None,
+    **kwargs,
+):
     """Causal attention within each piece, and from it to the piece that it continues; without `pieces`, plain SDPA.
 
     GPUs: this is the one place for a kernel that takes rows of different lengths at once.
@@ -57,13 +67,13 @@ def packed_attention(module, query, key, value, attention_mask, pieces=None, **k
     return torch.cat(out, 1), None
 
 
-def supports_packing(model) -> bool:
+def supports_packing(model: torch.nn.Module) -> bool:
     """Whether `use_packed_attention` found that this model reads packed rows."""
     return getattr(model.config, "_attn_implementation", None) == NAME
 
 
 @torch.no_grad()
-def use_packed_attention(model) -> bool:
+def use_packed_attention(model: torch.nn.Module) -> bool:
     """Let a freshly loaded model read packed rows, if its architecture does so exactly; returns whether it does.
 
     Tried on a few tokens: two rows of different lengths, and two more that continue a third. A model that reads no
@@ -100,7 +110,7 @@ def use_packed_attention(model) -> bool:
     return same
 
 
-def pack_pieces(pieces, device, packed: bool = True) -> dict:
+def pack_pieces(pieces: list[tuple[list[int], int | None]], device: torch.device, packed: bool = True) -> dict:
     """Pieces, [(token ids, number of the earlier piece that it continues, or None)] -> inputs of a model."""
     positions = []
     for tokens, before in pieces:
@@ -117,7 +127,7 @@ def pack_pieces(pieces, device, packed: bool = True) -> dict:
     return inputs
 
 
-def pack_rows(rows: list[list[int]], packed: bool, device) -> tuple[dict, list[int]]:
+def pack_rows(rows: list[list[int]], packed: bool, device: torch.device) -> tuple[dict, list[int]]:
     """Rows of token ids -> (inputs of a model, number of each row's first token in its output, flattened).
 
     Args:
@@ -139,7 +149,7 @@ def pack_rows(rows: list[list[int]], packed: bool, device) -> tuple[dict, list[i
     return inputs, [i * T for i in range(len(rows))]
 
 
-def logits_at(model, inputs: dict, at: torch.Tensor) -> torch.Tensor:
+def logits_at(model: torch.nn.Module, inputs: dict, at: torch.Tensor) -> torch.Tensor:
     """Logits [N, V] of a causal language model at these positions [N] of its flattened output."""
     if "pieces" in inputs:
         # flattened, not indexed: the gradient of an index would be a second copy of the logits
@@ -147,7 +157,7 @@ def logits_at(model, inputs: dict, at: torch.Tensor) -> torch.Tensor:
     return model(**inputs, use_cache=False).logits.flatten(0, 1)[at]
 
 
-def hidden_at(model, inputs: dict, at: torch.Tensor) -> torch.Tensor:
+def hidden_at(model: torch.nn.Module, inputs: dict, at: torch.Tensor) -> torch.Tensor:
     """Last hidden states [N, D] at these positions [N] of the flattened output, after the final norm."""
     trunk = getattr(model, model.base_model_prefix)
     return trunk(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[at]

@@ -26,7 +26,7 @@ def choose_precision(wanted: str) -> str:
     return "bf16" if wanted == "bf16" or (wanted == "auto" and native) else "no"
 
 
-def cast_parameters(model, dtype: torch.dtype) -> None:
+def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """Cast a model's parameters in place, as DeepSpeed casts those that it trains; float32 heads stay as they are.
 
     Never its buffers, as `model.to(dtype)` would: rounded rotary frequencies make another network of it.
@@ -63,7 +63,7 @@ class Float32Head(torch.nn.Linear):
             return F.linear(hidden.float(), exact(self.weight))
 
 
-def use_float32_head(model) -> None:
+def use_float32_head(model: torch.nn.Module) -> None:
     """Let the head of a sequence-classification model compute in float32; weight and checkpoint stay as they are."""
     head = Float32Head(model.score.in_features, model.score.out_features, bias=False, device="meta")
     head.weight = keep_exact(model.score.weight)

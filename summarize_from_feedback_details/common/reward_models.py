@@ -74,7 +74,7 @@ def load_reward_model(path: str, revision: str | None = None, argument: str = "r
     return _ready(model, bias)
 
 
-def _ready(model, bias: float):
+def _ready(model: torch.nn.Module, bias: float):
     disable_dropout(model)
     use_float32_head(model)
     use_packed_attention(model)
@@ -82,7 +82,7 @@ def _ready(model, bias: float):
     return model
 
 
-def read_rewards(model, rows: list[list[int]]) -> torch.Tensor:
+def read_rewards(model: torch.nn.Module, rows: list[list[int]]) -> torch.Tensor:
     """Reward of each row (token ids without pads), read at its last token, normalised: [B] reward units."""
     device = next(model.parameters()).device
     inputs, starts = pack_rows(rows, supports_packing(model), device)

@@ -193,28 +193,45 @@ class RunFolder:
             return False
         if self.is_main:
             shutil.rmtree(self.path / "checkpoints", ignore_errors=True)  # of a run that was killed at its very end
-            print(f"{self.path} is finished already, with these arguments: nothing to do", flush=True)
-            print(f"model: {args.output_dir}", flush=True)
+            self.say(f"{self.path} is finished already, with these arguments: nothing to do\nmodel: {args.output_dir}")
             pushed = self.path / "pushed.json"
             if args.push_to_hub and pushed.exists():
                 print(f"hub:    pushed before: {' @ '.join(json.loads(pushed.read_text()).values())}", flush=True)
             elif args.push_to_hub:
-                self.push()
+                push(args, self.stage, self.started_at)
         return True
 
     def final_metrics(self) -> dict[str, float]:
         """The metrics of a finished run."""
         return read_metrics(read_run(self.path)[0].get("metrics", {}))
 
-    def push(self) -> None:
-        """Upload the model; on rank 0."""
-        push(self.args, self.stage, self.started_at)
+    def say(self, text: str) -> None:
+        """Print a line, on rank 0."""
+        if self.is_main:
+            print(text, flush=True)
+
+    def deliver(self, paths: dict[str, Any]) -> None:
+        """Say where the results are, and upload the model with --push_to_hub.
+
+        Args:
+            paths: what it is -> where it is.
+        """
+        for what, path in (paths | {"run": self.path}).items():
+            self.say(f"{what + ':':7} {path}")
+        if self.is_main and self.args.push_to_hub:
+            push(self.args, self.stage, self.started_at)
 
     @staticmethod
     def check(args: RunArgs) -> None:
         """Refuse what cannot work of the arguments that every run has, but for its name."""
         check_sizes(args, positive=("keep",), at_least_zero=("save_freq", "save_minutes"))
         refuse_unwritable("output_dir", args.output_dir, args.run_name)
+        if getattr(args, "value_output_dir", None) is not None:
+            refuse_unwritable("value_output_dir", args.value_output_dir, args.run_name)
+            value, policy = Path(args.value_output_dir).resolve(), Path(args.output_dir).resolve()
+            if value in (policy, *policy.parents) or policy in value.parents:
+                found = f"'{args.value_output_dir}', which is, holds or is inside --output_dir"
+                refuse("value_output_dir", found, "a folder beside it")
         check_push(args)
 
     @staticmethod
@@ -241,7 +258,7 @@ class RunFolder:
         if not os.access(path, os.W_OK):
             refuse("run_name", f"'{path}', which cannot be written", "a folder that can be written")
 
-    def open(self, accelerator) -> "RunFolder":
+    def open(self, accelerator: Any) -> "RunFolder":
         """Ready for `with`, on all ranks.
 
         Raises:
@@ -447,13 +464,13 @@ class RunFolder:
         more = ({"reason": reason} if reason else {}) | ({"requeue": True} if requeue else {})
         write_json(self.path / "summary.json", content | more)
 
-    def __exit__(self, kind, error, traceback) -> None:
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         try:
             self._end(kind, error)
         finally:
             self._close()
 
-    def _end(self, kind, error) -> None:
+    def _end(self, kind: Any, error: Any) -> None:
         code = error.code if kind is SystemExit else None
         # a rank that waits for one that has stopped fails in its own way
         stopped = code == REQUEUE_ME or (kind is not None and stop_wanted())

@@ -5,6 +5,7 @@ Dimensions: B rows, Q query tokens, R response tokens, T = Q + R, V vocabulary.
 
 import inspect
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ def pad_rows(rows: list[list[int]], pad_id: int, side: str) -> torch.Tensor:
     return torch.tensor([row + [pad_id] * (longest - len(row)) for row in rows], dtype=torch.long)
 
 
-def strip_pads(row, pad_id: int) -> list[int]:
+def strip_pads(row: Any, pad_id: int) -> list[int]:
     """The real tokens of a padded row."""
     row = np.asarray(row)
     return row[row != pad_id].tolist()
@@ -63,7 +64,14 @@ def episode_noise(seed: int, episodes: list[int], device: torch.device) -> list[
 
 
 @torch.no_grad()
-def sample_responses(model, queries: torch.Tensor, noise, ids: TokenIds, response_length: int, temperature: float):
+def sample_responses(
+    model: torch.nn.Module,
+    queries: torch.Tensor,
+    noise: list[torch.Generator] | None,
+    ids: TokenIds,
+    response_length: int,
+    temperature: float,
+):
     """Sample a response to each query over the KV cache, one forward pass per position.
 
     Args:
@@ -121,7 +129,7 @@ class RoomyLayer(DynamicLayer):
         self.room = [F.pad(states, (0, 0, 0, room)) for states in (keys, values)]
         self.keys, self.values = (states[:, :, : keys.shape[2]] for states in self.room)
 
-    def update(self, key_states, value_states, *args, **kwargs):
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         begin, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
         for states, more in zip(self.room, (key_states, value_states)):
             states[:, :, begin:end] = more
@@ -129,7 +137,7 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def read_queries(model, inputs: dict, room: int) -> tuple[torch.Tensor, dict]:
+def read_queries(model: torch.nn.Module, inputs: dict, room: int) -> tuple[torch.Tensor, dict]:
     """Read left-padded queries before sampling, without their pads where the model packs.
 
     Args:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
-from transformers import GenerationConfig, get_scheduler
+from transformers import GenerationConfig, PreTrainedModel, get_scheduler
 from transformers.integrations import unset_hf_deepspeed_config
 
 from summarize_from_feedback_details.common.arguments import refuse
@@ -69,7 +69,15 @@ def launch(args: Any, unit: str) -> Accelerator:
 
 
 def prepare(accelerator: Accelerator, model: torch.nn.Module, args: Any):
-    """(model, optimiser, schedule of the learning rate), ready to train; args: --optimizer and what belongs to it."""
+    """(model, optimiser, schedule of the learning rate), ready to train.
+
+    Args:
+        model: holds the trained networks of transformers as its attributes.
+        args: has --optimizer, --scheduler, what belongs to them, and --gradient_checkpointing.
+    """
+    for network in model.children() if args.gradient_checkpointing else ():
+        if isinstance(network, PreTrainedModel):
+            network.gradient_checkpointing_enable({"use_reentrant": False})
     # Detail: optimiser - AdamW, eps 1e-5, lr 3e-6 in all stages; weight decay 0.01 is torch's default
     optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
     optimizer = optimizer_class(
@@ -132,7 +140,13 @@ class Gradient:
         checkpoints: of the run; polled between micro batches, which ends the process where a signal asked to stop.
     """
 
-    def __init__(self, accelerator: Accelerator, model, optimizer, checkpoints: Checkpoints):
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        checkpoints: Checkpoints,
+    ):
         self.accelerator, self.model, self.optimizer, self.checkpoints = accelerator, model, optimizer, checkpoints
         self.args, self.weight, self.batches = checkpoints.args, 1.0, []
 
@@ -231,7 +245,14 @@ def lent(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
         model.to(home)  # its buffers
 
 
-def save_model(accelerator, run: RunFolder, wrapped, model, tokenizer, path: str) -> None:
+def save_model(
+    accelerator: Accelerator,
+    run: RunFolder,
+    wrapped: torch.nn.Module,
+    model: torch.nn.Module,
+    tokenizer: Any,
+    path: str,
+) -> None:
     """Write a standard checkpoint: safetensors, config, tokenizer; loads with the plain Auto classes.
 
     Args:

@@ -2,38 +2,39 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam and AdamW keep of each parameter, besides the number of steps
 
 
-def _zero_optimizer(optimizer):
+def _zero_optimizer(optimizer: torch.optim.Optimizer):
     """DeepSpeed's ZeRO optimiser (stage 1 to 3) inside accelerate's wrapper, or None."""
     inner = getattr(optimizer, "optimizer", optimizer)
     sharded = hasattr(inner, "single_partition_of_fp32_groups") or hasattr(inner, "fp32_partitioned_groups_flat")
     return inner if sharded else None
 
 
-def _flat_partitions(zero) -> list[torch.Tensor]:
+def _flat_partitions(zero: Any) -> list[torch.Tensor]:
     """This rank's flat float32 partitions, which the optimiser inside ZeRO steps."""
     if hasattr(zero, "fp32_partitioned_groups_flat"):  # ZeRO-3
         return list(zero.fp32_partitioned_groups_flat)
     return list(zero.single_partition_of_fp32_groups)
 
 
-def _parameters(model) -> list[tuple[str, torch.nn.Parameter]]:
+def _parameters(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
     """Names and parameters, the same under any wrapper."""
     return [(name.removeprefix("module."), p) for name, p in model.named_parameters()]
 
 
-def optimizer_steps(optimizer) -> int:
+def optimizer_steps(optimizer: torch.optim.Optimizer) -> int:
     zero = _zero_optimizer(optimizer)
     states = zero.optimizer.state if zero is not None else optimizer.state
     return max((int(s["step"]) for s in states.values() if "step" in s), default=0)
 
 
-def whole_tensors(model, optimizer) -> Iterator[tuple[str, torch.Tensor]]:
+def whole_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and value of each weight and moment, in float32; under ZeRO put together from all ranks, one at a time."""
     zero = _zero_optimizer(optimizer)
     if zero is not None:
@@ -51,7 +52,9 @@ def whole_tensors(model, optimizer) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 @torch.no_grad()
-def set_whole_tensors(model, optimizer, value_of: Callable[[str], torch.Tensor], steps: int) -> None:
+def set_whole_tensors(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, value_of: Callable[[str], torch.Tensor], steps: int
+) -> None:
     """Undo `whole_tensors`."""
     zero = _zero_optimizer(optimizer)
     if zero is None:
@@ -80,7 +83,7 @@ def set_whole_tensors(model, optimizer, value_of: Callable[[str], torch.Tensor],
     zero.update_lp_params()  # the weights that the model computes with, from their float32 masters
 
 
-def _set_zero3(zero, model, value_of, steps: int) -> None:
+def _set_zero3(zero: Any, model: torch.nn.Module, value_of: Callable[[str], torch.Tensor], steps: int) -> None:
     from deepspeed.utils import safe_set_local_optimizer_state
 
     for name, parameter in _parameters(model):
@@ -95,13 +98,13 @@ def _set_zero3(zero, model, value_of, steps: int) -> None:
         zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
 
-def _with_masters(model) -> list[torch.nn.Parameter]:
+def _with_masters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     """Parameters that compute in float32 (`packed_rows.exact`) while DeepSpeed trains a copy in bf16."""
     return [p for p in model.parameters() if hasattr(p, "master") and p.dtype != torch.float32]
 
 
 @torch.no_grad()
-def update_masters(model) -> None:
+def update_masters(model: torch.nn.Module) -> None:
     """Look up the float32 masters of parameters that compute in float32; call on all ranks after each optimiser step.
 
     Args:
@@ -114,14 +117,14 @@ def update_masters(model) -> None:
 
 
 @torch.no_grad()
-def set_masters(model, optimizer) -> None:
+def set_masters(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """The other way round, at the beginning: DeepSpeed makes its masters of weights that it has rounded."""
     for parameter in _with_masters(model):
         parameter.master = parameter.master.to(parameter.device)
         _set_master(_zero_optimizer(optimizer), parameter, parameter.master)
 
 
-def _set_master(zero, parameter, value: torch.Tensor) -> None:
+def _set_master(zero: Any, parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
     """Write a whole parameter's float32 master; of ZeRO-3, this rank's part."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
@@ -131,7 +134,7 @@ def _set_master(zero, parameter, value: torch.Tensor) -> None:
         safe_set_full_fp32_param(parameter, value)
 
 
-def _own_part(zero, parameter, value: torch.Tensor) -> torch.Tensor:
+def _own_part(zero: Any, parameter: torch.nn.Parameter, value: torch.Tensor) -> torch.Tensor:
     """Of a whole tensor, what ZeRO-3 keeps on this rank."""
     n, rank = parameter.ds_tensor.numel(), zero._get_param_partition_rank(parameter)
     part = value.flatten()[n * rank : n * (rank + 1)]
@@ -139,7 +142,7 @@ def _own_part(zero, parameter, value: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def full_weights(model) -> Iterator[None]:
+def full_weights(model: torch.nn.Module) -> Iterator[None]:
     """Under ZeRO-3: whole weights on every rank and no communication inside, so that ranks may do as many passes of the
     unwrapped model as each needs. Elsewhere nothing.
 
