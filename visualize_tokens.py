@@ -174,6 +174,11 @@ READ_OF_RUN = {  # arguments without which a run cannot be shown
 }  # fmt: skip
 
 
+def stage_of(summary: dict[str, Any]) -> str:
+    """Stage of a run; a policy that was optimised is PPO's, whichever script did it: its episodes have scores."""
+    return "ppo_left_padding" if "objective/scores" in summary.get("metrics", {}) else summary["stage"]
+
+
 def latest_run(runs_dir: str, stage: str, **wanted: str) -> dict[str, Any] | None:
     """Arguments of the newest finished run of a stage whose arguments hold `wanted`; None where there is none."""
     there = [file for file in Path(runs_dir).glob("*/summary.json") if file.exists()]  # not links to nowhere
@@ -181,7 +186,7 @@ def latest_run(runs_dir: str, stage: str, **wanted: str) -> dict[str, Any] | Non
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # of another form
             found = json.loads(summary.read_text())
             args = json.loads((summary.parent / "args.json").read_text())
-            finished = (found["stage"], found["state"]) == (stage, "finished") and READ_OF_RUN[stage] <= args.keys()
+            finished = (stage_of(found), found["state"]) == (stage, "finished") and READ_OF_RUN[stage] <= args.keys()
             if finished and wanted.items() <= args.items():
                 return args
     return None

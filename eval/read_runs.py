@@ -187,10 +187,11 @@ def numbers_of(run: dict[str, Any]) -> list[dict[str, Any]]:
     curve = lines[lines["objective/kl"].notna()] if "objective/kl" in lines else lines.iloc[:0]
     kl_at = dict(zip(curve.get("update", []), curve.get("objective/kl", [])))
     if run["stage"] == "ppo" and len(curve):
-        curve = curve.reindex(columns=["update", "train/ppo/episode", *CURVES]).astype(float)
+        counted = next((name for name in curve if re.fullmatch(r"train/\w+/episode", name)), "train/ppo/episode")
+        curve = curve.rename(columns={counted: "episode"}).reindex(columns=["update", "episode", *CURVES]).astype(float)
         curve = curve.groupby(np.arange(len(curve)) // math.ceil(len(curve) / CURVE_POINTS)).mean()
         for m in CURVES:
-            for update, episode, kl, value in curve[["update", "train/ppo/episode", "objective/kl", m]].to_numpy():
+            for update, episode, kl, value in curve[["update", "episode", "objective/kl", m]].to_numpy():
                 rows.append({"kind": "curve", "metric": m, "update": update, "episode": episode, "kl": kl,
                              "value": value})  # fmt: skip
     for row in [] if run["accuracy"] is None else run["accuracy"].to_dict("records"):
@@ -220,7 +221,9 @@ def tabulate(runs: list[dict[str, Any]], runs_dir: Path) -> pandas.DataFrame:
     set_sizes(runs, runs_dir)
     rows = []
     for run in runs:
-        run["stage"] = {"ppo_left_padding": "ppo"}.get(run.get("stage"), run.get("stage"))
+        # policy optimisation, whatever its script: it has measured the scores of its episodes, or will
+        optimised = CURVES[0] in (run.get("final") or {}) or run.get("stage") == "ppo_left_padding"
+        run["stage"] = "ppo" if optimised else run.get("stage")
         args, found = run.get("args", {}), []
         kl_coef = (args.get("ppo") or {}).get("kl_coef") if run["stage"] == "ppo" else None
         try:

@@ -182,7 +182,7 @@ def _by_headings(arguments: type) -> type:
     grouped: dict[str, list] = {}
     for f in fields(arguments):
         if f.init and not is_dataclass(f.default_factory):
-            flag = tyro.conf.arg(help=sentences[f.name], prefix_name=False)
+            flag = tyro.conf.arg(help=sentences.get(f.name, ""), prefix_name=False)
             grouped.setdefault(headings[f.name], []).append((f.name, Annotated[f.type, flag], field(default=f.default)))
     nested = [(f.name, f.type, field(default_factory=f.type)) for f in fields(arguments) if is_dataclass(f.type)]
     groups = {name: make_dataclass(name, members) for name, members in grouped.items()}
