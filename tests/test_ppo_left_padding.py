@@ -511,8 +511,9 @@ def test_noise_belongs_to_the_episode():
 def test_never_draws_the_pad_or_an_id_outside_the_tokenizer():
     policy = tiny_policy()
     policy.lm_head.weight.data[PAD:] = 50 * policy.lm_head.weight.data[:1]  # tempting in one direction or the other
-    responses, _ = draw(policy, some_queries((4,) * 64), 1.0, R=8, stop=-1)
-    assert int(responses.max()) < PAD
+    for vocab in (PAD, PAD + 1):  # without the pad, and with it, as our tokenizers have it
+        responses, _ = draw(policy, some_queries((4,) * 64), 1.0, R=8, stop=-1, vocab=vocab)
+        assert int(responses.max()) < PAD
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
