@@ -39,11 +39,12 @@ COLUMNS = {"sft": ["response"], "reward": [], "ppo_left_padding": ["response"]}
 
 
 def arguments(world, stage: str, output_dir):
-    # the last batch of SFT and of the reward model does not fill; a wrong gradient would move weights by 1e-4 a step
+    # the last batch of SFT and of the reward model does not fill; that of the reward model has no pair for the second
+    # process; a wrong gradient would move weights by 1e-4 a step
     if stage == "sft":
         return world.sft_args(output_dir, total_episodes=28, lr=1e-4, max_grad_norm=1.0)
     if stage == "reward":
-        return world.reward_args(output_dir, total_episodes=28 + 1, lr=1e-4, max_grad_norm=1.0)
+        return world.reward_args(output_dir, total_episodes=24 + 1, lr=1e-4, max_grad_norm=1.0)
     return world.ppo_args(output_dir, lr=1e-4, nminibatches=2, local_micro_batch_size=2)
 
 

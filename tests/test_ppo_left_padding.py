@@ -430,7 +430,7 @@ def test_epoch_order_is_one_permutation_a_pass():
 
 
 @pytest.mark.parametrize("rows, micro, world_size", [(8, 2, 2), (7, 2, 2), (1, 4, 2), (13, 3, 4), (5, 1, 1)])
-def test_deal_gives_each_row_once_and_the_same_number_of_steps(rows, micro, world_size):
+def test_micro_batches_give_each_row_once_and_the_same_number_of_steps(rows, micro, world_size):
     lengths = [(7 * i) % 5 for i in range(rows)]
     for alike in (False, True):
         parts = [micro_batches(lengths, micro, rank, world_size, alike) for rank in range(world_size)]
