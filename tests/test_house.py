@@ -1,6 +1,9 @@
-"""How long a script may be, how deep a function, how many parameters: what makes the code readable in one sitting."""
+"""What makes the code readable in one sitting: short scripts, flat functions, few parameters; true examples."""
 
 import ast
+import doctest
+import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -48,3 +51,10 @@ def test_functions_are_flat_and_take_few_annotated_parameters(file):
         # a loss over named tensors
         assert len(parameters(function)) <= 6 or function.name == "ppo_losses", function.name
         assert all(parameter.annotation for parameter in parameters(function)), function.name
+
+
+def test_examples_in_docstrings_are_true():
+    names = [file.removesuffix(".py").replace("/", ".") for file in FILES if "__init__" not in file]
+    modules = [import_module(f"summarize_from_feedback_details.{name}") for name in names] + [sys.modules[__name__]]
+    found = [doctest.testmod(module) for module in modules]
+    assert sum(result.attempted for result in found) > 4 and not sum(result.failed for result in found)
