@@ -119,7 +119,7 @@ if [ "$MODEL" = toy ]; then
     PPO=ppo
     [ -z "${KL_COEF:-}" ] || PPO=kl${KL_COEF}_ppo
     BASE=models/$CHAIN/base/$SIZE DATA=data/$CHAIN RAW=data/${CHAIN}_raw
-    BATCH=32 PPO_BATCH=64
+    BATCH=32 PPO_BATCH=64 RESPONSE=24 # tokens of a summary
     for batch in $BATCH $PPO_BATCH; do
         [ $((batch % PROCESSES)) = 0 ] || refuse "number of GPUs" "$PROCESSES" "a divisor of the batch size $batch"
     done
@@ -131,14 +131,14 @@ if [ "$MODEL" = toy ]; then
         --data_dir "$RAW" --models_dir "models/$CHAIN/base" "${ROWS[@]}"
     stage dataset "$DATA" "world" "$PYTHON" $STAGES/tldr_dataset.py --base_model "$BASE" --sft_dataset "$RAW/sft" \
         --preference_dataset "$RAW/comparisons" --output_dir "$DATA" --visuals_dir "dataset_visuals/$CHAIN" --overwrite \
-        --tldr_params.length 56 --tldr_params.max_sft_response_length 24 \
+        --tldr_params.length 56 --tldr_params.max_sft_response_length "$RESPONSE" \
         --tldr_params.max_sft_query_response_length 80 --tldr_params.max_rm_response_length 32 \
         --tldr_params.max_rm_query_response_length 80 --cnndm_params.length 128 \
         --cnndm_params.max_rm_response_length 32 --cnndm_params.max_rm_query_response_length 160 \
         --no-check_length_correctness
     stage sft "runs/${CHAIN}_sft models/$CHAIN/sft" "dataset" "${LAUNCH[@]}" $STAGES/sft.py "${DEEPSPEED[@]}" \
         --seed "$SEED" --base_model "$BASE" --query_dataset "$DATA/sft" --output_dir "models/$CHAIN/sft" \
-        --run_name "${CHAIN}_sft" "${TOY[@]}" "${EVAL[@]}" --query_loss_weight 0 --response_length 24 \
+        --run_name "${CHAIN}_sft" "${TOY[@]}" "${EVAL[@]}" --query_loss_weight 0 --response_length "$RESPONSE" \
         --num_train_epochs 2 --total_episodes "${EPISODES[0]}" --batch_size $BATCH \
         --local_micro_batch_size $((BATCH / PROCESSES))
     stage reward "runs/${CHAIN}_reward models/$CHAIN/reward" "dataset sft" "${LAUNCH[@]}" $STAGES/reward.py \
@@ -151,7 +151,7 @@ if [ "$MODEL" = toy ]; then
         "${DEEPSPEED[@]}" --seed "$SEED" --base_model "$BASE" --sft_model_path "models/$CHAIN/sft" \
         --reward_model_path "models/$CHAIN/reward" --query_dataset "$DATA/sft" --output_dir "models/$CHAIN/$PPO" \
         --value_output_dir "models/$CHAIN/${PPO}_value" --run_name "${CHAIN}_$PPO" "${TOY[@]}" "${EVAL[@]}" \
-        --lr $PPO_LR --eps 1e-5 --warm_up_steps 0 --response_length 24 --total_episodes "$PPO_EPISODES" \
+        --lr $PPO_LR --eps 1e-5 --warm_up_steps 0 --response_length "$RESPONSE" --total_episodes "$PPO_EPISODES" \
         --batch_size $PPO_BATCH --local_micro_batch_size $((PPO_BATCH / PROCESSES)) --eval_freq 10 \
         --ppo.kl_coef "${KL_COEF:-0.05}"
     [ "$REPORT" = 1 ] || exit 0
@@ -163,7 +163,7 @@ if [ "$MODEL" = toy ]; then
     "$PYTHON" eval/rlhf_scaling_plot.py --runs "${CHAIN}_sft" "${CHAIN}_$PPO" --output_dir "$REPORTS"
     "$PYTHON" visualize_tokens.py --models "sft=models/$CHAIN/sft" "ppo=models/$CHAIN/$PPO" \
         --base_model "models/$CHAIN/sft" --ref_model "models/$CHAIN/sft" --reward_model "models/$CHAIN/reward" \
-        --value_model "models/$CHAIN/${PPO}_value" --query_dataset "$DATA/sft" --response_length 24 --num 20 \
+        --value_model "models/$CHAIN/${PPO}_value" --query_dataset "$DATA/sft" --response_length "$RESPONSE" --num 20 \
         --kl_coef "${KL_COEF:-0.05}" --html "$REPORTS/tokens.html"
     "$PYTHON" eval/hello_report.py --chains "$CHAIN" --ppo "$PPO" --name "$NAME" --raw_dirs "$RAW"
 else
@@ -175,13 +175,8 @@ else
     SEED=${SEED:-44413}
     is_count "$SEED" || refuse SEED "'$SEED'" "a number above 0"
     CHAIN=$(basename "$MODEL")_seed$SEED
-    # rows of one forward pass on one 80 GB GPU: the paper's for its three sizes (docs/running.md: Batch words)
-    case $MODEL in
-        *2.8b*) sizes=(1 4 32) ;;
-        *6.9b* | *12b*) sizes=(1 1 4) ;;
-        *) sizes=(1 16 64) ;;
-    esac
-    MICRO=${MICRO:-${sizes[0]}} PPO_MICRO=${PPO_MICRO:-${sizes[1]}} ROLLOUT=${ROLLOUT:-${sizes[2]}}
+    source sbatches/rows_of.sh
+    read -r MICRO PPO_MICRO ROLLOUT <<<"$(rows_of "$MODEL")"
     for name in MICRO PPO_MICRO ROLLOUT; do is_count "${!name}" || refuse $name "'${!name}'" "a number above 0"; done
     echo "$MODEL on $PROCESSES process(es), $GPUS GPU(s); the paper's global batches are kept:"
     for row in "SFT 128 $MICRO" "reward 64 $MICRO" "PPO 512 $PPO_MICRO"; do

@@ -57,6 +57,7 @@ from summarize_from_feedback_details.common.logprobs import response_logits, sca
 from summarize_from_feedback_details.common.machine import on_gpu
 from summarize_from_feedback_details.common.policies import load_policy
 from summarize_from_feedback_details.common.reward_models import load_reward_model, read_rewards
+from summarize_from_feedback_details.common.run_files import find_run, newest_first, optimises_a_policy
 from summarize_from_feedback_details.common.sampling import episode_noise, pad_rows, sample_responses, strip_pads
 from summarize_from_feedback_details.toy_tldr import MANIFEST
 
@@ -170,31 +171,24 @@ def locate(text: str) -> Model:
 
 READ_OF_RUN = {  # arguments without which a run cannot be shown
     "sft": {"output_dir", "base_model"}, "reward": {"output_dir"},
-    "ppo_left_padding": {"output_dir", "base_model", "sft_model_path"},
+    "policy optimisation": {"output_dir", "base_model", "sft_model_path"},
 }  # fmt: skip
-
-
-def stage_of(summary: dict[str, Any]) -> str:
-    """Stage of a run; a policy that was optimised is PPO's, whichever script did it: its episodes have scores."""
-    return "ppo_left_padding" if "objective/scores" in summary.get("metrics", {}) else summary["stage"]
 
 
 def latest_run(runs_dir: str, stage: str, **wanted: str) -> dict[str, Any] | None:
     """Arguments of the newest finished run of a stage whose arguments hold `wanted`; None where there is none."""
-    there = [file for file in Path(runs_dir).glob("*/summary.json") if file.exists()]  # not links to nowhere
-    for summary in sorted(there, key=lambda file: -file.stat().st_mtime):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # of another form
-            found = json.loads(summary.read_text())
-            args = json.loads((summary.parent / "args.json").read_text())
-            finished = (stage_of(found), found["state"]) == (stage, "finished") and READ_OF_RUN[stage] <= args.keys()
-            if finished and wanted.items() <= args.items():
-                return args
+    for folder in newest_first(Path(runs_dir)):
+        summary, args = find_run(folder) or ({"state": "unreadable"}, {})
+        found = "policy optimisation" if optimises_a_policy(summary, args) else summary.get("stage")
+        finished = (found, summary["state"]) == (stage, "finished") and READ_OF_RUN[stage] <= args.keys()
+        if finished and wanted.items() <= args.items():
+            return args
     return None
 
 
-def read_run(args: Args) -> tuple[dict[str, Model], dict[str, Any]]:
+def read_latest_run(args: Args) -> tuple[dict[str, Model], dict[str, Any]]:
     """Policies of the latest finished run, and its settings under the names of `ppo_left_padding.Args`."""
-    if (run := latest_run(args.runs_dir, "ppo_left_padding")) is not None:
+    if (run := latest_run(args.runs_dir, "policy optimisation")) is not None:
         sft, trained = Model(run["sft_model_path"], run.get("sft_model_revision")), {"ppo": Model(run["output_dir"])}
     elif (run := latest_run(args.runs_dir, "sft")) is not None:
         sft, trained = Model(run["output_dir"]), {}
@@ -213,7 +207,7 @@ def read_run(args: Args) -> tuple[dict[str, Model], dict[str, Any]]:
 
 
 def read_released(size: str, seed: int | None) -> tuple[dict[str, Model], dict[str, Any]]:
-    """The paper's checkpoints of this size and seed, in the form of `read_run`."""
+    """The paper's checkpoints of this size and seed, in the form of `read_latest_run`."""
     table = list(csv.DictReader((HERE / "released_checkpoints.csv").open()))
     rows = [row for row in table if f"-{size}-" in row["base_model"]]
     seeds = sorted({row["seed"] for row in rows})
@@ -222,7 +216,7 @@ def read_released(size: str, seed: int | None) -> tuple[dict[str, Model], dict[s
     of = {row["stage"]: row for row in rows if row["seed"] == str(seed or seeds[0])}
     run = {"base_model": of["sft"]["base_model"], "base_model_revision": None, "seed": int(of["sft"]["seed"])}
     run |= {"reward_model_path": of["reward"]["hub_id"], "reward_model_revision": of["reward"]["revision"]}
-    stages = {"sft": "sft", "ppo": "ppo_left_padding"}
+    stages = {"sft": "sft", "ppo": "ppo_left_padding"}  # as the table of released checkpoints calls them
     return {name: Model(of[stage]["hub_id"], of[stage]["revision"]) for name, stage in stages.items()}, run
 
 
@@ -247,7 +241,7 @@ def make_plan(args: Args) -> SimpleNamespace:
     if args.models:
         policies, run = read_models(args)
     else:
-        policies, run = read_released(args.released, args.seed) if args.released else read_run(args)
+        policies, run = read_released(args.released, args.seed) if args.released else read_latest_run(args)
     model = lambda name: Model(run[name], run.get(name.replace("_path", "") + "_revision")) if run.get(name) else None
     given = lambda name: locate(getattr(args, name)) if getattr(args, name) is not None else None
     plan = SimpleNamespace(policies=policies, base_note="")

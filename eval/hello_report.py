@@ -10,6 +10,7 @@ Writes  eval/reports/<name>.{csv,md,png}; the numbers of this report that the RE
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -185,8 +186,13 @@ def fill_tables(text: str, report: str, numbers: pandas.DataFrame) -> str:
             raise ValueError(f"{len(numbers.columns)} chains do not fit into the row {line}")
         return " | ".join([*cells[: -len(numbers.columns)], *map(shown, numbers.loc[metric[1]])]) + " |"
 
+    return between_markers(text, report, lambda found: "\n".join(map(fill_line, found.split("\n"))))
+
+
+def between_markers(text: str, report: str, change: Callable[[str], str]) -> str:
+    """A document with what stands between `<!-- REPORT -->` and `<!-- /REPORT -->` changed."""
     block = re.compile(rf"(?<=<!-- {re.escape(report)} -->\n).*?(?=<!-- /{re.escape(report)} -->)", re.S)
-    return block.sub(lambda found: "\n".join(map(fill_line, found[0].split("\n"))), text)
+    return block.sub(lambda found: change(found[0]), text)
 
 
 def main(args: Args) -> pandas.DataFrame:

@@ -29,6 +29,7 @@ import pandas
 
 from summarize_from_feedback_details.common.arguments import refuse
 from summarize_from_feedback_details.common.files import refuse_uncreatable
+from summarize_from_feedback_details.common.run_files import optimises_a_policy, read_lines, read_run
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN_COLUMNS = ["run", "stage", "state", "reason", "seed", "size", "parameters", "kl_coef"]
@@ -83,10 +84,10 @@ def number(value: Any) -> float:
 def read_folder(path: Path) -> dict[str, Any]:
     """A run folder; one that cannot be read gives a run of state `unreadable`."""
     try:
-        summary = json.loads((path / "summary.json").read_text())
-        run = {"run": path.name, "args": json.loads((path / "args.json").read_text()), "accuracy": None}
-        if not isinstance(run["args"], dict) or not isinstance(run["args"].get("ppo", {}), dict):
+        summary, args = read_run(path)
+        if not isinstance(args.get("ppo", {}), dict):
             raise ValueError("args.json holds no arguments")
+        run = {"run": path.name, "args": args, "accuracy": None}
         run |= {k: summary.get(k) for k in ("stage", "state", "reason", "parameters", "wall_clock_seconds")}
         run |= {"final": summary.get("metrics") or {}, "lines": read_lines(path / "metrics.jsonl")}
         if (path / "tables/accuracy.parquet").exists():
@@ -95,15 +96,6 @@ def read_folder(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         missing = isinstance(error, FileNotFoundError) and f"no {Path(error.filename).name}"
         return {"run": path.name, "state": "unreadable", "reason": missing or f"{type(error).__name__}: {error}"}
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Lines of a metrics.jsonl; half a line, which a run that goes on or was killed has written, does not count."""
-    found = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return [line for line in found if isinstance(line, dict)]
 
 
 def read_reports(path: Path) -> list[tuple[str, int | None, dict]]:
@@ -137,7 +129,7 @@ def read_wandb(args: ReadArgs) -> list[dict[str, Any]]:
 def read_wandb_run(run: Any, args: ReadArgs) -> dict[str, Any]:
     """One run of `wandb.Api().runs(...)`, in the form of `read_folder`."""
     final, config, accuracy = dict(run.summary), dict(run.config), None
-    stage = "reward" if "label_dataset" in config else "ppo" if "ppo" in config else "sft"
+    stage = "reward" if "label_dataset" in config else "ppo" if "reward_model_path" in config else "sft"
     if "tables/accuracy" in final:
         with tempfile.TemporaryDirectory() as folder, run.file(final["tables/accuracy"]["path"]).download(folder) as f:
             table = json.load(f)
@@ -221,10 +213,8 @@ def tabulate(runs: list[dict[str, Any]], runs_dir: Path) -> pandas.DataFrame:
     set_sizes(runs, runs_dir)
     rows = []
     for run in runs:
-        # policy optimisation, whatever its script: it has measured the scores of its episodes, or will
-        optimised = CURVES[0] in (run.get("final") or {}) or run.get("stage") == "ppo_left_padding"
-        run["stage"] = "ppo" if optimised else run.get("stage")
         args, found = run.get("args", {}), []
+        run["stage"] = "ppo" if optimises_a_policy({"metrics": run.get("final")}, args) else run.get("stage")
         kl_coef = (args.get("ppo") or {}).get("kl_coef") if run["stage"] == "ppo" else None
         try:
             found = numbers_of(run) if run["stage"] in FINAL else []

@@ -53,4 +53,5 @@ done
 "$PYTHON" eval/sft_rm_scale.py --runs "${MAIN[@]}" "${REWARD[@]}"
 "$PYTHON" eval/rlhf_scaling_plot.py --runs "${MAIN[@]}"
 "$PYTHON" eval/rlhf_scaling_plot.py --runs "${SWEEP[@]}" --output_dir eval/images/kl_sweep
+"$PYTHON" eval/scaling_table.py # of the main runs, also in docs/results.md
 exit $FAILED

@@ -28,17 +28,7 @@ declare -A BATCH_OF=([sft]=${BATCH:-128} [reward]=${BATCH:-64} [ppo_left_padding
 read -ra models <<<"$MODELS"
 read -ra seeds <<<"$SEEDS"
 
-# rows_of MODEL: rows of one forward pass on one 80 GB GPU (SFT and reward model, PPO training, sampling): the paper's
-rows_of() {
-    local rows
-    case $1 in
-    *2.8b*) rows=(1 4 32) ;;
-    *6.9b* | *12b*) rows=(1 1 4) ;;
-    *) rows=(1 16 64) ;;
-    esac
-    echo "${MICRO:-${rows[0]}} ${PPO_MICRO:-${rows[1]}} ${ROLLOUT:-${rows[2]}}"
-}
-
+source sbatches/rows_of.sh
 # fit STAGE MODEL NODES: two lines, arguments that make a stage fit into GPU_GB, and why; refuses what does not fit
 fit() {
     local micro rows rollout given=$PPO_ARGS
@@ -74,7 +64,8 @@ INTERRUPTED=0
 trap 'INTERRUPTED=1' USR1 # --signal=B:USR1@300: the time limit is near
 
 summary() { # RUN_NAME KEY: an entry of summary.json
-    "$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1])).get(sys.argv[2], ""))' "runs/$1/summary.json" "$2" 2>/dev/null
+    "$PYTHON" -c 'import pathlib, sys; from summarize_from_feedback_details.common.run_files import read_run
+print(read_run(pathlib.Path(sys.argv[1]))[0].get(sys.argv[2], ""))' "runs/$1" "$2" 2>/dev/null
 }
 
 # launch RUN_NAME SCRIPT ARGUMENTS...: one launcher a node, PROCESSES_PER_NODE processes each. When the run says that it was

@@ -17,6 +17,7 @@ import numpy as np
 import pandas
 import pytest
 import rlhf_scaling_plot
+import scaling_table
 import sft_rm_scale
 import torch
 import yaml
@@ -300,7 +301,7 @@ def test_make_targets_exist():
 
 
 def test_settings_of_hello_world_exist():
-    script = (ROOT / "hello_world.sh").read_text()
+    script = (ROOT / "hello_world.sh").read_text() + (ROOT / "sbatches/rows_of.sh").read_text()
     find = lambda text: set(re.findall(r"\b([A-Z_]+)=", text))
     named = find("\n".join(row[0] for row in table(section("docs/running.md", "## Settings of hello_world.sh"))))
     toy, real = {"SIZE", "KL_COEF", "PPO_EPISODES"}, {"MODEL", "MICRO", "PPO_MICRO", "ROLLOUT", "GPU_GB"}
@@ -510,6 +511,15 @@ def test_numbers_of_the_paper_are_the_published_ones():
 
 
 def test_numbers_of_the_scaling_study_are_those_of_its_figures():
+    """The committed table is what `make scaling` writes from them, and each of its numbers is worked out again here."""
+    images = ROOT / "eval/images"
+    written = scaling_table.scaling_table(
+        *map(pandas.read_csv, (images / "sft_rm_scale.csv", images / "rlhf_scaling_plot.csv"))
+    )
+    assert (images / "scaling_table.md").read_text() == written
+    marker = "eval/images/scaling_table.md"
+    assert f"<!-- {marker} -->\n{written}<!-- /{marker} -->" in DOCUMENTS["docs/results.md"]
+    assert '"$PYTHON" eval/scaling_table.py' in (ROOT / "eval/scaling.sh").read_text()
     rows = table(section("docs/results.md", "## The scaling study on the toy world"))
     finals = pandas.read_csv(ROOT / "eval/images/sft_rm_scale.csv").query("kind == 'final'")
     judged = pandas.read_csv(ROOT / "eval/images/rlhf_scaling_plot.csv").query(

@@ -33,7 +33,8 @@ def write_run(runs, name, stage, *, seed=1, base="EleutherAI/pythia-1b-deduped",
     folder = runs / name
     (folder / "tables").mkdir(parents=True)
     args = {"seed": seed, "run_name": name, "base_model": base}
-    args |= {"ppo": {"kl_coef": kl_coef, "gamma": 1.0}} if stage == "ppo" else {}
+    ppo = {"ppo": {"kl_coef": kl_coef, "gamma": 1.0}, "reward_model_path": "models/reward"}
+    args |= ppo if stage == "ppo" else {}
     (folder / "args.json").write_text(json.dumps(args))
     summary = {"stage": STAGE_OF[stage], "run_name": name, "state": state, "metrics": final or {}}
     summary |= {"parameters": parameters} if parameters else {}
@@ -410,8 +411,15 @@ def test_from_wandb(runs, monkeypatch):
         FakeWandbRun("s", base, sft_final(0.2)),
         FakeWandbRun("s", base | {"seed": 2}, sft_final(0.4)),
         FakeWandbRun("r", base | {"label_dataset": "x"}, rm_final(0.6, "NaN") | {"tables/accuracy": table}),
-        FakeWandbRun("p", base | {"ppo": {"kl_coef": 0.1}}, ppo_final(ppo_lines(5)), history=lines),
-        FakeWandbRun("dead", base | {"ppo": {"kl_coef": 0.1}}, {}, state="crashed"),
+        FakeWandbRun(
+            "p",
+            base | {"reward_model_path": "models/reward", "ppo": {"kl_coef": 0.1}},
+            ppo_final(ppo_lines(5)),
+            history=lines,
+        ),
+        FakeWandbRun(
+            "dead", base | {"reward_model_path": "models/reward", "ppo": {"kl_coef": 0.1}}, {}, state="crashed"
+        ),
     ]
     asked = []
 
@@ -517,7 +525,8 @@ def break_run(folder: Path, how: str) -> None:
     elif how == "names of an older version":
         metrics.write_text("".join(json.dumps({"step": 1, "objective/kl": 1.0}) + "\n" for _ in lines))
         edit("summary.json", lambda s: {"stage": s["stage"], "state": s["state"]})
-        edit("args.json", lambda a: {"seed": "1", "base_model": None})
+        kept = ("reward_model_path",)  # by which a run that optimises a policy is known; all versions have it
+        edit("args.json", lambda a: {"seed": "1", "base_model": None} | {k: a[k] for k in kept if k in a})
     elif how == "words for numbers":
         metrics.write_text("".join(json.dumps({"update": "x", "objective/kl": "y"}) + "\n7\n" for _ in lines))
     elif how == "no summary":

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from summarize_from_feedback_details import ppo_left_padding, reward, sft
-from summarize_from_feedback_details.common import checkpoints, files, zero
+from summarize_from_feedback_details.common import checkpoints, files, run_files, zero
 from summarize_from_feedback_details.common.checkpoints import Checkpoints
 from summarize_from_feedback_details.common.precision import choose_precision
 from summarize_from_feedback_details.common.run_folder import REQUEUE_ME, RunFolder
@@ -156,7 +156,7 @@ def test_numbers_that_are_not_finite_are_null(tmp_path):
     files.write_json(tmp_path / "a.json", {"metrics": {"a": math.nan, "b": [math.inf, 1.0]}})
     found = json.loads((tmp_path / "a.json").read_text())
     assert found == {"metrics": {"a": None, "b": [None, 1.0]}}
-    assert math.isnan(files.read_metrics({"a": None, "b": 2.0})["a"])
+    assert math.isnan(run_files.read_metrics({"a": None, "b": 2.0})["a"])
 
 
 MOMENTS = {  # where a process is killed: (stage, owner of the function, its name, at which call)

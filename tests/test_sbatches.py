@@ -168,12 +168,10 @@ def test_job_scripts_have_one_launch_line_and_shared_settings():
         assert code[1].startswith("launch ")
         for setting in ("--array=0-11", "--gpus-per-node=8", "--signal=B:USR1@300", "--requeue", "--open-mode=append"):
             assert f"#SBATCH {setting}\n" in text
-    common = (ROOT / "sbatches/common.sh").read_text()
-    for once in ("44413 55513 66613 77713", "pythia-6.9b-deduped", "rows=(1 16 64)", "set -euo pipefail"):
-        assert common.count(once) == 1
-        assert not [
-            s.name for s in SCRIPTS if s.name not in ("common.sh", "on_node.sh", "launch.sh") and once in s.read_text()
-        ]
+    for once, owner in (("44413 55513 66613 77713", "common.sh"), ("pythia-6.9b-deduped", "common.sh"),
+                        ("rows=(1 16 64)", "rows_of.sh"), ("(1 1 4)", "rows_of.sh")):  # fmt: skip
+        scripts = [*SCRIPTS, ROOT / "hello_world.sh"]
+        assert [s.name for s in scripts for _ in range(s.read_text().count(once))] == [owner]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)

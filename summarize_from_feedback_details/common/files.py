@@ -155,8 +155,3 @@ def _without_nan(content: Any) -> Any:
     if isinstance(content, list | tuple):
         return [_without_nan(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
-
-
-def read_metrics(saved: dict[str, float | None]) -> dict[str, float]:
-    """Metrics of a JSON file; null there is NaN."""
-    return {name: math.nan if value is None else value for name, value in saved.items()}

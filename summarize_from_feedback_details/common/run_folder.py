@@ -38,9 +38,10 @@ from accelerate.utils import broadcast_object_list
 
 from summarize_from_feedback_details.common.arguments import RunArgs, check_sizes, refuse
 from summarize_from_feedback_details.common.console import Progress, quiet_libraries
-from summarize_from_feedback_details.common.files import read_metrics, refuse_unwritable, write_json, wrote
+from summarize_from_feedback_details.common.files import refuse_unwritable, write_json, wrote
 from summarize_from_feedback_details.common.hub import check_push, push
 from summarize_from_feedback_details.common.machine import give_back_fragments
+from summarize_from_feedback_details.common.run_files import find_run, newest_first, read_metrics, read_run
 
 LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "numpy")
 REQUEUE_ME = 75  # exit code of a run that a signal interrupted and that the same command continues (EX_TEMPFAIL)
@@ -78,15 +79,6 @@ def _flat(args: dict, prefix: str = "") -> dict[str, Any]:
     for name, value in args.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
-
-
-def read_run(path: Path) -> tuple[dict, dict] | None:
-    """Summary and arguments of a run, or None where they are not there, unreadable or of another form."""
-    try:
-        summary, args = (json.loads((path / f"{name}.json").read_text()) for name in ("summary", "args"))
-    except (OSError, ValueError):
-        return None
-    return (summary, args) if isinstance(args, dict) and isinstance(summary, dict) and "state" in summary else None
 
 
 def differences(args: Any, saved: dict, now: dict) -> dict[str, tuple]:
@@ -169,12 +161,11 @@ class RunFolder:
 
     def _unfinished(self) -> str | None:
         """Name of the newest run of this stage that began with these arguments and that nobody works on."""
-        there = [path for path in self.root.glob("*/summary.json") if path.exists()]  # not links to nowhere
-        for path in sorted(there, key=lambda p: p.stat().st_mtime, reverse=True):
-            found = read_run(path.parent)
-            unfinished = found and found[0].get("state") != "finished" and found[0].get("stage") == self.stage
-            if unfinished and not self._differences(path.parent) and not _held(path.parent):
-                return path.parent.name
+        for path in newest_first(self.root):
+            found = find_run(path)
+            unfinished = found and found[0]["state"] != "finished" and found[0].get("stage") == self.stage
+            if unfinished and not self._differences(path) and not _held(path):
+                return path.name
         return None
 
     def _differences(self, path: Path) -> dict[str, tuple]:
@@ -185,7 +176,7 @@ class RunFolder:
 
         With --push_to_hub its model is pushed, where that has not happened yet. Call before sizes are derived.
         """
-        found, args = read_run(self.path), self.args
+        found, args = find_run(self.path), self.args
         if found is None or found[0]["state"] != "finished" or self._differences(self.path):
             return False
         outputs = [args.output_dir, getattr(args, "value_output_dir", None)]
@@ -240,7 +231,7 @@ class RunFolder:
         path = Path(root) / args.run_name
         if not args.run_name or "/" in args.run_name or args.run_name.startswith("."):
             refuse("run_name", repr(args.run_name), "a plain folder name")
-        found = read_run(path)
+        found = find_run(path)
         if found is None:
             if os.path.exists(path / "summary.json"):
                 refuse("run_name", f"'{path}', whose summary.json or args.json is unreadable", "a new run name")
@@ -448,7 +439,7 @@ class RunFolder:
 
     def _has_failed(self) -> bool:
         """Whether a rank has written why it failed: that stays, since the others then fail in their own ways."""
-        return (read_run(self.path) or ({},))[0].get("state") == "failed"
+        return (find_run(self.path) or ({},))[0].get("state") == "failed"
 
     def _write_summary(self, state: str, reason: str | None = None, requeue: bool = False) -> None:
         content = {
