@@ -28,6 +28,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from summarize_from_feedback_details.common.adapters import LoraParams, LoraSettings, check_lora, check_reward_adapter
 from summarize_from_feedback_details.common.arguments import (
     RunArgs,
     check_optimisation,
@@ -62,9 +63,9 @@ from summarize_from_feedback_details.common.logprobs import (
 )
 from summarize_from_feedback_details.common.machine import memory_gb
 from summarize_from_feedback_details.common.packed_rows import hidden_at, supports_packing
-from summarize_from_feedback_details.common.policies import load_policy
-from summarize_from_feedback_details.common.precision import exact, keep_exact
-from summarize_from_feedback_details.common.reward_models import load_reward_model, read_rewards
+from summarize_from_feedback_details.common.policies import load_policy_and_reference
+from summarize_from_feedback_details.common.precision import exact, keep_exact, trunk_dtype
+from summarize_from_feedback_details.common.reward_models import load_reward_and_value, read_rewards
 from summarize_from_feedback_details.common.run_folder import RunFolder
 from summarize_from_feedback_details.common.sampling import (
     episode_noise,
@@ -148,6 +149,11 @@ class Args(RunArgs):
     """updates of linear warm-up"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 where the hardware multiplies in it, else fp32"""
+    lora: bool = False
+    """train adapters (LoRA) on frozen weights instead of all weights: much less memory; they want a learning rate about
+    ten times higher"""
+    lora_params: LoraSettings = field(default_factory=LoraParams)
+    """the adapters' own settings, with --lora: `--lora.rank` and so on"""
     gradient_checkpointing: bool = may_change(False)
     """compute activations again in the backward pass: less memory, about a third more time"""
     offload: bool = may_change(False)
@@ -537,6 +543,8 @@ def check_args(args: Args):
     args.local_eval_batch_size = args.local_eval_batch_size or args.local_rollout_forward_batch_size
     RunFolder.check(args)
     models = find_models(args, base_model="policy", sft_model_path="policy", reward_model_path="reward")
+    check_lora(args, "sft_model_path")
+    check_reward_adapter(args)
     tokenizer = find_tokenizer("base_model", args.base_model, args.base_model_revision)
     dataset = load_queries(args, tokenizer, models)
     ids = find_ids(args.truncate_token, tokenizer)
@@ -569,18 +577,17 @@ def main(args: Args) -> dict[str, float]:
         # --------------------------------------------------------------------------------------------------------------
         # models, optimiser
         torch.manual_seed(args.seed)
-        sft = args.sft_model_path, args.sft_model_revision
-        reward = args.reward_model_path, args.reward_model_revision
-        policy, ref_policy = load_policy("sft_model_path", *sft), load_policy("sft_model_path", *sft)
-        reward_model, value_model = load_reward_model(*reward), load_reward_model(*reward)
+        dtype = trunk_dtype(args, accelerator)
+        policy, ref_policy = load_policy_and_reference(args, dtype)
+        reward_model, value_model = load_reward_and_value(args, ref_policy, dtype)
+        run.parameters = sum(p.numel() for p in ref_policy.parameters())
         packed = supports_packing(policy) and supports_packing(reward_model)
         run.say(f"rows are read {'packed' if packed else 'padded: this architecture cannot pack them'}")
         model = PolicyAndValue(policy, value_model)
-        run.parameters = sum(p.numel() for p in policy.parameters())
         model, optimizer, scheduler = prepare(accelerator, model, args)
         unwrapped = accelerator.unwrap_model(model)
         for frozen in (ref_policy, reward_model):
-            freeze(frozen, unwrapped.policy, None if args.offload else device)
+            freeze(frozen, unwrapped.policy, accelerator, args.offload)
         networks = Networks(unwrapped, ref_policy, reward_model)
 
         def evaluate(rows: Any, what: str) -> dict[str, list]:

@@ -18,7 +18,7 @@ The saved model's `config.reward_bias` makes the mean reward of demonstrations 0
 import math
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from rich.table import Table
 from transformers import AutoModelForSequenceClassification
 
+from summarize_from_feedback_details.common.adapters import LoraParams, LoraSettings, add_adapter, check_lora
 from summarize_from_feedback_details.common.arguments import (
     RunArgs,
     check_optimisation,
@@ -58,7 +59,7 @@ from summarize_from_feedback_details.common.packed_rows import (
     supports_packing,
     use_packed_attention,
 )
-from summarize_from_feedback_details.common.precision import use_float32_head
+from summarize_from_feedback_details.common.precision import trunk_dtype, use_float32_head
 from summarize_from_feedback_details.common.run_folder import RunFolder
 from summarize_from_feedback_details.common.sampling import strip_pads
 from summarize_from_feedback_details.common.training import (
@@ -108,6 +109,11 @@ class Args(RunArgs):
     """updates of linear warm-up"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 where the hardware multiplies in it, else fp32"""
+    lora: bool = False
+    """train adapters (LoRA) on frozen weights instead of all weights: much less memory; they want a learning rate about
+    ten times higher"""
+    lora_params: LoraSettings = field(default_factory=LoraParams)
+    """the adapters' own settings, with --lora: `--lora.rank` and so on"""
     gradient_checkpointing: bool = may_change(False)
     """compute activations again in the backward pass: less memory, about a third more time"""
     shared_prefix: bool = may_change(True)
@@ -174,6 +180,7 @@ class RewardModel(torch.nn.Module):
 def init_head(model: torch.nn.Module) -> None:
     """Initialise the scalar head in place."""
     # Detail: head initialisation [11] - weights N(0, 1/sqrt(d+1)); a bias would have zero gradient: there is none
+    model.score.float()
     torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))
 
 
@@ -311,6 +318,7 @@ def check_args(args: Args):
     derive_sizes(args, default_batch_size=64)
     RunFolder.check(args)
     base, sft = find_models(args, base_model="policy", sft_model_path="policy").values()
+    check_lora(args, "sft_model_path")
     tokenizer = find_tokenizer("base_model", args.base_model, args.base_model_revision)
     tokens = ["query_token", "query_chosen_token", "query_rejected_token"]
     columns = [*tokens, "query", "query_chosen_token_len", "query_rejected_token_len"]
@@ -362,8 +370,9 @@ def main(args: Args) -> dict[str, float]:
         )
         torch.manual_seed(args.seed)
         revision = None if os.path.isdir(args.sft_model_path) else args.sft_model_revision
+        dtype = trunk_dtype(args, accelerator)
         scorer, loaded = AutoModelForSequenceClassification.from_pretrained(
-            args.sft_model_path, revision=revision, num_labels=1, dtype=torch.float32, output_loading_info=True
+            args.sft_model_path, revision=revision, num_labels=1, dtype=dtype, output_loading_info=True
         )
         missing = loaded["missing_keys"] - {"score.weight"}
         refuse_bad_weights("sft_model_path", args.sft_model_path, missing, scorer)
@@ -371,12 +380,14 @@ def main(args: Args) -> dict[str, float]:
         use_float32_head(scorer)
         disable_dropout(scorer)
         packed = use_packed_attention(scorer)
+        run.parameters = sum(p.numel() for p in scorer.parameters())
+        if args.lora:
+            add_adapter(scorer, args.lora_params, args.sft_model_path, revision)
         shared = args.shared_prefix and packed
         how = "read once for each pair" if shared else "read twice"
         why = "" if packed or not args.shared_prefix else ": this architecture cannot pack rows"
         run.say(f"the prefix that chosen and rejected share is {how}{why}")
         model = RewardModel(scorer)
-        run.parameters = sum(p.numel() for p in model.parameters())
         model, optimizer, scheduler = prepare(accelerator, model, args)
         splits = {s: first_rows(rows, args.num_eval_rows) for s, rows in dataset.items() if s != "train"}
 

@@ -13,7 +13,7 @@ Dimensions: B rows, Q query tokens, R response tokens, T = Q + R, V vocabulary.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
+from summarize_from_feedback_details.common.adapters import LoraParams, LoraSettings, add_adapter, check_lora
 from summarize_from_feedback_details.common.arguments import (
     RunArgs,
     check_optimisation,
@@ -54,6 +55,7 @@ from summarize_from_feedback_details.common.logprobs import token_logprobs
 from summarize_from_feedback_details.common.machine import memory_gb
 from summarize_from_feedback_details.common.packed_rows import logits_at, pack_rows, supports_packing
 from summarize_from_feedback_details.common.policies import load_policy
+from summarize_from_feedback_details.common.precision import trunk_dtype
 from summarize_from_feedback_details.common.run_folder import RunFolder
 from summarize_from_feedback_details.common.sampling import strip_pads
 from summarize_from_feedback_details.common.training import (
@@ -100,6 +102,11 @@ class Args(RunArgs):
     """updates of linear warm-up"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 where the hardware multiplies in it, else fp32"""
+    lora: bool = False
+    """train adapters (LoRA) on frozen weights instead of all weights: much less memory; they want a learning rate about
+    ten times higher"""
+    lora_params: LoraSettings = field(default_factory=LoraParams)
+    """the adapters' own settings, with --lora: `--lora.rank` and so on"""
     gradient_checkpointing: bool = may_change(False)
     """compute activations again in the backward pass: less memory, about a third more time"""
 
@@ -265,6 +272,7 @@ def check_args(args: Args):
     RunFolder.check(args)
     refuse_unwritable_cache()  # `evaluate` keeps the module of ROUGE there
     config = find_model("base_model", args.base_model, args.base_model_revision, "policy")
+    check_lora(args, "base_model")
     tokenizer = find_tokenizer("base_model", args.base_model, args.base_model_revision)
     tokens = ["query_token", "query_reference_response_token", "query_reference_response_token_response_label"]
     columns = [*tokens, "query", "reference_response", "query_reference_response_token_len"]
@@ -299,11 +307,14 @@ def main(args: Args) -> dict[str, float]:
         order = epoch_order(len(train), args.total_episodes, args.seed)
         lengths = np.asarray(train["query_reference_response_token_len"])
         torch.manual_seed(args.seed)
-        policy = load_policy("base_model", args.base_model, args.base_model_revision)
+        dtype = trunk_dtype(args, accelerator)
+        policy = load_policy("base_model", args.base_model, args.base_model_revision, dtype)
+        run.parameters = sum(p.numel() for p in policy.parameters())
+        if args.lora:
+            add_adapter(policy, args.lora_params, args.base_model, args.base_model_revision)
         packed = supports_packing(policy)
         run.say(f"rows are read {'packed' if packed else 'padded: this architecture cannot pack them'}")
         model = Policy(policy)
-        run.parameters = sum(p.numel() for p in model.parameters())
         model, optimizer, scheduler = prepare(accelerator, model, args)
         splits = {s: first_rows(dataset[s], args.num_eval_rows) for s in ("validation", "test") if s in dataset}
         data = {"query_dataset": fingerprint(lengths)}

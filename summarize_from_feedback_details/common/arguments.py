@@ -184,7 +184,8 @@ def _by_headings(arguments: type) -> type:
         if f.init and not is_dataclass(f.default_factory):
             flag = tyro.conf.arg(help=sentences.get(f.name, ""), prefix_name=False)
             grouped.setdefault(headings[f.name], []).append((f.name, Annotated[f.type, flag], field(default=f.default)))
-    nested = [(f.name, f.type, field(default_factory=f.type)) for f in fields(arguments) if is_dataclass(f.type)]
+    nested = [f for f in fields(arguments) if is_dataclass(f.default_factory)]
+    nested = [(f.name, f.type, field(default_factory=f.default_factory)) for f in nested]
     groups = {name: make_dataclass(name, members) for name, members in grouped.items()}
     members = [(name, group, field(default_factory=group)) for name, group in groups.items()]
     return make_dataclass("Args", [*members, *nested])

@@ -96,7 +96,8 @@ def use_packed_attention(model: torch.nn.Module) -> bool:
         expected = torch.cat([*alone[:3], alone[3][len(a) :]])
         model.set_attn_implementation(NAME)
         found = read(pack_pieces([(c, None), (b, None), (a, None), (b, 2), (c, 2)], device))
-        same = supports_packing(model) and bool((found - expected).abs().max() <= 1e-3 * expected.abs().max())
+        tolerance = 1e-3 if found.dtype == torch.float32 else 0.05
+        same = supports_packing(model) and bool((found - expected).abs().max() <= tolerance * expected.abs().max())
     except Exception:  # whatever an architecture raises that takes no `pieces`, or needs more than SDPA can do
         same = False
     if not same:

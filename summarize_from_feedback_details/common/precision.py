@@ -2,9 +2,11 @@
 
 import os
 import time
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers.pytorch_utils import Conv1D
 
 from summarize_from_feedback_details.common.machine import on_gpu
 
@@ -34,6 +36,21 @@ def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if not hasattr(parameter, "master"):
             parameter.data = parameter.data.to(dtype)
+
+
+def cast_products(model: torch.nn.Module) -> None:
+    """Cast to bf16, in place, the weights of linear layers, which autocast would round for each product anyway."""
+    kept = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}  # a head may be tied to it
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear | Conv1D) and id(module.weight) not in kept:
+            for parameter in module.parameters(recurse=False):
+                if not hasattr(parameter, "master"):
+                    parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def trunk_dtype(args: Any, accelerator: Any) -> torch.dtype:
+    """Precision in which a network is loaded: that of computing where only adapters are trained, else float32."""
+    return torch.bfloat16 if args.lora and accelerator.mixed_precision == "bf16" else torch.float32
 
 
 def keep_exact(parameter: torch.nn.Parameter) -> torch.nn.Parameter:

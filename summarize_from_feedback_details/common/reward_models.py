@@ -3,10 +3,17 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from summarize_from_feedback_details.common.adapters import (
+    add_adapter,
+    copy_trained,
+    find_adapter,
+    reward_model_on,
+)
 from summarize_from_feedback_details.common.check_inputs import refuse_bad_weights
 from summarize_from_feedback_details.common.hub import find_file
 from summarize_from_feedback_details.common.packed_rows import (
@@ -19,7 +26,9 @@ from summarize_from_feedback_details.common.precision import use_float32_head
 from summarize_from_feedback_details.common.training import disable_dropout
 
 
-def load_reward_model(path: str, revision: str | None = None, argument: str = "reward_model_path"):
+def load_reward_model(
+    path: str, revision: str | None = None, argument: str = "reward_model_path", dtype: torch.dtype = torch.float32
+):
     """Load a reward model of ours, or of the original code (`ScalarModel`).
 
     A `ScalarModel` checkpoint holds `lm_backbone.*`, `scalar_head.{weight,bias}`, and in its config the base model's
@@ -29,10 +38,10 @@ def load_reward_model(path: str, revision: str | None = None, argument: str = "r
         path: folder or hub id.
         revision: hub revision, or None.
         argument: the argument's name, for messages.
+        dtype: precision of the trunk's weights; the head's is float32.
 
     Returns:
-        Sequence-classification model in float32, without dropout: reward = logit at the last real token +
-        `config.reward_bias`.
+        Sequence-classification model, without dropout: reward = logit at the last real token + `config.reward_bias`.
     """
     revision = None if os.path.isdir(path) else revision
     config_file = find_file(path, revision, ["config.json"])
@@ -80,6 +89,33 @@ def _ready(model: torch.nn.Module, bias: float):
     use_packed_attention(model)
     model.config.reward_bias = bias
     return model
+
+
+def load_reward_and_value(
+    args: Any, reference: torch.nn.Module, dtype: torch.dtype
+) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """(the reward model, the value network to train), the same at the start; their weights are read once.
+
+    With --lora and a reward model of `reward.py --lora`, both stand on the reference policy's weights; on those of the
+    reward model itself where it was trained whole.
+
+    Args:
+        args: has `reward_model_path`, `reward_model_revision`, `lora` and `lora_params`.
+        reference: the SFT policy, without adapters.
+        dtype: precision of the trunk's weights.
+    """
+    path, revision = args.reward_model_path, args.reward_model_revision
+    if args.lora and find_adapter(path, revision):
+        reward_model = reward_model_on(reference, path, revision)
+        return reward_model, copy_trained(reward_model)
+    reward_model = load_reward_model(path, revision, dtype=dtype)
+    if not args.lora:
+        return reward_model, copy_trained(reward_model)
+    reward_model.requires_grad_(False)
+    reward_model.score.requires_grad_(True)
+    value_model = copy_trained(reward_model)
+    add_adapter(value_model, args.lora_params, path, revision)
+    return reward_model, value_model
 
 
 def read_rewards(model: torch.nn.Module, rows: list[list[int]]) -> torch.Tensor:

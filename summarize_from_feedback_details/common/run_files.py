@@ -1,8 +1,10 @@
 """The files of a run folder as everybody reads them: stages, figures, report, token viewer and job scripts."""
 
 import contextlib
+import hashlib
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +53,16 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def read_metrics(saved: dict[str, float | None]) -> dict[str, float]:
     """Metrics that JSON has kept as null are not finite."""
     return {name: math.nan if value is None else value for name, value in saved.items()}
+
+
+def weights_fingerprint(path: str) -> str:
+    """A short text that changes with the weights of a local checkpoint (both ends of each file); a hub id as it is."""
+    digest = hashlib.sha256()
+    for file in sorted(p for p in Path(path).glob("*") if p.suffix in (".safetensors", ".bin")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with open(file, "rb") as content:
+            digest.update(content.read(1_000_000))
+            content.seek(max(0, size - 1_000_000))
+            digest.update(content.read())
+    return f"weights {digest.hexdigest()[:12]}" if os.path.isdir(path) else path

@@ -16,7 +16,6 @@ Nothing here knows about RLHF: this is the plumbing that the stage scripts would
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import math
 import os
@@ -41,7 +40,13 @@ from summarize_from_feedback_details.common.console import Progress, quiet_libra
 from summarize_from_feedback_details.common.files import refuse_unwritable, write_json, wrote
 from summarize_from_feedback_details.common.hub import check_push, push
 from summarize_from_feedback_details.common.machine import give_back_fragments
-from summarize_from_feedback_details.common.run_files import find_run, newest_first, read_metrics, read_run
+from summarize_from_feedback_details.common.run_files import (
+    find_run,
+    newest_first,
+    read_metrics,
+    read_run,
+    weights_fingerprint,
+)
 
 LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "numpy")
 REQUEUE_ME = 75  # exit code of a run that a signal interrupted and that the same command continues (EX_TEMPFAIL)
@@ -92,19 +97,6 @@ def args_as_given(args: Any) -> dict[str, Any]:
     """The arguments before sizes are derived from them, and fingerprints of the models that they name: `typed.json`."""
     given = asdict(args)
     return given | {"models": {name: weights_fingerprint(given[name]) for name in MODELS if name in given}}
-
-
-def weights_fingerprint(path: str) -> str:
-    """A short text that changes with the weights of a local checkpoint (both ends of each file); a hub id as it is."""
-    digest = hashlib.sha256()
-    for file in sorted(p for p in Path(path).glob("*") if p.suffix in (".safetensors", ".bin")):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size} ".encode())
-        with open(file, "rb") as content:
-            digest.update(content.read(1_000_000))
-            content.seek(max(0, size - 1_000_000))
-            digest.update(content.read())
-    return f"weights {digest.hexdigest()[:12]}" if os.path.isdir(path) else path
 
 
 def _read_typed(path: Path) -> dict:
@@ -243,6 +235,7 @@ class RunFolder:
             refuse("run_name", f"'{path}', which holds a finished run", "a new run name")
         if differ := differences(args, saved, asdict(args)):
             names = ", ".join(f"--{k} ({there} there, {now} now)" for k, (there, now) in differ.items())
+            names = names.replace("--lora_params.", "--lora.")
             refuse("run_name", f"'{path}', a run with other arguments: {names}", "a new run name or the same arguments")
         if _held(path):
             refuse("run_name", f"'{path}', a run that still goes on", "a new run name, or to wait")

@@ -14,11 +14,12 @@ from accelerate.utils import InitProcessGroupKwargs
 from transformers import GenerationConfig, PreTrainedModel, get_scheduler
 from transformers.integrations import unset_hf_deepspeed_config
 
+from summarize_from_feedback_details.common.adapters import FOLDER, check_merged, has_adapters, merge, save_adapter
 from summarize_from_feedback_details.common.arguments import refuse
 from summarize_from_feedback_details.common.checkpoints import Checkpoints
 from summarize_from_feedback_details.common.files import atomic_folder
 from summarize_from_feedback_details.common.machine import keep_freed_memory, on_gpu, warn_of_busy_cores
-from summarize_from_feedback_details.common.precision import cast_parameters, choose_precision
+from summarize_from_feedback_details.common.precision import cast_parameters, cast_products, choose_precision
 from summarize_from_feedback_details.common.run_folder import RunFolder
 from summarize_from_feedback_details.common.zero import update_masters
 
@@ -80,14 +81,13 @@ def prepare(accelerator: Accelerator, model: torch.nn.Module, args: Any):
             network.gradient_checkpointing_enable({"use_reentrant": False})
     # Detail: optimiser - AdamW, eps 1e-5, lr 3e-6 in all stages; weight decay 0.01 is torch's default
     optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
-    optimizer = optimizer_class(
-        model.parameters(), lr=args.lr, eps=args.eps, weight_decay=args.weight_decay, fused=True
-    )
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = optimizer_class(trained, lr=args.lr, eps=args.eps, weight_decay=args.weight_decay, fused=True)
     scheduler = get_scheduler(args.scheduler, optimizer, args.warm_up_steps, args.num_updates)
     model, optimizer = accelerator.prepare(model, optimizer)
     # gradients get their place before activations fragment the memory; DeepSpeed keeps its own
     if accelerator.state.deepspeed_plugin is None:
-        for parameter in model.parameters():
+        for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
     return model, optimizer, scheduler
 
@@ -218,17 +218,20 @@ def disable_dropout(model: torch.nn.Module) -> None:
             setattr(keeper, name, 0.0)
 
 
-def freeze(model: torch.nn.Module, like: torch.nn.Module, device: torch.device | None) -> None:
-    """Make a network one that is only read. It computes in the precision of a trained one, so that KL starts at 0.
+def freeze(model: torch.nn.Module, like: torch.nn.Module, accelerator: Accelerator, offload: bool) -> None:
+    """Make a network one that is only read. It computes what a trained one would, to the bit, so that KL starts at 0.
 
     Args:
         like: the trained network, as `prepare` left it.
-        device: where it stays; None where it is (with --offload, in host memory: see `lent`).
+        offload: leave it in host memory: see `lent`.
     """
-    cast_parameters(model, next(like.parameters()).dtype)
+    dtype = next(like.parameters()).dtype
+    cast_parameters(model, dtype)
+    if dtype == torch.float32 and accelerator.mixed_precision == "bf16":
+        cast_products(model)
     model.eval().requires_grad_(False)
-    if device is not None:
-        model.to(device)
+    if not offload:
+        model.to(accelerator.device)
 
 
 @contextmanager
@@ -255,6 +258,8 @@ def save_model(
 ) -> None:
     """Write a standard checkpoint: safetensors, config, tokenizer; loads with the plain Auto classes.
 
+    Adapters are merged into it, and also kept by themselves in its folder `adapter`.
+
     Args:
         run: the run that writes it.
         wrapped: what `accelerator.prepare` returned; `model`, or a module that holds it as an attribute.
@@ -270,6 +275,9 @@ def save_model(
         for name, parameter in model.named_parameters():
             if hasattr(parameter, "master") and parameter.dtype != torch.float32:
                 state[name] = parameter.master
+    adapter = {}
+    if has_adapters(model) and state:
+        state, adapter = merge(model, state)
     # the plain class reads a row's reward at its last token that is not this one, so the end-of-text token cannot be it
     inside = tokenizer.pad_token_id < model.config.vocab_size
     model.config.pad_token_id = tokenizer.pad_token_id if inside else None
@@ -279,4 +287,10 @@ def save_model(
         with run.one_line_for_a_full_disk(), atomic_folder(path, run) as folder:
             model.save_pretrained(folder, state_dict=state)
             tokenizer.save_pretrained(folder)
+            if adapter:
+                model.config.dtype = torch.float32  # of what is merged, also where the trunk computes in bf16
+                model.config.save_pretrained(folder)
+                save_adapter(model, adapter, folder / FOLDER)
     accelerator.wait_for_everyone()
+    if has_adapters(model):
+        check_merged(accelerator, wrapped, model, path)

@@ -24,8 +24,8 @@ def _flat_partitions(zero: Any) -> list[torch.Tensor]:
 
 
 def _parameters(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
-    """Names and parameters, the same under any wrapper."""
-    return [(name.removeprefix("module."), p) for name, p in model.named_parameters()]
+    """Names and parameters that are trained, the same under any wrapper."""
+    return [(name.removeprefix("module."), p) for name, p in model.named_parameters() if p.requires_grad]
 
 
 def optimizer_steps(optimizer: torch.optim.Optimizer) -> int:
