@@ -28,7 +28,13 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from summarize_from_feedback_details.common.adapters import LoraParams, LoraSettings, check_lora, check_reward_adapter
+from summarize_from_feedback_details.common.adapters import (
+    LoraParams,
+    LoraSettings,
+    check_lora,
+    check_reward_adapter,
+    trunk_of,
+)
 from summarize_from_feedback_details.common.arguments import (
     RunArgs,
     check_optimisation,
@@ -581,6 +587,9 @@ def main(args: Args) -> dict[str, float]:
         policy, ref_policy = load_policy_and_reference(args, dtype)
         reward_model, value_model = load_reward_and_value(args, ref_policy, dtype)
         run.parameters = sum(p.numel() for p in ref_policy.parameters())
+        if args.lora:
+            shared = next(trunk_of(value_model).parameters()) is next(trunk_of(ref_policy).parameters())
+            run.say(f"adapters on {'one trunk' if shared else 'two trunks: the reward model was trained whole'}")
         packed = supports_packing(policy) and supports_packing(reward_model)
         run.say(f"rows are read {'packed' if packed else 'padded: this architecture cannot pack them'}")
         model = PolicyAndValue(policy, value_model)

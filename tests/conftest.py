@@ -125,9 +125,8 @@ def to_flags(args) -> list[str]:
     for f in (f for f in fields(args) if f.init):
         value = getattr(args, f.name)
         if is_dataclass(value):
-            flags += [
-                flag.replace("--", f"--{f.name}.", 1) if flag.startswith("--") else flag for flag in to_flags(value)
-            ]
+            prefix = f"--{f.name.replace('lora_params', 'lora')}."
+            flags += [flag.replace("--", prefix, 1) if flag.startswith("--") else flag for flag in to_flags(value)]
         elif isinstance(value, bool):
             flags.append(f"--{'' if value else 'no-'}{f.name}")
         elif value is not None:

@@ -159,7 +159,9 @@ def read_adapter(model: torch.nn.Module, folder: str) -> None:
     """Put an adapter that was saved on a network, with its head."""
     from peft import LoraConfig
 
-    _inject(model, LoraConfig.from_pretrained(folder))
+    config = LoraConfig.from_pretrained(folder)
+    config.inference_mode = False  # or peft freezes what it puts there
+    _inject(model, config)
     saved = load_file(Path(folder, "adapter_model.safetensors"))
     for name, parameter in model.named_parameters():
         if ".lora_" in name:

@@ -274,6 +274,12 @@ def find_model(argument: str, path: str | None, revision: str | None, kind: str)
     if os.path.isdir(path):
         if not any(Path(path).iterdir()):
             refuse(argument, f"'{path}', an empty folder", f"a checkpoint of {KINDS[kind]}")
+        if not (Path(path) / "config.json").exists() and (Path(path) / "adapter_config.json").exists():
+            refuse(
+                argument,
+                f"'{path}', an adapter without its model",
+                f"the folder above, where it is merged: {KINDS[kind]}",
+            )
         if not (Path(path) / "config.json").exists():
             refuse(argument, f"'{path}' without config.json", f"a checkpoint of {KINDS[kind]}")
     elif path.count("/") > 1 or path.startswith((".", "/", "~")):
