@@ -9,6 +9,8 @@
 #   KL_COEF=0.2 PPO_EPISODES=4800 ./hello_world.sh           another PPO run beside the first one
 #   PRECISION=bf16 ./hello_world.sh                         the toy stages in bf16 (default: fp32), beside those in fp32;
 #                                                            with MODEL the default is auto: bf16 where it is native
+#   LORA=1 ./hello_world.sh                                  adapters on one trunk (docs/lora.md): the toy world's reward model
+#                                                            and PPO; with MODEL all three stages
 #   REPORT=0 ./hello_world.sh                                train only: no judge, figures, page
 #   MODEL=EleutherAI/pythia-1b-deduped ./hello_world.sh      the real thing: real data, the paper's batch sizes
 #   MICRO=4 PPO_MICRO=8 ROLLOUT=32 MODEL=... ./hello_world.sh    rows of one forward pass on one GPU: SFT and reward
@@ -21,7 +23,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
-MODEL=${MODEL:-toy} SMOKE=${SMOKE:-0} FRESH=${FRESH:-0} REPORT=${REPORT:-1}
+MODEL=${MODEL:-toy} SMOKE=${SMOKE:-0} FRESH=${FRESH:-0} REPORT=${REPORT:-1} LORA=${LORA:-0}
 PRECISION=${PRECISION:-$([ "$MODEL" = toy ] && echo fp32 || echo auto)}
 STAGES=summarize_from_feedback_details
 export TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}
@@ -30,7 +32,7 @@ refuse() { echo "error: $1: found $2; expected $3" >&2; exit 2; }
 is_count() { [[ $1 =~ ^[1-9][0-9]*$ ]]; }
 is_count "${GPU_GB:-80}" || refuse GPU_GB "'$GPU_GB'" "a number above 0"
 [[ $PRECISION =~ ^(fp32|bf16|auto)$ ]] || refuse PRECISION "'$PRECISION'" "fp32, bf16 or auto"
-for flag in SMOKE FRESH REPORT; do [[ ${!flag} =~ ^[01]$ ]] || refuse "$flag" "'${!flag}'" "0 or 1"; done
+for flag in SMOKE FRESH REPORT LORA; do [[ ${!flag} =~ ^[01]$ ]] || refuse "$flag" "'${!flag}'" "0 or 1"; done
 
 # ----------------------------------------------------------------------------------------------------------- machine
 FOUND=$("$PYTHON" -c 'import torch
@@ -113,6 +115,10 @@ if [ "$MODEL" = toy ]; then
         EPISODES=(640 320 128) EVAL=(--num_eval_rows 32)
     fi
     [ "$PRECISION" = fp32 ] || CHAIN=${CHAIN}_$PRECISION
+    RM_LR=3e-3 ADAPTERS=()
+    if [ "$LORA" = 1 ]; then # its base model is random: SFT, which trains the trunk, stays whole
+        CHAIN=${CHAIN}_lora ADAPTERS=(--lora) RM_LR=1e-2 PPO_LR=3e-3
+    fi
     PPO_EPISODES=${PPO_EPISODES:-${EPISODES[2]}}
     is_count "$PPO_EPISODES" || refuse PPO_EPISODES "'$PPO_EPISODES'" "a number above 0"
     [[ ${KL_COEF:-0} =~ ^[0-9]*\.?[0-9]+$ ]] || refuse KL_COEF "'$KL_COEF'" "a number of at least 0"
@@ -144,14 +150,14 @@ if [ "$MODEL" = toy ]; then
     stage reward "runs/${CHAIN}_reward models/$CHAIN/reward" "dataset sft" "${LAUNCH[@]}" $STAGES/reward.py \
         "${DEEPSPEED[@]}" --seed "$SEED" --base_model "$BASE" --sft_model_path "models/$CHAIN/sft" \
         --label_dataset "$DATA/comparisons" --query_dataset "$DATA/sft" --output_dir "models/$CHAIN/reward" \
-        --run_name "${CHAIN}_reward" "${TOY[@]}" "${EVAL[@]}" --num_normalization_rows 2048 \
+        --run_name "${CHAIN}_reward" "${TOY[@]}" "${EVAL[@]}" "${ADAPTERS[@]}" --lr $RM_LR --num_normalization_rows 2048 \
         --total_episodes "${EPISODES[1]}" --batch_size $BATCH --local_micro_batch_size $((BATCH / PROCESSES))
     stage "$PPO" "runs/${CHAIN}_$PPO models/$CHAIN/$PPO models/$CHAIN/${PPO}_value" "dataset sft reward" \
         "${LAUNCH[@]}" $STAGES/ppo_left_padding.py \
         "${DEEPSPEED[@]}" --seed "$SEED" --base_model "$BASE" --sft_model_path "models/$CHAIN/sft" \
         --reward_model_path "models/$CHAIN/reward" --query_dataset "$DATA/sft" --output_dir "models/$CHAIN/$PPO" \
         --value_output_dir "models/$CHAIN/${PPO}_value" --run_name "${CHAIN}_$PPO" "${TOY[@]}" "${EVAL[@]}" \
-        --lr $PPO_LR --eps 1e-5 --warm_up_steps 0 --response_length "$RESPONSE" --total_episodes "$PPO_EPISODES" \
+        "${ADAPTERS[@]}" --lr $PPO_LR --eps 1e-5 --warm_up_steps 0 --response_length "$RESPONSE" --total_episodes "$PPO_EPISODES" \
         --batch_size $PPO_BATCH --local_micro_batch_size $((PPO_BATCH / PROCESSES)) --eval_freq 10 \
         --ppo.kl_coef "${KL_COEF:-0.05}"
     [ "$REPORT" = 1 ] || exit 0
@@ -174,7 +180,10 @@ else
     [ "$SMOKE" = 0 ] || refuse SMOKE "1 with MODEL=$MODEL" "0: the smoke run is the toy world's"
     SEED=${SEED:-44413}
     is_count "$SEED" || refuse SEED "'$SEED'" "a number above 0"
-    CHAIN=$(basename "$MODEL")_seed$SEED
+    CHAIN=$(basename "$MODEL")_seed$SEED ADAPTERS=()
+    if [ "$LORA" = 1 ]; then # ten times the paper's learning rate, which is that of whole networks
+        CHAIN=${CHAIN}_lora ADAPTERS=(--lora --lr 3e-5)
+    fi
     source sbatches/rows_of.sh
     read -r MICRO PPO_MICRO ROLLOUT <<<"$(rows_of "$MODEL")"
     for name in MICRO PPO_MICRO ROLLOUT; do is_count "${!name}" || refuse $name "'${!name}'" "a number above 0"; done
@@ -192,7 +201,7 @@ else
     fit() {
         local found
         found=$("$PYTHON" benchmark/memory.py --fit "$1" --model "$MODEL" --processes "$PROCESSES" --gpu_gb "$GPU_GB" \
-            --rows "$2" --rollout_rows "$3" --launch="${LAUNCH[*]}" --given="--precision $PRECISION")
+            --rows "$2" --rollout_rows "$3" --launch="${LAUNCH[*]}" --given="--precision $PRECISION ${ADAPTERS[*]}")
         FITS[$1]=${found%%$'\n'*}
         [ -z "${found#*$'\n'}" ] || echo "   ${found#*$'\n'}"
     }
@@ -201,7 +210,7 @@ else
         fit reward "$MICRO" 0
         fit ppo_left_padding "$PPO_MICRO" "$ROLLOUT"
     fi
-    REAL=(--seed "$SEED" --base_model "$MODEL" --precision "$PRECISION")
+    REAL=(--seed "$SEED" --base_model "$MODEL" --precision "$PRECISION" "${ADAPTERS[@]}")
     SFT=models/$CHAIN/sft REWARD=models/$CHAIN/reward PPO=models/$CHAIN/ppo
     stage sft "runs/${CHAIN}_sft $SFT" "" "${LAUNCH[@]}" $STAGES/sft.py "${DEEPSPEED[@]}" "${REAL[@]}" \
         --output_dir "$SFT" --run_name "${CHAIN}_sft" --batch_size 128 --local_micro_batch_size "$MICRO" \

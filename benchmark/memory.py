@@ -6,12 +6,14 @@
                                                 what the job scripts ask: arguments that make a stage fit on the GPUs
 
 Bytes; N parameters; the terms are those of docs/cluster.md. Networks: SFT and reward model train one; PPO trains a
-policy and a value network and keeps two frozen ones, the reference policy and the reward model.
+policy and a value network and keeps two frozen ones, the reference policy and the reward model. With LoRA all of them
+stand on one frozen trunk, or on two, and only adapters are trained.
 """
 
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -56,6 +58,10 @@ class Shape:
         """Parameters with the output head."""
         return self.counted or self.trunk + self.vocabulary * self.hidden
 
+    def adapters(self, rank: int) -> float:
+        """Parameters of one network's adapters: rank x (inputs + outputs) of GPT-NeoX's four linear layers."""
+        return rank * 16 * self.hidden * self.layers
+
 
 PYTHIA = {
     "70m": Shape("70M", 6, 512, 50304), "160m": Shape("160M", 12, 768, 50304), "410m": Shape("410M", 24, 1024, 50304),
@@ -82,6 +88,8 @@ class Layout:
     offload: bool = False
     # ZeRO: whether gradients are there while activations are at their peak; without ZeRO they always are
     accumulates: bool = True
+    lora: int = 0  # rank of the adapters; 0: all weights are trained
+    trunks: int = 1  # with LoRA: 2 where PPO's reward model was trained whole
 
 
 def memory(shape: Shape, layout: Layout) -> dict[str, float]:
@@ -92,10 +100,18 @@ def memory(shape: Shape, layout: Layout) -> dict[str, float]:
     # --offload: each is on the GPU for its own pass over the rollout, and neither during training
     in_rollout, in_training = (max(shape.policy, shape.trunk), 0.0) if layout.offload else (frozen, frozen)
     shard = world if layout.zero else 1
-    weights = w * trained / (shard if layout.zero == 3 else 1)
+    held = w  # bytes of a trained weight
+    if layout.lora:
+        adapters, both = shape.adapters(layout.lora), layout.stage == "ppo"
+        trained, held = adapters * (2 if both else 1), w if layout.zero else 4
+        frozen = (shape.trunk if layout.stage == "reward" else shape.policy) + (layout.trunks - 1) * shape.trunk
+        whole = frozen
+        frozen = frozen / (shard if layout.zero == 3 else 1) + (adapters if both and layout.trunks == 1 else 0)
+        in_rollout = in_training = frozen
+    weights = held * trained / (shard if layout.zero == 3 else 1)
     # ZeRO-2 and 3 split gradients once they are reduced; until then they stand in a bucket
     bucket = w * min(BUCKET, trained) if layout.zero and world > 1 else 0.0
-    gradients = (max(w, layout.sums) if layout.zero else w) * trained / (1 if layout.zero == 1 else shard) + bucket
+    gradients = (max(w, layout.sums) if layout.zero else held) * trained / (1 if layout.zero == 1 else shard) + bucket
     # ZeRO steps on one float32 piece: ZeRO-2's float32 sums of bf16 gradients are one; others are copied (bf16: twice)
     stepping = gradients
     if layout.zero in (1, 2) and w == layout.sums:
@@ -108,7 +124,8 @@ def memory(shape: Shape, layout: Layout) -> dict[str, float]:
     logits = 0.0 if layout.stage == "reward" else w * layout.rows * layout.responses * shape.vocabulary
     activations = saved * networks
     cache = 0.0 if layout.stage == "reward" else 2.0 * w * L * D * T * layout.rollout_rows
-    gathered = w * trained if layout.zero == 3 else 0.0  # ZeRO-3: whole weights while there is sampling or evaluation
+    # ZeRO-3: whole weights while there is sampling or evaluation
+    gathered = w * (trained + (whole if layout.lora else 0.0)) if layout.zero == 3 else 0.0
     kept = layout.accumulates or not layout.zero
     train = activations + logits + gradients if kept else max(activations + logits, gradients)
     train += weights + optimizer + w * in_training
@@ -127,6 +144,7 @@ TRIED = {  # in this order; the first costs copies from host memory, the second 
     "sft": [(), ("gradient_checkpointing",)],
     "reward": [(), ("gradient_checkpointing",)],
     "ppo": [(), ("offload",), ("gradient_checkpointing",), ("offload", "gradient_checkpointing")],
+    "lora": [(), ("gradient_checkpointing",)],  # of any stage: there is no frozen network to move
 }
 # accelerate's arguments that change no layout, or that `read_launch` reads
 KNOWN = {"config_file", "cpu", "mixed_precision", "num_processes", "num_machines", "machine_rank", "main_process_ip",
@@ -217,12 +235,17 @@ def fit(args: "Args") -> tuple[str, str]:
         return "", f"{about}: its size is not known here, so nothing is checked"
     given = args.given.replace("=", " ").replace("-", "_").split()  # as tyro does: both spellings, the last one counts
     said = {word.replace("__no_", "__"): not word.startswith("__no_") for word in given}
-    if dict(zip(given, given[1:])).get("__precision") == "fp32":
+    value_of = dict(zip(given, given[1:]))
+    if value_of.get("__precision") == "fp32":
         launched["width"] = 4
     tokens, responses = {"sft": (562, 562), "reward": (807, 0), "ppo": (565, 53)}[stage]  # the longest rows
     layout = Layout(stage, args.rows, tokens, responses, args.rollout_rows, args.processes, **launched)
+    if said.get("__lora"):
+        layout.lora = int(value_of.get("__lora.rank", 16))
+        if not layout.zero and value_of.get("__precision") != "fp32":
+            layout.width = 2  # a frozen trunk in bf16; whole training keeps float32 weights without DeepSpeed
     needs = {}
-    for added in TRIED[stage]:
+    for added in TRIED["lora" if layout.lora else stage]:
         if any(said.get(f"__{switch}") is False for switch in added):
             continue
         on = {switch: switch in added or said.get(f"__{switch}", False) for switch in TRIED["ppo"][-1]}
@@ -257,10 +280,31 @@ def paper_layouts(shape: Shape) -> dict[str, Layout]:
     }
 
 
+LORA_SIZES = [PYTHIA[size] for size in ("1b", "2.8b", "6.9b", "12b")]
+
+
+def lora_layouts() -> dict[str, Layout]:
+    """PPO with adapters of rank 16 on GPUs that people have: docs/lora.md. One trunk but where it is said."""
+    ppo = {"stage": "ppo", "tokens": 565, "responses": 53, "lora": 16}
+    small = {"rows": 1, "rollout_rows": 8, "checkpointing": True}
+    return {
+        "1 GPU, micro batch 1, 8 sampled, checkpointing": Layout(**ppo, **small),
+        "the same, two trunks": Layout(**ppo, **small, trunks=2),
+        "1 GPU, micro batch 4, 16 sampled": Layout(**ppo, rows=4, rollout_rows=16),
+        "8 GPUs, ZeRO-2, micro batch 4, 16 sampled": Layout(**ppo, rows=4, rollout_rows=16, processes=8, zero=2),
+        "8 GPUs, ZeRO-3, micro batch 4, 16 sampled": Layout(**ppo, rows=4, rollout_rows=16, processes=8, zero=3),
+        "SFT, 1 GPU, micro batch 1, 8 sampled, checkpointing": Layout(
+            "sft", 1, 562, 562, rollout_rows=8, checkpointing=True, lora=16
+        ),
+        "reward model, 1 GPU, micro batch 1, checkpointing": Layout("reward", 1, 807, 0, checkpointing=True, lora=16),
+    }
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # measuring
 
 LIBRARIES = Shape("libraries", 1, 64, 1024)  # next to nothing: its peak is what the libraries and the data take
+TRUNKS = [Shape("D 768, 8 layers, V 4096", 8, 768, 4096), Shape("D 1024, 8 layers, V 4096", 8, 1024, 4096), Shape("D 1024, 12 layers, V 4096", 12, 1024, 4096)]  # noqa: E501  # fmt: skip
 MEASURED = [Shape("D 384, 4 layers", 4, 384, 50304), Shape("D 512, 6 layers", 6, 512, 50304), Shape("D 768, 8 layers", 8, 768, 50304)]  # noqa: E501  # fmt: skip
 
 
@@ -276,10 +320,22 @@ def measured_layouts() -> dict[str, Layout]:
     }
 
 
+def measured_lora_layouts() -> dict[str, Layout]:
+    """PPO where the trunk is most of it: whole, with adapters on one trunk and on two."""
+    ppo = {"stage": "ppo", "rows": 8, "tokens": 57, "responses": 24, "rollout_rows": 8, "width": 4}
+    return {
+        "PPO, whole": Layout(**ppo),
+        "PPO, LoRA, one trunk": Layout(**ppo, lora=16),
+        "PPO, LoRA, two trunks": Layout(**ppo, lora=16, trunks=2),
+    }
+
+
 @dataclass
 class Args:
     measure: bool = False
     """also run small models here and compare"""
+    measure_lora: bool = False
+    """the same, of PPO with adapters beside PPO of whole networks"""
     output: str | None = None
     """also write the numbers to this JSON file"""
 
@@ -308,22 +364,30 @@ def main(args: Args) -> dict:
         words, why = fit(args)
         print(f"{words}\n{why}")
         return {"fit": words}
-    found = {"paper": {}, "measured": {}}
+    found = {"paper": {}, "lora": {}, "measured": {}}
     shown = Table("GB on each GPU", *(s.name for s in PAPER))
     for name in paper_layouts(PAPER[0]):
         terms = [memory(s, paper_layouts(s)[name]) for s in PAPER]
         found["paper"][name] = {s.name: t for s, t in zip(PAPER, terms)}
         shown.add_row(name, *(f"{t['peak'] / 1e9:.0f}" for t in terms))
     print_table(shown)
+    shown = Table("GB on each GPU, LoRA of rank 16, bf16", *(s.name for s in LORA_SIZES))
+    for name, layout in lora_layouts().items():
+        terms = [memory(s, layout) for s in LORA_SIZES]
+        found["lora"][name] = {s.name: t for s, t in zip(LORA_SIZES, terms)}
+        shown.add_row(name, *(f"{t['peak'] / 1e9:.1f}" for t in terms))
+    print_table(shown)
     if args.measure:
-        found["measured"] = measure()
+        found["measured"] = measure(MEASURED, measured_layouts())
+    if args.measure_lora:
+        found["measured"] |= measure(TRUNKS, measured_lora_layouts())
     if args.output:
         write_json(Path(args.output), found)
         print(f"numbers: {args.output}")
     return found
 
 
-def measure() -> dict:
+def measure(shapes: list[Shape], layouts: dict[str, Layout]) -> dict:
     """Peaks of real runs against the formula: resident memory above what the libraries alone take."""
     import multiprocessing
 
@@ -332,10 +396,10 @@ def measure() -> dict:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         base = {}
-        for shape in [LIBRARIES, *MEASURED]:
+        for shape in [LIBRARIES, *shapes]:
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 pool.apply(make_world, (work, shape))
-            for name, layout in measured_layouts().items():
+            for name, layout in layouts.items():
                 predicted = memory(shape, layout)["peak"]
                 peak = run_stage(work, layout)
                 if shape is LIBRARIES:
@@ -399,24 +463,30 @@ def make_world(work: Path, shape: Shape) -> None:
     config.num_labels = 1
     GPTNeoXForSequenceClassification(config).save_pretrained(work / "reward")
     tokenizer.save_pretrained(work / "reward")
+    shutil.rmtree(work / "reward_lora", ignore_errors=True)
+    run_stage(work, Layout("reward", 1, 91, 0, width=4, lora=16), output="reward_lora")
 
 
-def run_stage(work: Path, layout: Layout) -> float:
-    """Peak resident memory of process 0 in bytes."""
+def run_stage(work: Path, layout: Layout, output: str | None = None) -> float:
+    """Peak resident memory of process 0 in bytes; `output`: folder in `work` that keeps the model."""
     script = {"sft": "sft", "reward": "reward", "ppo": "ppo_left_padding"}[layout.stage]
     run, world = f"{script}_{os.urandom(4).hex()}", layout.processes
     flags = ["--base_model", "policy", "--query_dataset", "rows/sft", "--precision", "fp32", "--no-run_eval"]
     flags += ["--local_micro_batch_size", str(layout.rows), "--batch_size", str(layout.rows * world)]
-    flags += ["--output_dir", f"out/{run}", "--run_name", run, "--num_updates", "2", "--print_sample_output_freq", "0"]
+    flags += ["--output_dir", output or f"out/{run}", "--run_name", run, "--num_updates", "2"]
+    flags += ["--print_sample_output_freq", "0"]
     if layout.stage != "sft":
         flags += ["--sft_model_path", "policy"]
     if layout.stage == "reward":
         flags += ["--label_dataset", "rows/comparisons", "--num_normalization_rows", "16", "--no-shared_prefix"]
     if layout.stage == "ppo":
-        flags += ["--reward_model_path", "reward", "--response_length", str(layout.responses)]
+        flags += ["--reward_model_path", "reward_lora" if layout.lora and layout.trunks == 1 else "reward"]
+        flags += ["--response_length", str(layout.responses)]
         flags += ["--local_rollout_forward_batch_size", str(layout.rollout_rows), "--ppo.noptepochs", "1"]
     if layout.checkpointing:
         flags += ["--gradient_checkpointing"]
+    if layout.lora:
+        flags += ["--lora", "--lora.rank", str(layout.lora)]
     env = os.environ | {
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",

@@ -43,6 +43,8 @@ class Args:
     """rows, pairs or episodes of one forward pass"""
     precision: Literal["fp32", "bf16"] = "fp32"
     """what the trainer is asked for"""
+    lora: bool = False
+    """ours: train adapters of rank 16 on frozen weights"""
     updates: int = 1
     """updates that are timed"""
     warm_up: int = 0
@@ -114,6 +116,7 @@ def run_ours(args: Args, clock: Clock, scratch: str) -> None:
         "run_name": "bench", "output_dir": f"{scratch}/out", "precision": args.precision, "run_eval": False,
         "base_model": str(models / "policy"), "query_dataset": str(data / "sft"), "print_sample_output_freq": 0,
         "local_micro_batch_size": args.micro, "batch_size": batch, "save_freq": 0, "save_minutes": 0.0,
+        "lora": args.lora,
     }  # fmt: skip
     plain_resume, plain_log = Checkpoints.resume, RunFolder.log
 

@@ -11,6 +11,11 @@ if [ -f sbatches/site.sh ]; then source <(tr -d '\r' <sbatches/site.sh); fi
 MODELS=${MODELS:-EleutherAI/pythia-1b-deduped EleutherAI/pythia-2.8b-deduped EleutherAI/pythia-6.9b-deduped}
 SEEDS=${SEEDS:-44413 55513 66613 77713}
 SFT_ARGS=${SFT_ARGS:-} REWARD_ARGS=${REWARD_ARGS:-} PPO_ARGS=${PPO_ARGS:-} # further arguments of each stage
+if [ "${LORA:=0}" = 1 ]; then # adapters (docs/lora.md), at ten times the paper's learning rate
+    for stage_args in SFT_ARGS REWARD_ARGS PPO_ARGS; do
+        printf -v "$stage_args" '%s' "--lora --lr 3e-5 ${!stage_args}"
+    done
+fi
 
 # ------------------------------------------------------------------------------------------------------------ with what
 export PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
@@ -37,7 +42,7 @@ fit() {
     "$PYTHON" benchmark/memory.py --fit "$1" --model "$2" --processes $(($3 * PROCESSES_PER_NODE)) --gpu_gb "$GPU_GB" \
         --rows "$rows" --rollout_rows "$rollout" --launch="$ACCELERATE_ARGS" --given="$given"
 }
-name_of() { echo "$(basename "$1")_$2"; } # MODEL SEED: of a chain: runs/<name>_sft, models/<name>/sft and so on
+name_of() { echo "$(basename "$1")_$2$([ "$LORA" = 0 ] || echo _lora)"; } # MODEL SEED: of a chain: runs/<name>_sft, models/<name>/sft and so on
 
 [ -n "${SLURM_JOB_ID:-}" ] || return 0 # launch.sh needs no more
 

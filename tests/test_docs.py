@@ -304,7 +304,7 @@ def test_settings_of_hello_world_exist():
     script = (ROOT / "hello_world.sh").read_text() + (ROOT / "sbatches/rows_of.sh").read_text()
     find = lambda text: set(re.findall(r"\b([A-Z_]+)=", text))
     named = find("\n".join(row[0] for row in table(section("docs/running.md", "## Settings of hello_world.sh"))))
-    toy, real = {"SIZE", "KL_COEF", "PPO_EPISODES"}, {"MODEL", "MICRO", "PPO_MICRO", "ROLLOUT", "GPU_GB"}
+    toy, real = {"SIZE", "KL_COEF", "PPO_EPISODES"}, {"LORA", "MODEL", "MICRO", "PPO_MICRO", "ROLLOUT", "GPU_GB"}
     assert {"SEED", "SMOKE", "FRESH", "REPORT", "PRECISION"} | toy | real == named
     assert all(f"${{{name}:-" in script for name in named)
     for text in DOCUMENTS.values():

@@ -347,6 +347,23 @@ def test_what_the_gpus_hold(project, gpus, size, gpu_gb, added):
     assert ("so it is added" in done.stdout) == bool(added)
 
 
+def test_adapters(project, monkeypatch):
+    """LORA=1: the real thing trains adapters in all stages, at ten times the learning rate, on cards that are small."""
+    lora = {"LORA": "1", "REPORT": "0"}
+    done, calls = project.hello(1, MODEL="EleutherAI/pythia-6.9b-deduped", GPU_GB="24", **lora)
+    assert done.returncode == 0, done.stderr
+    for call in calls:
+        args = parse(call, monkeypatch)
+        assert (args.lora, args.lr, args.gradient_checkpointing) == (True, 3e-5, False)
+        assert args.output_dir.startswith("models/pythia-6.9b-deduped_seed44413_lora/")
+    # the toy world's base model is random: its SFT trains all weights
+    done, calls = project.hello(0, **lora)
+    assert done.returncode == 0, done.stderr
+    sft, reward, ppo = (parse(call, monkeypatch) for call in calls[3:])
+    assert (sft.lora, reward.lora, ppo.lora) == (False, True, True) and reward.lr == 1e-2 and ppo.lr == 3e-3
+    assert sft.output_dir == reward.sft_model_path == ppo.sft_model_path == "models/toy_small_seed1_lora/sft"
+
+
 @pytest.mark.parametrize("bytes_of", [[], [85_017_755_648], [80e9, 40e9, 60e9]])
 @pytest.mark.parametrize("use_cpu", [None, "true", "1", "false"])
 def test_gpus_are_counted(monkeypatch, capsys, bytes_of, use_cpu):

@@ -86,6 +86,37 @@ def test_sizes_of_other_models(world, tmp_path):
         assert memory.shape_of(str(tmp_path / "odd")) is None
 
 
+def test_adapters_by_hand():
+    """One trunk, or two; what is trained has float32 weights, gradients and two moments; the rest has none."""
+    shape = memory.Shape("x", layers=2, hidden=10, vocabulary=100)
+    A = shape.adapters(3)
+    assert A == 2 * 3 * ((10 + 30) + (10 + 10) + (10 + 40) + (40 + 10))
+    layout = {"stage": "ppo", "rows": 1, "tokens": 5, "responses": 2, "rollout_rows": 0, "lora": 3}
+    of = lambda **more: memory.memory(shape, memory.Layout(**layout | more))
+    one, two = of(), of(trunks=2)
+    assert (one["weights"], one["gradients"], one["optimizer"]) == (4 * 2 * A, 4 * 2 * A, 8 * 2 * A)
+    # the reward model's own frozen adapters, unless it was trained whole
+    assert one["frozen"] == 2 * (shape.policy + A) and two["frozen"] == 2 * (shape.policy + shape.trunk)
+    assert one["train"] == one["frozen"] + 16 * 2 * A + one["activations"] + one["logits"]
+    whole = memory.memory(shape, memory.Layout(**layout | {"lora": 0}))
+    assert one["activations"] == whole["activations"]
+    three = of(zero=3, processes=4)
+    assert three["frozen"] == 2 * (shape.policy / 4 + A)
+    assert three["rollout"] - three["weights"] - three["optimizer"] - three["frozen"] == 2 * (2 * A + shape.policy)
+    # SFT and the reward model have one network
+    assert of(stage="reward")["frozen"] == 2 * shape.trunk and of(stage="sft")["optimizer"] == 8 * A
+
+
+def test_adapters_fit_where_whole_networks_do_not(capsys):
+    lora = {"given": "--lora --lora.rank 8 --lr 3e-5", "launch": "--num_processes 1", "processes": 1}
+    lora |= {"rollout_rows": 4, "rows": 1}
+    assert ask(24, model="a/pythia-6.9b", **lora)[0] == ""
+    assert ask(20, model="a/pythia-6.9b", **lora)[0] == "--gradient_checkpointing"
+    assert ask(8, model="a/pythia-1b", **lora)[0] == ""
+    with pytest.raises(SystemExit):
+        ask(24, model="a/pythia-6.9b", **lora | {"given": "--lora --precision fp32"})
+
+
 UNKNOWN = "not known how it is launched, so nothing is checked"
 PLAIN = {"width": 4}
 
@@ -166,8 +197,9 @@ def test_a_config_file_that_is_none_is_refused(launches, capsys, config, found):
 def ask(gpu_gb: float, given: str = "", stage: str = "ppo_left_padding", **more) -> tuple[str, str]:
     """What a stage of Pythia 1B is told."""
     return memory.fit(
-        memory.Args(fit=stage, model="a/pythia-1b", gpu_gb=gpu_gb, given=given, rollout_rows=64,
-                    **{"rows": 16, "launch": f"--config_file {ROOT}/deepspeed.yaml"} | more)
+        memory.Args(fit=stage, gpu_gb=gpu_gb, given=given, **{
+            "model": "a/pythia-1b", "rollout_rows": 64, "rows": 16,
+            "launch": f"--config_file {ROOT}/deepspeed.yaml"} | more)
     )  # fmt: skip
 
 

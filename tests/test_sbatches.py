@@ -114,6 +114,17 @@ def test_what_no_gpu_holds_is_refused():
     assert dry_run(GPU_GB="much").stderr.startswith("error: GPU_GB: found 'much'; expected a number")
 
 
+def test_adapters(checkout):
+    """LORA=1: in the stages' arguments before those that were given, and in the names of runs and models."""
+    show = 'source sbatches/common.sh; echo "$SFT_ARGS|$REWARD_ARGS|$PPO_ARGS|$(name_of a/m 7)"'
+    env = {"PATH": os.environ["PATH"], "LORA": "1", "PPO_ARGS": "--lr 1e-4"}
+    done = subprocess.run(["bash", "-c", show], cwd=checkout, env=env, capture_output=True, text=True)
+    assert done.stdout == "--lora --lr 3e-5 |--lora --lr 3e-5 |--lora --lr 3e-5 --lr 1e-4|m_7_lora\n", done.stderr
+    # a model that does not fit when all of its weights are trained
+    done = dry_run("--models", "a/pythia-12b", "--stages", "sft reward ppo_left_padding", LORA="1")
+    assert done.returncode == 0, done.stderr
+
+
 def test_what_is_not_known_is_said_and_a_config_file_must_be_there():
     plain = ("--models", "a/pythia-12b", "--stages", "sft reward ppo_left_padding")
     done = dry_run(*plain, ACCELERATE_ARGS="--use_deepspeed --zero_stage 2 --mixed_precision bf16")

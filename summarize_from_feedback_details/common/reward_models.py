@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from summarize_from_feedback_details.common.adapters import (
@@ -48,29 +49,20 @@ def load_reward_model(
     config = json.loads(Path(config_file).read_text())
     if "base_config" not in config:
         model, loaded = AutoModelForSequenceClassification.from_pretrained(
-            path, revision=revision, num_labels=1, dtype=torch.float32, output_loading_info=True
+            path, revision=revision, num_labels=1, dtype=dtype, output_loading_info=True
         )
         refuse_bad_weights(argument, path, loaded["missing_keys"], model)
+        if dtype != torch.float32:  # which has rounded the head, too
+            heads = (_read_tensors(file, ["score.weight"]) for file in _weight_files(path, revision))
+            model.score.weight.data = next(head["score.weight"] for head in heads if head).float()
         return _ready(model, float(getattr(model.config, "reward_bias", 0.0)))
     base_config = AutoConfig.for_model(**config["base_config"])
     base_config.num_labels = 1
-    model = AutoModelForSequenceClassification.from_config(base_config, dtype=torch.float32)
-    names = ["model.safetensors", "pytorch_model.bin"]
-    file = find_file(path, revision, [*names, *(f"{name}.index.json" for name in names)])
-    if file.endswith(".index.json"):  # of several files
-        files = sorted(set(json.loads(Path(file).read_text())["weight_map"].values()))
-        files = [find_file(path, revision, [name]) for name in files]
-    else:
-        files = [file]
+    model = AutoModelForSequenceClassification.from_config(base_config, dtype=dtype)
+    model.score.float()
     saved = {}
-    for file in files:
-        if file.endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            saved |= load_file(file)
-        else:
-            saved |= torch.load(file, map_location="cpu", weights_only=True)
-    saved = {name: weight.float() for name, weight in saved.items()}
+    for file in _weight_files(path, revision):
+        saved |= _read_tensors(file)
     state = {"score.weight": saved.pop("scalar_head.weight")}
     bias = float(saved.pop("scalar_head.bias")) - float(config.get("bias", 0.0))
     trunk = set(getattr(model, model.base_model_prefix).state_dict())
@@ -81,6 +73,25 @@ def load_reward_model(
     model.load_state_dict(state, strict=True)
     refuse_bad_weights(argument, path, set(), model)
     return _ready(model, bias)
+
+
+def _weight_files(path: str, revision: str | None) -> list[str]:
+    """The files that hold a checkpoint's weights."""
+    names = ["model.safetensors", "pytorch_model.bin"]
+    file = find_file(path, revision, [*names, *(f"{name}.index.json" for name in names)])
+    if not file.endswith(".index.json"):
+        return [file]
+    several = sorted(set(json.loads(Path(file).read_text())["weight_map"].values()))
+    return [find_file(path, revision, [name]) for name in several]
+
+
+def _read_tensors(file: str, wanted: list[str] | None = None) -> dict[str, torch.Tensor]:
+    """Tensors of a file of weights by name: those that are wanted and there, or all."""
+    if file.endswith(".safetensors"):
+        with safe_open(file, "pt") as content:
+            return {name: content.get_tensor(name) for name in content.keys() if not wanted or name in wanted}  # noqa: SIM118
+    content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    return {name: weight for name, weight in content.items() if not wanted or name in wanted}
 
 
 def _ready(model: torch.nn.Module, bias: float):

@@ -291,6 +291,7 @@ def save_model(
                 model.config.dtype = torch.float32  # of what is merged, also where the trunk computes in bf16
                 model.config.save_pretrained(folder)
                 save_adapter(model, adapter, folder / FOLDER)
+    del state, adapter  # whole weights in float32
     accelerator.wait_for_everyone()
     if has_adapters(model):
         check_merged(accelerator, wrapped, model, path)
