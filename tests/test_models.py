@@ -23,6 +23,7 @@ from transformers import (
 from summarize_from_feedback_details import ppo_left_padding as ppo
 from summarize_from_feedback_details import reward, sft, tldr_dataset
 from summarize_from_feedback_details.common import sampling, training
+from summarize_from_feedback_details.common.adapters import LoraParams, add_adapter, merge, share_weights
 from summarize_from_feedback_details.common.check_inputs import TokenIds, check_context, find_model, find_tokenizer
 from summarize_from_feedback_details.common.packed_rows import supports_packing, use_packed_attention
 
@@ -135,6 +136,26 @@ def test_a_policy_along_plain_passes(family):
     with torch.no_grad():
         after = sft.batch_losses(sft.Policy(policy), rows, 1.0, packed, "cpu").mean()
     assert after < loss
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_adapters_of_a_policy(family, tmp_path):
+    """Merged weights in a plain model give what the adapters give; the reference on the same trunk stays as it is."""
+    policy, plain = ours_and_plain(family, AutoModelForCausalLM)
+    plain.save_pretrained(tmp_path)
+    read = lambda model: ppo.token_logprobs(*ppo.response_logits(model, QUERIES, RESPONSES), 0.7)
+    reference = share_weights(policy)
+    before = read(reference)
+    add_adapter(policy, LoraParams(rank=2), str(tmp_path), None)
+    assert torch.equal(read(policy), before)
+    for name, parameter in policy.named_parameters():
+        if ".lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    plain.load_state_dict(merge(policy, policy.state_dict())[0])
+    after = torch.cat(plain_response_logprobs(plain, 0.7))
+    close(read(policy), after)
+    assert torch.equal(read(reference), before) and (after - before).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "llama4_text"])  # which has no reward model

@@ -16,6 +16,7 @@ import torch
 import tyro
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.pytorch_utils import Conv1D
 
 from summarize_from_feedback_details.common.arguments import refuse
 from summarize_from_feedback_details.common.hub import find_file
@@ -65,11 +66,10 @@ def check_lora(args: Any, argument: str) -> None:
         config = AutoConfig.from_pretrained(path, revision=None if os.path.isdir(path) else revision)
         with torch.device("meta"):
             trunk = trunk_of(AutoModelForCausalLM.from_config(config))
-        linear = {n: m for n, m in trunk.named_modules() if hasattr(m, "weight") and m.weight.dim() == 2}
-        linear = {n for n, m in linear.items() if not isinstance(m, torch.nn.Embedding)}
+        names = linear_layers(trunk)
         for target in given.target.split(","):
-            if not any(name == target or name.endswith(f".{target}") for name in linear):
-                there = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
+            if not any(f".{name}".endswith(f".{target}") for name in names):
+                there = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
                 refuse("lora.target", f"'{target}', which '{path}' does not have", f"all-linear, or some of: {there}")
 
 
@@ -110,6 +110,16 @@ def trunk_of(model: torch.nn.Module) -> torch.nn.Module:
     return getattr(model, model.base_model_prefix, model)
 
 
+def linear_layers(trunk: torch.nn.Module) -> list[str]:
+    """Names of the layers that an adapter can stand beside; in a model with fused experts, those outside its MLPs.
+
+    There peft would put adapters on the experts, too, where it finds linear layers of the experts' old names.
+    """
+    experts = any(parameter.dim() == 3 for parameter in trunk.parameters())
+    layers = [name for name, module in trunk.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+    return [name for name in layers if not (experts and {"mlp", "feed_forward"} & set(name.split(".")))]
+
+
 def share_weights(model: torch.nn.Module) -> torch.nn.Module:
     """Another tree of modules over the same parameters."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
@@ -139,12 +149,14 @@ def add_adapter(model: torch.nn.Module, lora: LoraParams, path: str, revision: s
     """
     from peft import LoraConfig
 
-    target = lora.target if lora.target == "all-linear" else lora.target.split(",")
+    names = linear_layers(trunk_of(model))
+    if lora.target != "all-linear":
+        names = [name for name in names if any(f".{name}".endswith(f".{end}") for end in lora.target.split(","))]
     # Detail: dropout off - also of adapters
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
-        target_modules=target,
+        target_modules=names,
         lora_dropout=0.0,
         task_type="SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM",
         base_model_name_or_path=os.path.basename(path) if os.path.isabs(path) else path,
