@@ -17,7 +17,6 @@ One update: every process samples its share of the batch; the rollouts (a few MB
 whitening and mini-batches are those of the whole batch on any number of processes; then the mini-batches are dealt out.
 """
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,7 +24,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from summarize_from_feedback_details.common.adapters import (
@@ -54,8 +52,14 @@ from summarize_from_feedback_details.common.check_inputs import (
     load_queries,
 )
 from summarize_from_feedback_details.common.checkpoints import Checkpoints, fingerprint
-from summarize_from_feedback_details.common.console import print_table
-from summarize_from_feedback_details.common.evaluation import evaluating, first_rows, print_samples, score_policy
+from summarize_from_feedback_details.common.console import print_metrics
+from summarize_from_feedback_details.common.evaluation import (
+    evaluating,
+    first_rows,
+    print_samples,
+    report_scores,
+    score_policy,
+)
 from summarize_from_feedback_details.common.logprobs import (
     INVALID_LOGPROB,
     masked_mean,
@@ -71,15 +75,17 @@ from summarize_from_feedback_details.common.machine import memory_gb
 from summarize_from_feedback_details.common.packed_rows import hidden_at, supports_packing
 from summarize_from_feedback_details.common.policies import load_policy_and_reference
 from summarize_from_feedback_details.common.precision import exact, keep_exact, trunk_dtype
-from summarize_from_feedback_details.common.reward_models import load_reward_and_value, read_rewards
-from summarize_from_feedback_details.common.run_folder import RunFolder
-from summarize_from_feedback_details.common.sampling import (
-    episode_noise,
-    first_true_indices,
-    pad_rows,
-    sample_responses,
-    strip_pads,
+from summarize_from_feedback_details.common.reward_models import load_reward_and_value
+from summarize_from_feedback_details.common.rollouts import (
+    Prompts,
+    chunks,
+    gather_in_order,
+    objective_metrics,
+    roll_out,
+    warn,
 )
+from summarize_from_feedback_details.common.run_folder import RunFolder
+from summarize_from_feedback_details.common.sampling import first_true_indices, strip_pads
 from summarize_from_feedback_details.common.training import (
     Gradient,
     epoch_order,
@@ -414,14 +420,6 @@ class Networks(NamedTuple):
     reward_model: torch.nn.Module
 
 
-class Prompts(NamedTuple):
-    """Queries to sample responses to."""
-
-    queries: list[list[int]]  # B token lists without pads
-    rows: np.ndarray  # [B] in the dataset
-    episodes: np.ndarray  # [B] numbers, to which the sampling noise belongs
-
-
 @torch.no_grad()
 def make_rollout(
     networks: Networks, prompts: Prompts, recompute_logprobs: bool, ids: TokenIds, args: Args,
@@ -434,70 +432,28 @@ def make_rollout(
             of sampling: in bf16 the two differ by rounding, and the first-pass ratio has to be 1.
         poll: called before each forward pass that samples.
     """
-    (trained, ref_policy, reward_model), (queries, query_rows, episodes) = networks, prompts
-    device, R = trained.value_bias.device, args.response_length
-    policy, at_once = trained.policy, args.local_rollout_forward_batch_size
-    parts = [slice(start, start + at_once) for start in range(0, len(queries), at_once)]
-    sampled = []
-    for part in parts:
-        poll()
-        # Detail: left padding - queries are left-padded, responses right-padded
-        query_tokens = pad_rows(queries[part], ids.pad, "left").to(device)  # [b, Q]
-        noise = episode_noise(args.seed, episodes[part], device)
-        sampled.append(sample_responses(policy, query_tokens, noise, ids, R, args.temperature))
-    responses, logprobs = map(torch.cat, zip(*sampled))  # [B, R] each
-    real = [strip_pads(row, ids.pad) for row in responses.cpu()]
-    mask = responses != ids.pad  # [B, R]
-
-    def logprobs_of(model: torch.nn.Module) -> Tensor:
-        read = lambda part: token_logprobs(*response_logits(model, queries[part], real[part]), args.temperature)
-        return scatter_tokens(torch.cat([read(part) for part in parts]), mask, INVALID_LOGPROB)
-
-    if recompute_logprobs:
-        logprobs = logprobs_of(policy)
-    with lent(ref_policy, device):
-        ref_logprobs = logprobs_of(ref_policy)
+    (trained, ref_policy, reward_model), device = networks, networks.trained.value_bias.device
+    frozen = ref_policy, reward_model
+    responses, *sampled = roll_out(trained.policy, frozen, prompts, recompute_logprobs, ids, args, poll)
     # Detail: critic sees the untruncated response - values[t] has seen the tokens < t only, and those that are kept are
     # read at EOS at the latest: what stands after EOS influences nothing, so the truncated one gives the same values
-    mask_p1 = torch.arange(R, device=device) <= mask.sum(1)[:, None]  # one more where there is room
+    # one more where there is room
+    mask_p1 = torch.arange(args.response_length, device=device) <= responses.mask.sum(1)[:, None]
     counts = mask_p1.sum(1).tolist()
-    values = torch.cat([trained.values(queries[part], real[part], counts[part]) for part in parts])
-    with lent(reward_model, device):
-        rows = [q + r for q, r in zip(queries, real)]
-        scores = torch.cat([read_rewards(reward_model, rows[part]) for part in parts])
-    values = scatter_tokens(values, mask_p1, 0.0)
-    return Rollout(torch.tensor(query_rows, device=device), responses, logprobs, ref_logprobs, values, scores)
-
-
-def report(found: dict[str, list]) -> dict[str, float]:
-    """Metrics `eval/ppo/validation/...` of an evaluated split."""
-    score, reference = np.array(found["score"]), np.array(found["reference_score"])
-    return {
-        "eval/ppo/validation/score": float(score.mean()),
-        "eval/ppo/validation/reference_score": float(reference.mean()),
-        "eval/ppo/validation/scores_above_reference": float((score > reference).mean()),
-        "eval/ppo/validation/response_length": float(np.mean(found["response_length"])),
-        "eval/ppo/validation/eos_rate": float(np.mean(found["has_eos"])),
-    }
+    read = lambda part: trained.values(prompts.queries[part], responses.real[part], counts[part])
+    values = scatter_tokens(torch.cat([read(part) for part in chunks(prompts, args)]), mask_p1, 0.0)
+    logprobs, ref_logprobs, scores = sampled
+    rows = torch.tensor(prompts.rows, device=device)
+    return Rollout(rows, responses.tokens, logprobs, ref_logprobs, values, scores)
 
 
 def rollout_metrics(experience: Experience) -> dict[str, float]:
     """Metrics of a batch of episodes; means are over all episodes, or all real tokens."""
     mask, mask_p1 = ~experience.padding_mask, ~experience.padding_mask_p1
-    kl = (experience.kl * mask).sum(1)  # [B] nats per episode
-    # the same KL by an estimate that is never negative (k3, Schulman 2020, "Approximating KL divergence")
-    kl_k3 = ((torch.expm1(-experience.kl) + experience.kl) * mask).sum(1)
     errors = experience.returns - experience.values
     unexplained = masked_var(errors, mask_p1, unbiased=False) / masked_var(experience.returns, mask_p1, unbiased=False)
-    non_score = (experience.non_score_rewards * mask).sum(1)
-    metrics = {
-        "objective/scores": experience.scores.mean(), "objective/scores_std": experience.scores.std(unbiased=False),
-        "objective/kl": kl.mean(), "objective/kl_standard_error": kl.std(unbiased=False) / math.sqrt(len(kl)),
-        "objective/kl_k3": kl_k3.mean(),
-        "objective/entropy": (-experience.logprobs * mask).sum(1).mean(),
-        "objective/non_score_reward": non_score.mean(), "objective/score_total": (experience.scores + non_score).mean(),
-        "objective/eos_rate": experience.contains_stop.float().mean(),
-        "objective/response_length": mask.sum(1).float().mean(),
+    e = experience
+    metrics = objective_metrics(e.scores, e.contains_stop, mask, e.logprobs, e.kl, e.non_score_rewards) | {
         "value/error": masked_mean(errors.abs(), mask_p1), "value/explained_variance": 1.0 - unexplained,
         "value/mean": masked_mean(experience.values, mask_p1),
         "value/returns": masked_mean(experience.returns, mask_p1),
@@ -511,28 +467,6 @@ def training_metrics(stats: Tensor, ratio_error: float) -> dict[str, float]:
     metrics["policy/entropy"] = float(stats[0, STATISTICS.index("policy/entropy")])  # of the policy that sampled
     metrics["policy/approxkl_last_pass"] = float(stats[-1, STATISTICS.index("policy/approxkl")])
     return metrics | {"policy/first_pass_ratio_error": ratio_error}
-
-
-def print_results(final: dict[str, float]) -> None:
-    """The closing table."""
-    table = Table("PPO", "last value")
-    for name in (*CLOSING_METRICS, *(name for name in final if name.startswith("eval/"))):
-        table.add_row(name, f"{final[name]:.4f}")
-    print_table(table)
-
-
-def warn(update: int, metrics: dict[str, float], in_float32: bool) -> None:
-    """Say loudly that a number is impossible for correct code: ratio not 1 at the first pass, or negative KL.
-
-    Args:
-        in_float32: whether everything is computed in float32; bf16 has a wider tolerance.
-    """
-    error, tolerance = metrics["policy/first_pass_ratio_error"], 1e-3 if in_float32 else 0.1
-    if error > tolerance:
-        print(f"WARNING: update {update}: the first-pass ratio is off 1 by {error:.2g} (> {tolerance})", flush=True)
-    kl, noise = metrics["objective/kl"], 4 * metrics["objective/kl_standard_error"] + (1e-4 if in_float32 else 0.05)
-    if kl < -noise:
-        print(f"WARNING: update {update}: KL {kl:.4f} is negative beyond its noise of {noise:.4f}", flush=True)
 
 
 def check_args(args: Args):
@@ -568,7 +502,7 @@ def main(args: Args) -> dict[str, float]:
         return run.final_metrics()
     tokenizer, dataset, ids = check_args(args)
     accelerator = launch(args, "episodes")
-    device, rank, world_size = accelerator.device, accelerator.process_index, args.world_size
+    device, world_size = accelerator.device, args.world_size
     in_float32 = accelerator.mixed_precision == "no"
     run.say(f"{args.num_updates} updates, {args.ppo.noptepochs} passes each")
 
@@ -624,14 +558,10 @@ def main(args: Args) -> dict[str, float]:
                 ratio_error.copy_(inside.shared["ratio_error"])
             else:
                 model.eval()
-                # this rank's share: as many rows on each rank, of similar lengths, longest first
-                mine = sorted(range(len(queries)), key=lambda i: (-len(queries[i]), i))[rank::world_size]
-                prompts = Prompts([queries[i] for i in mine], order[episodes[mine]], episodes[mine])
+                prompts, mine = Prompts(queries, order[episodes], episodes).share(accelerator)
                 with accelerator.autocast(), full_weights(model):
                     local = make_rollout(networks, prompts, not in_float32, ids, args, checkpoints.poll)
-                # from the order of ranks to that of episodes
-                back = accelerator.gather(torch.tensor(mine, device=device)).argsort()
-                rollout = Rollout(*(accelerator.gather(column)[back] for column in local))
+                rollout = Rollout(*gather_in_order(accelerator, local, mine))
             assert torch.equal(rollout.query_rows.cpu(), torch.from_numpy(order[episodes]))
             experience = compute_experience(rollout, ids, args)
             rollout_seconds = time.time() - start
@@ -682,7 +612,7 @@ def main(args: Args) -> dict[str, float]:
             if args.run_eval and args.eval_freq and update % args.eval_freq == 0 and update < args.num_updates:
                 found = evaluate(validation, f"update {update}, validation")
                 run.table(f"validation_{update}", found)
-                metrics |= report(found)
+                metrics |= report_scores("ppo", found)
             if args.print_sample_output_freq and update % args.print_sample_output_freq == 0:
                 found = evaluate(first_rows(validation, 2 * world_size), "samples")
                 print_samples(found)
@@ -697,14 +627,14 @@ def main(args: Args) -> dict[str, float]:
         if args.run_eval:
             found = evaluate(validation, "policy, validation")
             paths["table"] = run.table("validation", found)
-            run.log(args.num_updates + 1, report(found))
+            run.log(args.num_updates + 1, report_scores("ppo", found))
         save_model(accelerator, run, model, policy, tokenizer, args.output_dir)
         if args.value_output_dir:
             with full_weights(model):
                 value_model.config.reward_bias = float(exact(unwrapped.value_bias).detach())
             save_model(accelerator, run, model, value_model, tokenizer, args.value_output_dir)
         if run.is_main:
-            print_results(run.metrics)
+            print_metrics("PPO", run.metrics, CLOSING_METRICS)
         run.deliver(paths)
     checkpoints.remove()
     return dict(run.metrics)

@@ -26,6 +26,7 @@ from packaging.requirements import Requirement
 
 import visualize_tokens
 from summarize_from_feedback_details import ppo_left_padding, reward, sft, tldr_dataset, toy_tldr
+from summarize_from_feedback_details.common import evaluation
 from summarize_from_feedback_details.common.check_inputs import TokenIds
 
 PATHS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -449,7 +450,7 @@ def test_every_reported_metric_is_in_the_glossary():
     pairs = SimpleNamespace(column_names=[])
     for split in ("validation", "validation_cnndm"):
         found += reward.report(split, pairs, np.array([1.0, 0.0]), np.array([0.0, 1.0]))[0]
-    found += ppo_left_padding.report(rows | {"score": [1.0], "reference_score": [0.0]})
+    found += evaluation.report_scores("ppo", rows | {"score": [1.0], "reference_score": [0.0]})
     args = SimpleNamespace(ppo=ppo_left_padding.PpoHParams(), non_eos_penalty=True, penalty_reward_value=-1.0)
     columns = (torch.zeros(2, 3), torch.zeros(2, 3), torch.randn(2, 3), torch.ones(2))
     rollout = ppo_left_padding.Rollout(torch.arange(2), torch.tensor([[5, 0, 9], [5, 6, 0]]), *columns)

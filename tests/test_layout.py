@@ -23,19 +23,20 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from summarize_from_feedback_details import ppo_left_padding, reward, sft
+from summarize_from_feedback_details import ppo_left_padding, reward, rloo, sft
 from summarize_from_feedback_details.common import policies, reward_models, training
 from summarize_from_feedback_details.common.check_inputs import find_tokenizer
 from summarize_from_feedback_details.common.precision import choose_precision
 
-MODULES = {"sft": sft, "reward": reward, "ppo_left_padding": ppo_left_padding}
+MODULES = {"sft": sft, "reward": reward, "ppo_left_padding": ppo_left_padding, "rloo": rloo}
 LOAD = {
     "sft": AutoModelForCausalLM,
     "reward": AutoModelForSequenceClassification,
     "ppo_left_padding": AutoModelForCausalLM,
+    "rloo": AutoModelForCausalLM,
 }
 NAMES = ("one", "two", "zero2", "zero3")
-COLUMNS = {"sft": ["response"], "reward": [], "ppo_left_padding": ["response"]}
+COLUMNS = {"sft": ["response"], "reward": [], "ppo_left_padding": ["response"], "rloo": ["response"]}
 
 
 def arguments(world, stage: str, output_dir):
@@ -45,11 +46,13 @@ def arguments(world, stage: str, output_dir):
         return world.sft_args(output_dir, total_episodes=28, lr=1e-4, max_grad_norm=1.0)
     if stage == "reward":
         return world.reward_args(output_dir, total_episodes=24 + 1, lr=1e-4, max_grad_norm=1.0)
+    if stage == "rloo":
+        return world.rloo_args(output_dir, lr=1e-4, noptepochs=2, ppo_clip=0.2, local_micro_batch_size=2)
     return world.ppo_args(output_dir, lr=1e-4, nminibatches=2, local_micro_batch_size=2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo_left_padding"])
+@pytest.mark.parametrize("stage", MODULES)
 def test_the_same_on_two_processes_and_under_deepspeed(world, workdir, stage, capsys):
     MODULES[stage].main(arguments(world, stage, workdir / "one"))
     assert "WARNING: update" not in capsys.readouterr().out
@@ -183,7 +186,7 @@ def unsorted(micro_batches):
     return lambda lengths, *rest, **how: micro_batches([0] * len(lengths), *rest, **how)
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo_left_padding"])
+@pytest.mark.parametrize("stage", MODULES)
 def test_micro_batches_and_their_order(world, workdir, stage, monkeypatch):
     """Several updates with micro batches of 4, 2, 1, and not sorted by length: responses, weights and metrics."""
     module = MODULES[stage]

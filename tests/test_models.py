@@ -22,7 +22,7 @@ from transformers import (
 
 from summarize_from_feedback_details import ppo_left_padding as ppo
 from summarize_from_feedback_details import reward, sft, tldr_dataset
-from summarize_from_feedback_details.common import sampling, training
+from summarize_from_feedback_details.common import reward_models, sampling, training
 from summarize_from_feedback_details.common.adapters import LoraParams, add_adapter, merge, share_weights
 from summarize_from_feedback_details.common.check_inputs import TokenIds, check_context, find_model, find_tokenizer
 from summarize_from_feedback_details.common.packed_rows import supports_packing, use_packed_attention
@@ -165,7 +165,7 @@ def test_a_reward_model_and_ppo_along_plain_passes(family):
     alone = lambda row: plain(torch.tensor([row])).logits[0, 0]
     scorer.config.reward_bias = 0.25
     with torch.no_grad():
-        close(ppo.read_rewards(scorer, ROWS), torch.stack([alone(row) + 0.25 for row in ROWS]))
+        close(reward_models.read_rewards(scorer, ROWS), torch.stack([alone(row) + 0.25 for row in ROWS]))
     pairs = [(ROWS[0], QUERIES[0] + [30, EOS]), (ROWS[1], [7, EOS]), (ROWS[2], QUERIES[2] + [31, 32, 33, EOS])]
     packed = supports_packing(scorer)
     chosen, rejected = reward.pair_rewards(reward.RewardModel(scorer), pairs, packed, packed, "cpu")
@@ -232,7 +232,7 @@ def compare_with_the_plain_class(folder: str, bias_of_ours: bool = True) -> None
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     rows = [[*ROWS[0][:-1], eos], [*ROWS[1][:-1], 5, eos], [*ROWS[2], tokenizer.bos_token_id], [5, 5], [9, 8, eos, eos]]
     with torch.no_grad():
-        ours = ppo.read_rewards(model.eval(), rows)
+        ours = reward_models.read_rewards(model.eval(), rows)
         for reward_of_row, row in zip(ours, rows):
             close(reward_of_row, plain(torch.tensor([row])).logits[0, 0] + bias)
         if pad >= plain.config.vocab_size:
@@ -242,7 +242,7 @@ def compare_with_the_plain_class(folder: str, bias_of_ours: bool = True) -> None
             return
         assert plain.config.pad_token_id == pad
         for side in ("left", "right"):
-            tokens = ppo.pad_rows(rows, pad, side)
+            tokens = sampling.pad_rows(rows, pad, side)
             close(ours, plain(tokens, attention_mask=(tokens != pad).long()).logits[:, 0] + bias)
 
 

@@ -28,7 +28,7 @@ from transformers import (
 
 from summarize_from_feedback_details import ppo_left_padding as ppo
 from summarize_from_feedback_details import reward, sft
-from summarize_from_feedback_details.common import machine, precision, training
+from summarize_from_feedback_details.common import evaluation, machine, precision, rollouts, sampling, training
 from summarize_from_feedback_details.common.arguments import derive_sizes, fill_episodes
 from summarize_from_feedback_details.common.check_inputs import TokenIds
 from summarize_from_feedback_details.common.logprobs import (
@@ -382,7 +382,8 @@ def test_metrics_of_the_passes_by_hand():
 
 def test_report_by_hand():
     rows = {"score": [1.0, 2.0, 0.5, 4.0], "reference_score": [1.0, 1.0, 1.0, 1.0]}  # the first one is a tie
-    found = ppo.report(rows | {"response_length": [3, 5, 1, 1], "has_eos": [True, False, True, True]})
+    rows |= {"response_length": [3, 5, 1, 1], "has_eos": [True, False, True, True]}
+    found = evaluation.report_scores("ppo", rows)
     names = {"score": 1.875, "reference_score": 1.0, "scores_above_reference": 0.5, "response_length": 2.5}
     assert found == {f"eval/ppo/validation/{name}": value for name, value in (names | {"eos_rate": 0.75}).items()}
 
@@ -457,7 +458,7 @@ def some_queries(lengths=(3, 9, 5, 1), seed=0):
 
 
 def draw(policy, rows, temperature, R=12, seed=7, episodes=None, stop=EOS, vocab=PAD, width=0):
-    queries = ppo.pad_rows(rows, PAD, "left")
+    queries = sampling.pad_rows(rows, PAD, "left")
     queries = torch.nn.functional.pad(queries, (width, 0), value=PAD)
     noise = episode_noise(seed, episodes or list(range(len(rows))), queries.device)
     return sample_responses(policy, queries, noise, TokenIds(PAD, stop, vocab), R, temperature)
@@ -542,7 +543,7 @@ def test_sampling_stops_at_eos_and_logprobs_are_those_of_a_forward_pass(name):
 def test_no_pass_is_made_once_every_row_has_its_eos():
     policy, passes = tiny_policy(), []
     policy.register_forward_hook(lambda *_: passes.append(1))
-    queries = ppo.pad_rows(some_queries(), PAD, "left")
+    queries = sampling.pad_rows(some_queries(), PAD, "left")
     noise = lambda: episode_noise(7, range(4), queries.device)
     responses, _ = sample_responses(policy, queries, noise(), TokenIds(PAD, -1, PAD), 12, 0.7)
     assert len(passes) == 12 and (responses != PAD).all()  # one for the queries, one for each token but the last
@@ -638,7 +639,7 @@ def test_a_frozen_network_is_on_the_gpu_for_its_own_pass_only(monkeypatch):
             yield
             events.append(f"{name} goes")
 
-    monkeypatch.setattr(ppo, "lent", watch)
+    monkeypatch.setattr(rollouts, "lent", watch)
     model = PolicyAndValue(networks["policy"], networks["value"])
     args = SimpleNamespace(seed=3, response_length=4, temperature=0.7, local_rollout_forward_batch_size=2)
     polls = []

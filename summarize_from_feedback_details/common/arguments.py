@@ -277,10 +277,11 @@ def check_sizes(
 
 def check_optimisation(args: Any) -> None:
     """Refuse settings of optimiser, schedule and evaluation that all stages have, and that cannot work."""
+    samples = ("print_sample_output_freq",) if hasattr(args, "print_sample_output_freq") else ()
     check_sizes(
         args,
         positive=("eps", "max_grad_norm", "local_eval_batch_size", "num_eval_rows"),
-        at_least_zero=("seed", "lr", "weight_decay", "warm_up_steps", "eval_freq", "print_sample_output_freq"),
+        at_least_zero=("seed", "lr", "weight_decay", "warm_up_steps", "eval_freq", *samples),
     )
     if args.scheduler not in SCHEDULERS:
         refuse("scheduler", args.scheduler, f"one of {', '.join(SCHEDULERS)}")

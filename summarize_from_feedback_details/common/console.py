@@ -52,6 +52,16 @@ def print_table(table: Any) -> None:
     Console(width=120).print(table, crop=False)
 
 
+def print_metrics(title: str, metrics: dict[str, float], names: tuple[str, ...]) -> None:
+    """The closing table of a run: the named metrics, and those of its last evaluation."""
+    from rich.table import Table
+
+    table = Table(title, "last value")
+    for name in (*names, *(name for name in metrics if name.startswith("eval/"))):
+        table.add_row(name, f"{metrics[name]:.4f}")
+    print_table(table)
+
+
 def quiet_libraries() -> None:
     """Keep the libraries' own notices, and their progress bars where there is no terminal, out of the output."""
     import logging

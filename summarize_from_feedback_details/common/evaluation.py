@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -129,6 +130,18 @@ def score_policy(
             found.append((row, *sample[:3], *both, len(sample.tokens), sample.has_eos))
     names = ["query", "response", "reference", "score", "reference_score", "response_length", "has_eos"]
     return dict(zip(names, map(list, zip(*(row[1:] for row in gather_rows(found))))))
+
+
+def report_scores(stage: str, found: dict[str, list]) -> dict[str, float]:
+    """Metrics `eval/<stage>/validation/...` of what `score_policy` found."""
+    score, reference = np.array(found["score"]), np.array(found["reference_score"])
+    return {
+        f"eval/{stage}/validation/score": float(score.mean()),
+        f"eval/{stage}/validation/reference_score": float(reference.mean()),
+        f"eval/{stage}/validation/scores_above_reference": float((score > reference).mean()),
+        f"eval/{stage}/validation/response_length": float(np.mean(found["response_length"])),
+        f"eval/{stage}/validation/eos_rate": float(np.mean(found["has_eos"])),
+    }
 
 
 def print_samples(found: dict[str, list]) -> None:

@@ -13,6 +13,7 @@ from summarize_from_feedback_details.common.adapters import (
     add_adapter,
     copy_trained,
     find_adapter,
+    has_adapters,
     reward_model_on,
 )
 from summarize_from_feedback_details.common.check_inputs import refuse_bad_weights
@@ -102,6 +103,14 @@ def _ready(model: torch.nn.Module, bias: float):
     return model
 
 
+def load_frozen_reward(args: Any, reference: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """The reward model; see `load_reward_and_value`."""
+    path, revision = args.reward_model_path, args.reward_model_revision
+    if args.lora and find_adapter(path, revision):
+        return reward_model_on(reference, path, revision)
+    return load_reward_model(path, revision, dtype=dtype)
+
+
 def load_reward_and_value(
     args: Any, reference: torch.nn.Module, dtype: torch.dtype
 ) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -115,17 +124,13 @@ def load_reward_and_value(
         reference: the SFT policy, without adapters.
         dtype: precision of the trunk's weights.
     """
-    path, revision = args.reward_model_path, args.reward_model_revision
-    if args.lora and find_adapter(path, revision):
-        reward_model = reward_model_on(reference, path, revision)
-        return reward_model, copy_trained(reward_model)
-    reward_model = load_reward_model(path, revision, dtype=dtype)
-    if not args.lora:
+    reward_model = load_frozen_reward(args, reference, dtype)
+    if not args.lora or has_adapters(reward_model):
         return reward_model, copy_trained(reward_model)
     reward_model.requires_grad_(False)
     reward_model.score.requires_grad_(True)
     value_model = copy_trained(reward_model)
-    add_adapter(value_model, args.lora_params, path, revision)
+    add_adapter(value_model, args.lora_params, args.reward_model_path, args.reward_model_revision)
     return reward_model, value_model
 
 
