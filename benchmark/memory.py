@@ -6,7 +6,8 @@
                                                 what the job scripts ask: arguments that make a stage fit on the GPUs
 
 Bytes; N parameters; the terms are those of docs/cluster.md. Networks: SFT and reward model train one; PPO trains a
-policy and a value network and keeps two frozen ones, the reference policy and the reward model. With LoRA all of them
+policy and a value network and keeps two frozen ones, the reference policy and the reward model; RLOO trains the policy
+alone. With LoRA all of them
 stand on one frozen trunk, or on two, and only adapters are trained.
 """
 
@@ -75,7 +76,7 @@ PAPER = [PYTHIA[size] for size in ("1b", "2.8b", "6.9b")]
 class Layout:
     """How a stage is run."""
 
-    stage: str  # sft, reward or ppo
+    stage: str  # sft, reward, ppo or rloo
     rows: int  # of one forward pass in training (pairs for reward)
     tokens: float  # of a row in the mean: rows are packed
     responses: int  # tokens at which logits are taken
@@ -95,18 +96,19 @@ class Layout:
 def memory(shape: Shape, layout: Layout) -> dict[str, float]:
     """Bytes of each term on one process; `peak` is the largest of sampling, training and the optimiser's step."""
     w, world = layout.width, layout.processes
-    trained = {"sft": shape.policy, "reward": shape.trunk, "ppo": shape.policy + shape.trunk}[layout.stage]
-    frozen = shape.policy + shape.trunk if layout.stage == "ppo" else 0.0
+    trained = {"sft": shape.policy, "reward": shape.trunk, "ppo": shape.policy + shape.trunk, "rloo": shape.policy}
+    trained, samples = trained[layout.stage], layout.stage in ("ppo", "rloo")
+    frozen = shape.policy + shape.trunk if samples else 0.0
     # --offload: each is on the GPU for its own pass over the rollout, and neither during training
     in_rollout, in_training = (max(shape.policy, shape.trunk), 0.0) if layout.offload else (frozen, frozen)
     shard = world if layout.zero else 1
     held = w  # bytes of a trained weight
     if layout.lora:
-        adapters, both = shape.adapters(layout.lora), layout.stage == "ppo"
-        trained, held = adapters * (2 if both else 1), w if layout.zero else 4
+        adapters, held = shape.adapters(layout.lora), w if layout.zero else 4
+        trained = adapters * (2 if layout.stage == "ppo" else 1)
         frozen = (shape.trunk if layout.stage == "reward" else shape.policy) + (layout.trunks - 1) * shape.trunk
         whole = frozen
-        frozen = frozen / (shard if layout.zero == 3 else 1) + (adapters if both and layout.trunks == 1 else 0)
+        frozen = frozen / (shard if layout.zero == 3 else 1) + (adapters if samples and layout.trunks == 1 else 0)
         in_rollout = in_training = frozen
     weights = held * trained / (shard if layout.zero == 3 else 1)
     # ZeRO-2 and 3 split gradients once they are reduced; until then they stand in a bucket
@@ -238,14 +240,14 @@ def fit(args: "Args") -> tuple[str, str]:
     value_of = dict(zip(given, given[1:]))
     if value_of.get("__precision") == "fp32":
         launched["width"] = 4
-    tokens, responses = {"sft": (562, 562), "reward": (807, 0), "ppo": (565, 53)}[stage]  # the longest rows
+    tokens, responses = {"sft": (562, 562), "reward": (807, 0)}.get(stage, (565, 53))  # the longest rows
     layout = Layout(stage, args.rows, tokens, responses, args.rollout_rows, args.processes, **launched)
     if said.get("__lora"):
         layout.lora = int(value_of.get("__lora.rank", 16))
         if not layout.zero and value_of.get("__precision") != "fp32":
             layout.width = 2  # a frozen trunk in bf16; whole training keeps float32 weights without DeepSpeed
     needs = {}
-    for added in TRIED["lora" if layout.lora else stage]:
+    for added in TRIED["lora" if layout.lora else stage.replace("rloo", "ppo")]:
         if any(said.get(f"__{switch}") is False for switch in added):
             continue
         on = {switch: switch in added or said.get(f"__{switch}", False) for switch in TRIED["ppo"][-1]}
@@ -340,7 +342,7 @@ class Args:
     """also write the numbers to this JSON file"""
 
     # for the job scripts: prints arguments to add, then a sentence
-    fit: Literal["sft", "reward", "ppo_left_padding"] | None = None
+    fit: Literal["sft", "reward", "ppo_left_padding", "rloo"] | None = None
     """make this stage fit on the GPUs, or refuse"""
     model: str = ""
     """hub id or folder of the base model"""

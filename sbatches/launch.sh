@@ -6,6 +6,7 @@
 #   sbatches/launch.sh --dry-run                         print the commands, submit nothing
 #   sbatches/launch.sh --models EleutherAI/pythia-1b-deduped --seeds "44413 55513"
 #   sbatches/launch.sh --stages "reward ppo_left_padding"    the stages before must be finished
+#   sbatches/launch.sh --stages "sft reward rloo eval"    RLOO in the place of PPO
 #   sbatches/launch.sh --nodes 2                         two nodes for each element
 #   sbatches/launch.sh --prefetch                        fill the hub's cache here, for compute nodes without a network
 #   sbatches/launch.sh -- --time=24:00:00 --partition=gpu    further arguments of sbatch
@@ -16,7 +17,7 @@ cd "$(dirname "$0")/.."
 refuse() { echo "error: $1: found $2; expected $3" >&2; exit 2; }
 
 SLURM_JOB_ID="" source sbatches/common.sh # this is no job, also where the shell is one's (salloc)
-STAGES=${STAGE_ORDER[*]} NODES=1 DRY=0 PREFETCH=0
+STAGES="sft reward ppo_left_padding eval" NODES=1 DRY=0 PREFETCH=0
 while [ $# -gt 0 ]; do
     case $1 in
     --models | --seeds | --stages | --nodes)
@@ -26,7 +27,7 @@ while [ $# -gt 0 ]; do
         ;;
     --dry-run) DRY=1 && shift ;;
     --prefetch) PREFETCH=1 && shift ;;
-    -h | --help) sed -n '2,15s/^# \{0,1\}//p' "$0" && exit 0 ;;
+    -h | --help) sed -n '2,16s/^# \{0,1\}//p' "$0" && exit 0 ;;
     --) shift && break ;;
     *) refuse "$1" "an argument that launch.sh does not have" "--help, or sbatch's arguments after --" ;;
     esac
@@ -54,7 +55,7 @@ for stage in "${stages[@]}"; do
     last=$place
 done
 # what a stage reads is made by a stage before it, or is there
-declare -A NEEDS=([sft]="" [reward]="sft" [ppo_left_padding]="sft reward" [eval]="")
+declare -A NEEDS=([sft]="" [reward]="sft" [ppo_left_padding]="sft reward" [rloo]="sft reward" [eval]="")
 for stage in "${stages[@]}"; do
     for need in ${NEEDS[$stage]}; do
         if [[ " ${stages[*]} " == *" $need "* ]]; then continue; fi
@@ -71,7 +72,7 @@ for model in "${models[@]}"; do
     read -r micro ppo_micro _ <<<"$(rows_of "$model")"
     for stage in "${stages[@]}"; do
         if [ "$stage" = eval ]; then continue; fi
-        rows_here=$([ "$stage" = ppo_left_padding ] && echo "$ppo_micro" || echo "$micro")
+        case $stage in ppo_left_padding | rloo) rows_here=$ppo_micro ;; *) rows_here=$micro ;; esac
         [ $((BATCH_OF[$stage] % (rows_here * processes))) = 0 ] ||
             refuse --nodes "$NODES, that is $processes processes x $rows_here rows for $stage of $model" \
                 "a number of rows that divides its batch of ${BATCH_OF[$stage]}"

@@ -45,13 +45,7 @@ from summarize_from_feedback_details.common.packed_rows import supports_packing
 from summarize_from_feedback_details.common.policies import load_policy_and_reference
 from summarize_from_feedback_details.common.precision import trunk_dtype
 from summarize_from_feedback_details.common.reward_models import load_frozen_reward
-from summarize_from_feedback_details.common.rollouts import (
-    Prompts,
-    gather_in_order,
-    objective_metrics,
-    roll_out,
-    warn,
-)
+from summarize_from_feedback_details.common.rollouts import Prompts, gather_in_order, objective_metrics, roll_out, warn
 from summarize_from_feedback_details.common.run_folder import RunFolder
 from summarize_from_feedback_details.common.sampling import strip_pads
 from summarize_from_feedback_details.common.training import (
@@ -210,11 +204,8 @@ def rloo_losses(new_logprobs: Tensor, logprobs: Tensor, advantages: Tensor, clip
 
 def check_args(args: Args):
     """Refuse what cannot work; fill in what was left out. Returns (tokenizer, dataset, ids)."""
-    check_sizes(
-        args,
-        positive=("response_length", "temperature", "local_rollout_forward_batch_size", "noptepochs", "ppo_clip"),
-        at_least_zero=("eval_temperature", "kl_coef"),
-    )
+    positive = ("response_length", "temperature", "local_rollout_forward_batch_size", "noptepochs", "ppo_clip")
+    check_sizes(args, positive, at_least_zero=("eval_temperature", "kl_coef"))
     if args.rloo_k < 2:
         refuse("rloo_k", str(args.rloo_k), "at least 2: a response's baseline is the reward of others")
     check_optimisation(args)
@@ -294,7 +285,6 @@ def main(args: Args) -> dict[str, float]:
             kl = (logprobs - ref_logprobs) * mask
             advantages = leave_one_out_advantages(scores - args.kl_coef * kl.sum(1), k)  # [B]
             rollout_seconds = time.time() - start
-
             model.train()
             lengths = [len(q) + int(n) for q, n in zip(queries, mask.sum(1).tolist())]
             for step in range(inside.step if inside else 0, args.noptepochs):
