@@ -26,7 +26,8 @@ def copy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hello") / "project"
     folder.mkdir()
     page = ("visualize_tokens.py", "visualize_tokens.html", "released_checkpoints.csv")
-    for name in ("hello_world.sh", "summarize_from_feedback_details", "eval", "benchmark", "deepspeed.yaml", *page):
+    folders = ("summarize_from_feedback_details", "eval", "benchmark", "sbatches")
+    for name in ("hello_world.sh", "deepspeed.yaml", *folders, *page):
         subprocess.run(["cp", "-r", str(ROOT / name), str(folder)], check=True)
     return folder
 
@@ -146,8 +147,9 @@ class Project:
 
     def __init__(self, folder):
         self.folder, self.asked = folder, 0
-        (folder / "benchmark").mkdir()
-        for name in ("hello_world.sh", "benchmark/memory.py", "deepspeed.yaml"):
+        for name in ("benchmark", "sbatches"):
+            (folder / name).mkdir()
+        for name in ("hello_world.sh", "benchmark/memory.py", "deepspeed.yaml", "sbatches/rows_of.sh"):
             shutil.copy(ROOT / name, folder / name)
         (folder / "python").write_text(PYTHON)
         (folder / "python").chmod(0o755)
