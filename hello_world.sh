@@ -115,9 +115,9 @@ if [ "$MODEL" = toy ]; then
         EPISODES=(640 320 128) EVAL=(--num_eval_rows 32)
     fi
     [ "$PRECISION" = fp32 ] || CHAIN=${CHAIN}_$PRECISION
-    RM_LR=3e-3 ADAPTERS=()
+    ADAPTERS=()
     if [ "$LORA" = 1 ]; then # its base model is random: SFT, which trains the trunk, stays whole
-        CHAIN=${CHAIN}_lora ADAPTERS=(--lora) RM_LR=1e-2 PPO_LR=3e-3
+        CHAIN=${CHAIN}_lora ADAPTERS=(--lora) PPO_LR=1e-3
     fi
     PPO_EPISODES=${PPO_EPISODES:-${EPISODES[2]}}
     is_count "$PPO_EPISODES" || refuse PPO_EPISODES "'$PPO_EPISODES'" "a number above 0"
@@ -150,7 +150,7 @@ if [ "$MODEL" = toy ]; then
     stage reward "runs/${CHAIN}_reward models/$CHAIN/reward" "dataset sft" "${LAUNCH[@]}" $STAGES/reward.py \
         "${DEEPSPEED[@]}" --seed "$SEED" --base_model "$BASE" --sft_model_path "models/$CHAIN/sft" \
         --label_dataset "$DATA/comparisons" --query_dataset "$DATA/sft" --output_dir "models/$CHAIN/reward" \
-        --run_name "${CHAIN}_reward" "${TOY[@]}" "${EVAL[@]}" "${ADAPTERS[@]}" --lr $RM_LR --num_normalization_rows 2048 \
+        --run_name "${CHAIN}_reward" "${TOY[@]}" "${EVAL[@]}" "${ADAPTERS[@]}" --num_normalization_rows 2048 \
         --total_episodes "${EPISODES[1]}" --batch_size $BATCH --local_micro_batch_size $((BATCH / PROCESSES))
     stage "$PPO" "runs/${CHAIN}_$PPO models/$CHAIN/$PPO models/$CHAIN/${PPO}_value" "dataset sft reward" \
         "${LAUNCH[@]}" $STAGES/ppo_left_padding.py \

@@ -433,8 +433,8 @@ def make_rollout(
         poll: called before each forward pass that samples.
     """
     (trained, ref_policy, reward_model), device = networks, networks.trained.value_bias.device
-    frozen = ref_policy, reward_model
-    responses, *sampled = roll_out(trained.policy, frozen, prompts, recompute_logprobs, ids, args, poll)
+    three = trained.policy, ref_policy, reward_model
+    responses, *sampled = roll_out(three, prompts, recompute_logprobs, ids, args, poll)
     # Detail: critic sees the untruncated response - values[t] has seen the tokens < t only, and those that are kept are
     # read at EOS at the latest: what stands after EOS influences nothing, so the truncated one gives the same values
     # one more where there is room

@@ -169,7 +169,7 @@ class Args(RunArgs):
 # model and loss
 
 
-class Policy(torch.nn.Module):
+class ResponsePolicy(torch.nn.Module):
     """A causal language model that is asked for log-probabilities of responses."""
 
     def __init__(self, model: torch.nn.Module):
@@ -250,7 +250,7 @@ def main(args: Args) -> dict[str, float]:
         reward_model = load_frozen_reward(args, ref_policy, dtype)
         run.parameters = sum(p.numel() for p in ref_policy.parameters())
         packed = supports_packing(policy) and supports_packing(reward_model)
-        model, optimizer, scheduler = prepare(accelerator, Policy(policy), args)
+        model, optimizer, scheduler = prepare(accelerator, ResponsePolicy(policy), args)
         frozen = ref_policy, reward_model
         for network in frozen:
             freeze(network, policy, accelerator, args.offload)
@@ -276,7 +276,8 @@ def main(args: Args) -> dict[str, float]:
             else:
                 prompts, mine = Prompts(queries, order[episodes], episodes).share(accelerator)
                 with evaluating(accelerator, model) as whole:
-                    found = roll_out(whole.model, frozen, prompts, not in_float32, ids, args, checkpoints.poll)
+                    networks = whole.model, *frozen
+                    found = roll_out(networks, prompts, not in_float32, ids, args, checkpoints.poll)
                 columns = gather_in_order(accelerator, (found[0].tokens, *found[1:]), mine)
             tokens, logprobs, ref_logprobs, scores = columns
             mask, contains_stop = tokens != ids.pad, (tokens == ids.stop).any(1)  # [B, R], [B]
@@ -301,8 +302,8 @@ def main(args: Args) -> dict[str, float]:
                     old = logprobs[mb] * mask[mb]
                     losses = rloo_losses(new.sum(1), old.sum(1), advantages[mb], args.ppo_clip)
                     gradient.add(losses.sum() / args.batch_size, {"queries": mb_queries, "tokens": tokens[mb]})
-                    if step == 0:
-                        ratio_error = torch.max(ratio_error, (torch.exp((new - old).detach()) - 1.0).abs().max())
+                    error = (torch.exp((new - old).detach()) - 1.0).abs().max()
+                    ratio_error = torch.max(ratio_error, error) if step == 0 else ratio_error
                 grad_norm = gradient.step()
             lr = scheduler.get_last_lr()[0]
             scheduler.step()

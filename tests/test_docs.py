@@ -161,7 +161,8 @@ def flags_of(cls, derived: bool = False) -> set[str]:
     for field in (f for f in fields(cls) if f.init or derived):
         value = getattr(default, field.name)
         nested = flags_of(type(value)) if is_dataclass(value) else ()
-        found |= {f"{field.name}.{name}" for name in nested} if nested else {field.name}
+        prefix = field.name.replace("lora_params", "lora")
+        found |= {f"{prefix}.{name}" for name in nested} if nested else {field.name}
     return found
 
 

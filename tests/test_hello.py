@@ -362,7 +362,7 @@ def test_adapters(project, monkeypatch):
     done, calls = project.hello(0, **lora)
     assert done.returncode == 0, done.stderr
     sft, reward, ppo = (parse(call, monkeypatch) for call in calls[3:])
-    assert (sft.lora, reward.lora, ppo.lora) == (False, True, True) and reward.lr == 1e-2 and ppo.lr == 3e-3
+    assert (sft.lora, reward.lora, ppo.lora) == (False, True, True) and ppo.lr == 1e-3
     assert sft.output_dir == reward.sft_model_path == ppo.sft_model_path == "models/toy_small_seed1_lora/sft"
 
 

@@ -23,7 +23,7 @@ from transformers import (
 from summarize_from_feedback_details import ppo_left_padding as ppo
 from summarize_from_feedback_details import reward, sft, tldr_dataset
 from summarize_from_feedback_details.common import reward_models, sampling, training
-from summarize_from_feedback_details.common.adapters import LoraParams, add_adapter, merge, share_weights
+from summarize_from_feedback_details.common.adapters import LoraParams, add_adapter, merge_adapters, share_weights
 from summarize_from_feedback_details.common.check_inputs import TokenIds, check_context, find_model, find_tokenizer
 from summarize_from_feedback_details.common.packed_rows import supports_packing, use_packed_attention
 
@@ -152,7 +152,7 @@ def test_adapters_of_a_policy(family, tmp_path):
     for name, parameter in policy.named_parameters():
         if ".lora_" in name:
             torch.nn.init.normal_(parameter, std=0.2)
-    plain.load_state_dict(merge(policy, policy.state_dict())[0])
+    plain.load_state_dict(merge_adapters(policy, policy.state_dict())[0])
     after = torch.cat(plain_response_logprobs(plain, 0.7))
     close(read(policy), after)
     assert torch.equal(read(reference), before) and (after - before).abs().max() > 0.1

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from summarize_from_feedback_details import rloo
 from summarize_from_feedback_details.common.adapters import LoraParams
 from summarize_from_feedback_details.common.policies import load_policy
-from summarize_from_feedback_details.rloo import Policy, leave_one_out_advantages, rloo_losses
+from summarize_from_feedback_details.rloo import ResponsePolicy, leave_one_out_advantages, rloo_losses
 
 
 def test_the_baseline_by_hand():
@@ -42,7 +42,7 @@ def test_the_gradient_at_the_first_pass_is_that_of_reinforce(world):
     queries, responses = [[5, 6, 7], [5, 6, 7], [9], [9]], [[3, 4], [8, 0], [11, 12, 13], [2]]
     advantages = leave_one_out_advantages(torch.tensor([0.5, -1.0, 2.0, 0.25]), 2)
     counts = list(map(len, responses))
-    new = torch.stack([part.sum() for part in Policy(policy)(queries, responses, 0.7).split(counts)])
+    new = torch.stack([part.sum() for part in ResponsePolicy(policy)(queries, responses, 0.7).split(counts)])
     rloo_losses(new, new.detach(), advantages, None).sum().backward()
     for query, response, advantage in zip(queries, responses, advantages):
         logits = plain(torch.tensor([query + response])).logits[0, len(query) - 1 : -1] / 0.7
@@ -58,7 +58,7 @@ def test_an_update_is_that_of_the_formula(world, workdir, monkeypatch):
     seen, plain = [], rloo.rloo_losses
     monkeypatch.setattr(rloo, "rloo_losses", lambda *given: seen.append(given) or plain(*given))
     batches, roll_out = [], rloo.roll_out
-    monkeypatch.setattr(rloo, "roll_out", lambda *given: batches.append((given[2], roll_out(*given))) or batches[-1][1])
+    monkeypatch.setattr(rloo, "roll_out", lambda *given: batches.append((given[1], roll_out(*given))) or batches[-1][1])
     rloo.main(world.rloo_args("model", num_updates=1, local_micro_batch_size=8, kl_coef=0.3, run_eval=False))
     (prompts, (responses, logprobs, ref_logprobs, scores)), (new, old, advantages, clip) = batches[0], seen[0]
     assert len(seen) == 1 and clip is None

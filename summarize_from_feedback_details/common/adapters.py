@@ -220,7 +220,7 @@ def reward_model_on(policy: torch.nn.Module, path: str, revision: str | None) ->
 # saving
 
 
-def merge(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> tuple[dict, dict]:
+def merge_adapters(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> tuple[dict, dict]:
     """Weights of a network with adapters -> (those of the plain network that computes the same, the adapter's).
 
     Args:

@@ -98,18 +98,19 @@ def read_scores(reward_model: torch.nn.Module, prompts: Prompts, responses: Resp
 
 @torch.no_grad()
 def roll_out(
-    policy: torch.nn.Module, frozen: tuple[torch.nn.Module, torch.nn.Module], prompts: Prompts, recompute: bool,
+    networks: tuple[torch.nn.Module, torch.nn.Module, torch.nn.Module], prompts: Prompts, recompute: bool,
     ids: TokenIds, args: Any, poll: Callable = lambda: None,
 ) -> tuple[Responses, Tensor, Tensor, Tensor]:  # fmt: skip
     """A response to each query, its log-probabilities [B, R] by the policy and by the reference, its score [B].
 
     Args:
-        frozen: the reference policy and the reward model; each is on the device for its own pass, see `lent`.
+        networks: policy, reference policy and reward model; each of the last two is on the device for its own pass, see
+            `lent`.
         recompute: compute the policy's log-probs again by the forward pass of training instead of taking those of
             sampling: in bf16 the two differ by rounding, and the first-pass ratio has to be 1.
         poll: called before each forward pass that samples.
     """
-    reference, reward_model = frozen
+    policy, reference, reward_model = networks
     responses = respond(policy, prompts, ids, args, poll)
     logprobs = read_logprobs(policy, prompts, responses, args) if recompute else responses.logprobs
     with lent(reference, logprobs.device):

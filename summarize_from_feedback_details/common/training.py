@@ -14,7 +14,13 @@ from accelerate.utils import InitProcessGroupKwargs
 from transformers import GenerationConfig, PreTrainedModel, get_scheduler
 from transformers.integrations import unset_hf_deepspeed_config
 
-from summarize_from_feedback_details.common.adapters import FOLDER, check_merged, has_adapters, merge, save_adapter
+from summarize_from_feedback_details.common.adapters import (
+    FOLDER,
+    check_merged,
+    has_adapters,
+    merge_adapters,
+    save_adapter,
+)
 from summarize_from_feedback_details.common.arguments import refuse
 from summarize_from_feedback_details.common.checkpoints import Checkpoints
 from summarize_from_feedback_details.common.files import atomic_folder
@@ -277,7 +283,7 @@ def save_model(
                 state[name] = parameter.master
     adapter = {}
     if has_adapters(model) and state:
-        state, adapter = merge(model, state)
+        state, adapter = merge_adapters(model, state)
     # the plain class reads a row's reward at its last token that is not this one, so the end-of-text token cannot be it
     inside = tokenizer.pad_token_id < model.config.vocab_size
     model.config.pad_token_id = tokenizer.pad_token_id if inside else None
