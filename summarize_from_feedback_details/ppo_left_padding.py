@@ -26,13 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from summarize_from_feedback_details.common.adapters import (
-    LoraParams,
-    LoraSettings,
-    check_lora,
-    check_reward_adapter,
-    trunk_of,
-)
+from summarize_from_feedback_details.common.adapters import LoraParams, LoraSettings, trunk_of
 from summarize_from_feedback_details.common.arguments import (
     RunArgs,
     check_optimisation,
@@ -44,13 +38,7 @@ from summarize_from_feedback_details.common.arguments import (
     drop_revisions,
     may_change,
 )
-from summarize_from_feedback_details.common.check_inputs import (
-    TokenIds,
-    find_ids,
-    find_models,
-    find_tokenizer,
-    load_queries,
-)
+from summarize_from_feedback_details.common.check_inputs import TokenIds
 from summarize_from_feedback_details.common.checkpoints import Checkpoints, fingerprint
 from summarize_from_feedback_details.common.console import print_metrics
 from summarize_from_feedback_details.common.evaluation import (
@@ -79,6 +67,7 @@ from summarize_from_feedback_details.common.reward_models import load_reward_and
 from summarize_from_feedback_details.common.rollouts import (
     Prompts,
     chunks,
+    find_task,
     gather_in_order,
     objective_metrics,
     roll_out,
@@ -482,14 +471,9 @@ def check_args(args: Args):
     derive_updates(args)
     args.local_eval_batch_size = args.local_eval_batch_size or args.local_rollout_forward_batch_size
     RunFolder.check(args)
-    models = find_models(args, base_model="policy", sft_model_path="policy", reward_model_path="reward")
-    check_lora(args, "sft_model_path")
-    check_reward_adapter(args)
-    tokenizer = find_tokenizer("base_model", args.base_model, args.base_model_revision)
-    dataset = load_queries(args, tokenizer, models)
-    ids = find_ids(args.truncate_token, tokenizer)
+    found = find_task(args)
     RunFolder.refuse_taken(args)
-    return tokenizer, dataset, ids
+    return found
 
 
 def main(args: Args) -> dict[str, float]:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from summarize_from_feedback_details.common.adapters import LoraParams, LoraSettings, check_lora, check_reward_adapter
+from summarize_from_feedback_details.common.adapters import LoraParams, LoraSettings
 from summarize_from_feedback_details.common.arguments import (
     RunArgs,
     check_optimisation,
@@ -35,17 +35,23 @@ from summarize_from_feedback_details.common.arguments import (
     may_change,
     refuse,
 )
-from summarize_from_feedback_details.common.check_inputs import find_ids, find_models, find_tokenizer, load_queries
 from summarize_from_feedback_details.common.checkpoints import Checkpoints, fingerprint
 from summarize_from_feedback_details.common.console import print_metrics
 from summarize_from_feedback_details.common.evaluation import evaluating, first_rows, report_scores, score_policy
-from summarize_from_feedback_details.common.logprobs import response_logits, scatter_tokens, token_logprobs
+from summarize_from_feedback_details.common.logprobs import scatter_tokens
 from summarize_from_feedback_details.common.machine import memory_gb
 from summarize_from_feedback_details.common.packed_rows import supports_packing
-from summarize_from_feedback_details.common.policies import load_policy_and_reference
+from summarize_from_feedback_details.common.policies import ResponsePolicy, load_policy_and_reference
 from summarize_from_feedback_details.common.precision import trunk_dtype
 from summarize_from_feedback_details.common.reward_models import load_frozen_reward
-from summarize_from_feedback_details.common.rollouts import Prompts, gather_in_order, objective_metrics, roll_out, warn
+from summarize_from_feedback_details.common.rollouts import (
+    Prompts,
+    find_task,
+    gather_in_order,
+    objective_metrics,
+    roll_out,
+    warn,
+)
 from summarize_from_feedback_details.common.run_folder import RunFolder
 from summarize_from_feedback_details.common.sampling import strip_pads
 from summarize_from_feedback_details.common.training import (
@@ -166,19 +172,7 @@ class Args(RunArgs):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# model and loss
-
-
-class ResponsePolicy(torch.nn.Module):
-    """A causal language model that is asked for log-probabilities of responses."""
-
-    def __init__(self, model: torch.nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, queries: list[list[int]], responses: list[list[int]], temperature: float) -> Tensor:
-        """Log-probabilities [N] of the N tokens of the responses, one row behind the other, in nats."""
-        return token_logprobs(*response_logits(self.model, queries, responses), temperature)
+# loss
 
 
 def leave_one_out_advantages(rewards: Tensor, k: int) -> Tensor:
@@ -215,14 +209,9 @@ def check_args(args: Args):
     derive_updates(args)
     args.local_eval_batch_size = args.local_eval_batch_size or args.local_rollout_forward_batch_size
     RunFolder.check(args)
-    models = find_models(args, base_model="policy", sft_model_path="policy", reward_model_path="reward")
-    check_lora(args, "sft_model_path")
-    check_reward_adapter(args)
-    tokenizer = find_tokenizer("base_model", args.base_model, args.base_model_revision)
-    dataset = load_queries(args, tokenizer, models)
-    ids = find_ids(args.truncate_token, tokenizer)
+    found = find_task(args)
     RunFolder.refuse_taken(args)
-    return tokenizer, dataset, ids
+    return found
 
 
 def main(args: Args) -> dict[str, float]:

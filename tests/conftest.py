@@ -70,12 +70,20 @@ class World:
     def rloo_args(self, output_dir, **changes):
         from summarize_from_feedback_details.rloo import Args
 
+        return self.group_args(Args, output_dir, **({"rloo_k": 4} | changes))
+
+    def grpo_args(self, output_dir, **changes):
+        from summarize_from_feedback_details.grpo import Args
+
+        return self.group_args(Args, output_dir, **({"grpo_k": 4} | changes))
+
+    def group_args(self, args, output_dir, **changes):
         sizes = {"batch_size": 8, "local_micro_batch_size": 4, "num_updates": 2, "local_rollout_forward_batch_size": 4}
         task = {"base_model": self.base, "sft_model_path": self.sft, "reward_model_path": self.reward}
-        task |= {"query_dataset": self.sft_rows, "response_length": 24, "num_eval_rows": 20, "rloo_k": 4}
+        task |= {"query_dataset": self.sft_rows, "response_length": 24, "num_eval_rows": 20}
         names = {"output_dir": str(output_dir), "run_name": Path(output_dir).name}
         common = {name: value for name, value in self.common.items() if name != "print_sample_output_freq"}
-        return Args(**(common | sizes | task | names | changes))
+        return args(**(common | sizes | task | names | changes))
 
 
 @pytest.fixture(scope="session")

@@ -23,20 +23,21 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from summarize_from_feedback_details import ppo_left_padding, reward, rloo, sft
+from summarize_from_feedback_details import grpo, ppo_left_padding, reward, rloo, sft
 from summarize_from_feedback_details.common import policies, reward_models, training
 from summarize_from_feedback_details.common.check_inputs import find_tokenizer
 from summarize_from_feedback_details.common.precision import choose_precision
 
-MODULES = {"sft": sft, "reward": reward, "ppo_left_padding": ppo_left_padding, "rloo": rloo}
-LOAD = {
-    "sft": AutoModelForCausalLM,
-    "reward": AutoModelForSequenceClassification,
-    "ppo_left_padding": AutoModelForCausalLM,
-    "rloo": AutoModelForCausalLM,
-}
+MODULES = {"sft": sft, "reward": reward, "ppo_left_padding": ppo_left_padding, "rloo": rloo, "grpo": grpo}
+LOAD = dict.fromkeys(MODULES, AutoModelForCausalLM) | {"reward": AutoModelForSequenceClassification}
 NAMES = ("one", "two", "zero2", "zero3")
-COLUMNS = {"sft": ["response"], "reward": [], "ppo_left_padding": ["response"], "rloo": ["response"]}
+COLUMNS = {
+    "sft": ["response"],
+    "reward": [],
+    "ppo_left_padding": ["response"],
+    "rloo": ["response"],
+    "grpo": ["response"],
+}
 
 
 def arguments(world, stage: str, output_dir):
@@ -48,6 +49,8 @@ def arguments(world, stage: str, output_dir):
         return world.reward_args(output_dir, total_episodes=24 + 1, lr=1e-4, max_grad_norm=1.0)
     if stage == "rloo":
         return world.rloo_args(output_dir, lr=1e-4, noptepochs=2, ppo_clip=0.2, local_micro_batch_size=2)
+    if stage == "grpo":
+        return world.grpo_args(output_dir, lr=1e-4, noptepochs=2, local_micro_batch_size=2)
     return world.ppo_args(output_dir, lr=1e-4, nminibatches=2, local_micro_batch_size=2)
 
 

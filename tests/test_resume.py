@@ -17,13 +17,19 @@ from conftest import launch, launch_command
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from summarize_from_feedback_details import ppo_left_padding, reward, rloo, sft
+from summarize_from_feedback_details import grpo, ppo_left_padding, reward, rloo, sft
 from summarize_from_feedback_details.common import checkpoints, files, run_files, zero
 from summarize_from_feedback_details.common.checkpoints import Checkpoints
 from summarize_from_feedback_details.common.precision import choose_precision
 from summarize_from_feedback_details.common.run_folder import REQUEUE_ME, RunFolder
 
-MAIN = {"sft": sft.main, "reward": reward.main, "ppo_left_padding": ppo_left_padding.main, "rloo": rloo.main}
+MAIN = {
+    "sft": sft.main,
+    "reward": reward.main,
+    "ppo_left_padding": ppo_left_padding.main,
+    "rloo": rloo.main,
+    "grpo": grpo.main,
+}
 STAGE_NAMES = list(MAIN)
 LONG = pytest.mark.torture
 
@@ -34,8 +40,9 @@ def stage_args(world, stage: str, output_dir, **changes):
         args = world.sft_args(output_dir, total_episodes=44, max_grad_norm=1.0)
     elif stage == "reward":
         args = world.reward_args(output_dir, total_episodes=44, max_grad_norm=1.0)
-    elif stage == "rloo":
-        args = world.rloo_args(output_dir, num_updates=4, lr=1e-4, noptepochs=2, local_micro_batch_size=2, eval_freq=2)
+    elif stage in ("rloo", "grpo"):
+        of_stage = getattr(world, f"{stage}_args")
+        args = of_stage(output_dir, num_updates=4, lr=1e-4, noptepochs=2, local_micro_batch_size=2, eval_freq=2)
     else:
         args = world.ppo_args(output_dir, num_updates=4, lr=1e-4, nminibatches=2, local_micro_batch_size=2, eval_freq=2)
     return replace(args, **{"save_freq": 1} | changes)

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from summarize_from_feedback_details import rloo
 from summarize_from_feedback_details.common.adapters import LoraParams
-from summarize_from_feedback_details.common.policies import load_policy
-from summarize_from_feedback_details.rloo import ResponsePolicy, leave_one_out_advantages, rloo_losses
+from summarize_from_feedback_details.common.policies import ResponsePolicy, load_policy
+from summarize_from_feedback_details.rloo import leave_one_out_advantages, rloo_losses
 
 
 def test_the_baseline_by_hand():

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from summarize_from_feedback_details.common.adapters import add_adapter, copy_trained, share_weights
 from summarize_from_feedback_details.common.check_inputs import refuse_bad_weights
+from summarize_from_feedback_details.common.logprobs import response_logits, token_logprobs
 from summarize_from_feedback_details.common.packed_rows import use_packed_attention
 from summarize_from_feedback_details.common.training import disable_dropout
 
@@ -43,3 +44,15 @@ def load_policy_and_reference(args: Any, dtype: torch.dtype) -> tuple[torch.nn.M
     reference = share_weights(policy)  # the trunk alone
     add_adapter(policy, args.lora_params, path, revision)
     return policy, reference
+
+
+class ResponsePolicy(torch.nn.Module):
+    """A causal language model that is asked for log-probabilities of responses."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, queries: list[list[int]], responses: list[list[int]], temperature: float) -> torch.Tensor:
+        """Log-probabilities [N] of the N tokens of the responses, one row behind the other, in nats."""
+        return token_logprobs(*response_logits(self.model, queries, responses), temperature)

@@ -12,7 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from summarize_from_feedback_details.common.check_inputs import TokenIds
+from summarize_from_feedback_details.common.adapters import check_lora, check_reward_adapter
+from summarize_from_feedback_details.common.check_inputs import (
+    TokenIds,
+    find_ids,
+    find_models,
+    find_tokenizer,
+    load_queries,
+)
 from summarize_from_feedback_details.common.logprobs import (
     INVALID_LOGPROB,
     response_logits,
@@ -22,6 +29,19 @@ from summarize_from_feedback_details.common.logprobs import (
 from summarize_from_feedback_details.common.reward_models import read_rewards
 from summarize_from_feedback_details.common.sampling import episode_noise, pad_rows, sample_responses, strip_pads
 from summarize_from_feedback_details.common.training import lent
+
+
+def find_task(args: Any):
+    """Refuse models, adapters and data of an algorithm that samples, where they do not fit together.
+
+    Returns:
+        (tokenizer, dataset, ids)
+    """
+    models = find_models(args, base_model="policy", sft_model_path="policy", reward_model_path="reward")
+    check_lora(args, "sft_model_path")
+    check_reward_adapter(args)
+    tokenizer = find_tokenizer("base_model", args.base_model, args.base_model_revision)
+    return tokenizer, load_queries(args, tokenizer, models), find_ids(args.truncate_token, tokenizer)
 
 
 class Prompts(NamedTuple):
