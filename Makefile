@@ -25,8 +25,8 @@ torture: .venv/installed
 slurm-test: .venv/installed
 	OMP_NUM_THREADS=1 $(PY) -m pytest --durations=0 tests/test_slurm.py
 
-# the toy world on three seeds; its numbers in the README and docs/results.md (PRECISION=bf16 make toy-seeds: in bf16)
-SUFFIX := $(if $(filter bf16,$(PRECISION)),_bf16)
+# the toy world on three seeds; its numbers in the README and docs/results.md (PRECISION=bf16 or LORA=1 make toy-seeds)
+SUFFIX := $(if $(filter bf16,$(PRECISION)),_bf16)$(if $(filter 1,$(LORA)),_lora)
 toy-seeds: .venv/installed
 	for seed in 1 2 3; do SEED=$$seed ./hello_world.sh || exit 1; done
 	$(PY) eval/hello_report.py --chains $(foreach seed,1 2 3,toy_small_seed$(seed)$(SUFFIX)) \

@@ -1,6 +1,7 @@
 """Families of models as transformers builds them, tiny and random: through each stage's own functions they give what
 plain passes over one row at a time give. Checkpoints whose config names another pad; a tokenizer in plain Python."""
 
+import copy
 import json
 from types import SimpleNamespace
 
@@ -22,7 +23,7 @@ from transformers import (
 
 from summarize_from_feedback_details import ppo_left_padding as ppo
 from summarize_from_feedback_details import reward, sft, tldr_dataset
-from summarize_from_feedback_details.common import reward_models, sampling, training
+from summarize_from_feedback_details.common import precision, reward_models, sampling, training
 from summarize_from_feedback_details.common.adapters import LoraParams, add_adapter, merge_adapters, share_weights
 from summarize_from_feedback_details.common.check_inputs import TokenIds, check_context, find_model, find_tokenizer
 from summarize_from_feedback_details.common.packed_rows import supports_packing, use_packed_attention
@@ -136,6 +137,22 @@ def test_a_policy_along_plain_passes(family):
     with torch.no_grad():
         after = sft.batch_losses(sft.Policy(policy), rows, 1.0, packed, "cpu").mean()
     assert after < loss
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_frozen_network_in_bf16_computes_the_same_bits(family, tied):
+    """Its products' weights are rounded once, not for each product, also where the head is the embedding."""
+    model = tiny(family, AutoModelForCausalLM, pad=None)
+    if tied:
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    twin, row = copy.deepcopy(model), torch.tensor([ROWS[0]])
+    precision.cast_products(twin)
+    assert any(p.dtype == torch.bfloat16 for p in twin.parameters())
+    assert all(p.dtype == torch.float32 for p in twin.get_input_embeddings().parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(row, use_cache=False).logits, twin(row, use_cache=False).logits)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
