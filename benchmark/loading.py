@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,12 +35,36 @@ class Args:
     """with --child: of computing"""
 
 
-def peak_gb(reset: bool = False) -> float:
-    """Largest resident memory of this process since the last reset, in GB."""
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    found = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(found.split()[1]) * 1024 / 1e9
+class Watch(threading.Thread):
+    """Largest memory of this process while it is open, in GB: its own, and with the pages of files that it has mapped.
+
+    Those are the checkpoint's, which all processes share and the kernel may drop.
+    """
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.done, self.own, self.all = threading.Event(), 0.0, 0.0
+
+    def look(self) -> tuple[float, float]:
+        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        own, all_of_it = (int(lines[name].split()[0]) * 1024 / 1e9 for name in ("RssAnon", "VmRSS"))
+        self.own, self.all = max(self.own, own), max(self.all, all_of_it)
+        return own, all_of_it
+
+    def run(self) -> None:
+        while not self.done.wait(0.002):
+            self.look()
+
+    def __enter__(self):
+        self.before = self.look()
+        self.own, self.all = self.before
+        self.start()
+        return self
+
+    def __exit__(self, *_):
+        self.look()
+        self.done.set()
+        self.own, self.all = self.own - self.before[0], self.all - self.before[1]
 
 
 def load(how: str, precision: str) -> dict[str, float]:
@@ -58,19 +83,21 @@ def load(how: str, precision: str) -> dict[str, float]:
         reward_model_path="reward_lora" if how == "LoRA, one trunk" else "reward", reward_model_revision=None,
     )  # fmt: skip
     mixed = SimpleNamespace(mixed_precision="bf16" if precision == "bf16" else "no", device=torch.device("cpu"))
-    alone, start = peak_gb(reset=True), time.time()
-    if how == "before":
-        networks = [load_policy("x", "policy") for _ in range(2)] + [load_reward_model("reward") for _ in range(2)]
-    else:
-        dtype = trunk_dtype(args, mixed)
-        policy, reference = load_policy_and_reference(args, dtype)
-        reward_model, value_model = load_reward_and_value(args, reference, dtype)
-        networks = [policy, value_model, reference, reward_model]
-        for frozen in (reference, reward_model):
-            freeze(frozen, policy, mixed, offload=False)
-    seconds, peak = time.time() - start, peak_gb() - alone
+    mixed.state = SimpleNamespace(deepspeed_plugin=None)
+    start = time.time()
+    with Watch() as watch:
+        if how == "before":
+            networks = [load_policy("x", "policy") for _ in range(2)] + [load_reward_model("reward") for _ in range(2)]
+        else:
+            dtype = trunk_dtype(args, mixed)
+            policy, reference = load_policy_and_reference(args, dtype)
+            freeze(reference, mixed, offload=False)
+            reward_model, value_model = load_reward_and_value(args, reference, dtype)
+            freeze(reward_model, mixed, offload=False)
+            networks = [policy, value_model, reference, reward_model]
+        seconds = time.time() - start
     there = {p.data_ptr(): p.numel() * p.element_size() for network in networks for p in network.parameters()}
-    return {"kept_gb": sum(there.values()) / 1e9, "peak_gb": peak, "seconds": seconds}
+    return {"kept": sum(there.values()) / 1e9, "own": watch.own, "mapped": watch.all, "seconds": seconds}
 
 
 def main(args: Args) -> None:
@@ -79,7 +106,7 @@ def main(args: Args) -> None:
         return
     import multiprocessing
 
-    shown = Table("shape", "precision", "how", "weights kept, GB", "peak, GB", "peak / kept", "seconds")
+    shown = Table("shape", "precision", "how", "weights kept, GB", "peak, GB", "with mapped files, GB", "seconds")
     for shape in SHAPES:
         with tempfile.TemporaryDirectory() as folder:
             with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -92,8 +119,7 @@ def main(args: Args) -> None:
                     if done.returncode:
                         raise SystemExit(done.stdout[-2000:] + done.stderr[-3000:])
                     found = json.loads(done.stdout.splitlines()[-1])
-                    kept, peak, seconds = found["kept_gb"], found["peak_gb"], found["seconds"]
-                    cells = (f"{kept:.2f}", f"{peak:.2f}", f"{peak / kept:.2f}", f"{seconds:.1f}")
+                    cells = [f"{found[name]:.2f}" for name in ("kept", "own", "mapped", "seconds")]
                     print(shape.name, precision, how, *cells, flush=True)
                     shown.add_row(shape.name, precision, how, *cells)
     print_table(shown)

@@ -503,7 +503,9 @@ def main(args: Args) -> dict[str, float]:
         torch.manual_seed(args.seed)
         dtype = trunk_dtype(args, accelerator)
         policy, ref_policy = load_policy_and_reference(args, dtype)
+        freeze(ref_policy, accelerator, args.offload)
         reward_model, value_model = load_reward_and_value(args, ref_policy, dtype)
+        freeze(reward_model, accelerator, args.offload)
         run.parameters = sum(p.numel() for p in ref_policy.parameters())
         if args.lora:
             shared = next(trunk_of(value_model).parameters()) is next(trunk_of(ref_policy).parameters())
@@ -513,8 +515,6 @@ def main(args: Args) -> dict[str, float]:
         model = PolicyAndValue(policy, value_model)
         model, optimizer, scheduler = prepare(accelerator, model, args)
         unwrapped = accelerator.unwrap_model(model)
-        for frozen in (ref_policy, reward_model):
-            freeze(frozen, unwrapped.policy, accelerator, args.offload)
         networks = Networks(unwrapped, ref_policy, reward_model)
 
         def evaluate(rows: Any, what: str) -> dict[str, list]:

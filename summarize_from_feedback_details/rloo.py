@@ -236,13 +236,11 @@ def main(args: Args) -> dict[str, float]:
         torch.manual_seed(args.seed)
         dtype = trunk_dtype(args, accelerator)
         policy, ref_policy = load_policy_and_reference(args, dtype)
-        reward_model = load_frozen_reward(args, ref_policy, dtype)
+        freeze(ref_policy, accelerator, args.offload)
+        reward_model = freeze(load_frozen_reward(args, ref_policy, dtype), accelerator, args.offload)
         run.parameters = sum(p.numel() for p in ref_policy.parameters())
         packed = supports_packing(policy) and supports_packing(reward_model)
         model, optimizer, scheduler = prepare(accelerator, ResponsePolicy(policy), args)
-        frozen = ref_policy, reward_model
-        for network in frozen:
-            freeze(network, policy, accelerator, args.offload)
 
         def evaluate(what: str) -> dict[str, list]:
             with evaluating(accelerator, model) as trained, lent(reward_model, device):
@@ -265,7 +263,7 @@ def main(args: Args) -> dict[str, float]:
             else:
                 prompts, mine = Prompts(queries, order[episodes], episodes).share(accelerator)
                 with evaluating(accelerator, model) as whole:
-                    networks = whole.model, *frozen
+                    networks = whole.model, ref_policy, reward_model
                     found = roll_out(networks, prompts, not in_float32, ids, args, checkpoints.poll)
                 columns = gather_in_order(accelerator, (found[0].tokens, *found[1:]), mine)
             tokens, logprobs, ref_logprobs, scores = columns

@@ -125,7 +125,7 @@ def main(args: Args) -> dict[str, float]:
         frozen = ref, load_reward_model(args.reward_model_path, args.reward_model_revision)
         model, optimizer, scheduler = prepare(accelerator, Policy(policy), args)
         for network in frozen:
-            freeze(network, policy, accelerator, offload=False)
+            freeze(network, accelerator, offload=False)
         data = {"query_dataset": fingerprint(np.concatenate(train[:1000]))}
         checkpoints = Checkpoints(run, accelerator, model, optimizer, scheduler, data)
         for update in run.progress("reinforce updates", checkpoints.resume().update + 1, args.num_updates):

@@ -224,20 +224,21 @@ def disable_dropout(model: torch.nn.Module) -> None:
             setattr(keeper, name, 0.0)
 
 
-def freeze(model: torch.nn.Module, like: torch.nn.Module, accelerator: Accelerator, offload: bool) -> None:
-    """Make a network one that is only read. It computes what a trained one would, to the bit, so that KL starts at 0.
+def freeze(model: torch.nn.Module, accelerator: Accelerator, offload: bool) -> torch.nn.Module:
+    """Make a network one that is only read, and return it.
+
+    It computes what a trained one would, to the bit, so that KL starts at 0: in bf16 DeepSpeed trains rounded weights,
+    and autocast rounds them for each product.
 
     Args:
-        like: the trained network, as `prepare` left it.
         offload: leave it in host memory: see `lent`.
     """
-    dtype = next(like.parameters()).dtype
-    cast_parameters(model, dtype)
-    if dtype == torch.float32 and accelerator.mixed_precision == "bf16":
+    if accelerator.mixed_precision == "bf16" and accelerator.state.deepspeed_plugin is not None:
+        cast_parameters(model, torch.bfloat16)
+    elif accelerator.mixed_precision == "bf16":
         cast_products(model)
     model.eval().requires_grad_(False)
-    if not offload:
-        model.to(accelerator.device)
+    return model if offload else model.to(accelerator.device)
 
 
 @contextmanager
