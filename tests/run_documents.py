@@ -27,7 +27,7 @@ REFUSED = {  # part of a command -> what its one line says here
     "$RUN": "8 GPUs",
     "sft.py --lora --lr": "offline",
     "reward.py --lora --lr": "models/sft",
-    "ppo_left_padding.py --lora --lr": "models/sft",
+    "ppo_left_padding.py --lora --lr": ("offline", "models/sft"),
     "sft.py --local_micro_batch_size": "offline",
     "reward.py --local_micro_batch_size": "models/sft",
     "ppo_left_padding.py --local_micro_batch_size": "models/sft",
@@ -43,7 +43,8 @@ REFUSED = {  # part of a command -> what its one line says here
 def commands(document: str) -> list[str]:
     """The commands of a document's blocks, continued lines joined."""
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / document).read_text(), re.S)
-    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if line.strip() and not line.startswith("#")]
 
 
 def run(document: str, folder: Path) -> list[tuple[str, str, float, str]]:
@@ -65,7 +66,8 @@ def run(document: str, folder: Path) -> list[tuple[str, str, float, str]]:
         refusal = next((text for part, text in REFUSED.items() if part in command and "--dry-run" not in command), None)
         ok = done.returncode == 0
         if refusal is not None and not ok:
-            ok = "Traceback" not in done.stderr and (refusal in done.stderr + done.stdout)
+            wanted = refusal if isinstance(refusal, tuple) else (refusal,)
+            ok = "Traceback" not in done.stderr and any(text in done.stderr + done.stdout for text in wanted)
         what = (
             "ok" if done.returncode == 0 else "refused here, as it should be" if ok else f"FAILED ({done.returncode})"
         )

@@ -544,7 +544,7 @@ def test_the_documents_are_as_make_toy_seeds_writes_them():
     assert hello_report.Args(chains=()).documents == ("README.md", "docs/results.md")
     recipe = re.search(r"^toy-seeds:.*?\n\n", (ROOT / "Makefile").read_text(), re.M | re.S)[0]
     assert "--name toy_seeds$(SUFFIX) --output_dir docs/images" in recipe
-    for name in ("toy_seeds", "toy_seeds_bf16"):
+    for name in ("toy_seeds", "toy_seeds_bf16", "toy_seeds_lora"):
         numbers, marker = read_report(name), f"docs/images/{name}.md"
         for document in ("README.md", "docs/results.md"):
             text = DOCUMENTS[document]
@@ -604,7 +604,7 @@ def test_speed_in_the_readme_is_that_of_the_benchmark():
     assert f"PPO {memory}." in section("docs/benchmark.md", "## Memory")
 
 
-@pytest.mark.parametrize("name", ["toy_seeds", "toy_seeds_bf16"])
+@pytest.mark.parametrize("name", ["toy_seeds", "toy_seeds_bf16", "toy_seeds_lora"])
 def test_each_seed_of_the_toy_world_reaches_what_it_has_to(name):
     """What the pipeline has to show on each of three seeds, held against the numbers that are committed."""
     report = read_report(name)
@@ -617,13 +617,15 @@ def test_each_seed_of_the_toy_world_reaches_what_it_has_to(name):
         assert row["ppo/win_rate"] >= row["sft/win_rate"] + 0.15, seed
         assert row["ppo/eos_rate_last"] > 0.95 and row["ppo/first_pass_ratio_error"] < 1e-3, seed
         assert row["ppo/kl_k3_smallest_after_first"] > 0 and 0 < row["ppo/kl_last"] < 100, seed
+        assert row.get("ppo/win_rate_gain_low", 1.0) > 0, seed
         assert row.get("ppo/kl_smallest_in_standard_errors", 0.0) > -3, seed
 
 
-def test_the_bf16_table_is_the_report():
-    report = (ROOT / "docs/images/toy_seeds_bf16.md").read_text().splitlines()
+@pytest.mark.parametrize("name", ["toy_seeds_bf16", "toy_seeds_lora"])
+def test_the_other_tables_are_their_reports(name):
+    report = (ROOT / f"docs/images/{name}.md").read_text().splitlines()
     rows = {row[0]: row[1:] for row in table("\n".join(report))}
-    shown = shown_numbers("docs/results.md", "toy_seeds_bf16")
+    shown = shown_numbers("docs/results.md", name)
     assert len(shown) >= 6 and all(numbers == rows[metric] for metric, numbers in shown)
 
 

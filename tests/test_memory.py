@@ -257,3 +257,22 @@ def test_formula_is_within_15_percent_of_what_was_measured(name):
     predicted = memory.memory(shapes[shape], memory.measured_layouts()[run])["peak"] / 1e9
     assert predicted == pytest.approx(PEAKS[name]["measured_gb"], rel=0.15)
     assert len(PEAKS) >= 14
+
+
+LORA = json.loads((ROOT / "benchmark/results/memory.json").read_text())["lora"]["peaks"]
+
+
+@pytest.mark.parametrize("name", LORA)
+def test_formula_is_within_10_percent_with_adapters(name):
+    shape, run = name.rsplit(": ", 1)
+    layout = memory.measured_lora_layouts()[run]
+    predicted = memory.memory({s.name: s for s in memory.TRUNKS}[shape], layout)["peak"] / 1e9
+    assert predicted == pytest.approx(LORA[name]["measured_gb"], rel=0.1)
+
+
+@pytest.mark.parametrize("shape", [shape.name for shape in memory.TRUNKS])
+def test_what_adapters_save(shape):
+    """PPO's measured peak: on one trunk at most 0.4 of that of whole networks, on two at most 0.6."""
+    peak = {run: LORA[f"{shape}: {run}"]["measured_gb"] for run in memory.measured_lora_layouts()}
+    assert peak["PPO, LoRA, one trunk"] <= 0.4 * peak["PPO, whole"]
+    assert peak["PPO, LoRA, two trunks"] <= 0.6 * peak["PPO, whole"]
