@@ -6,9 +6,8 @@
                                                 what the job scripts ask: arguments that make a stage fit on the GPUs
 
 Bytes; N parameters; the terms are those of docs/cluster.md. Networks: SFT and reward model train one; PPO trains a
-policy and a value network and keeps two frozen ones, the reference policy and the reward model; RLOO trains the policy
-alone. With LoRA all of them
-stand on one frozen trunk, or on two, and only adapters are trained.
+policy and a value network and keeps two frozen ones, the reference policy and the reward model; RLOO and GRPO train
+the policy alone. With LoRA all of them stand on one frozen trunk, or on two, and only adapters are trained.
 """
 
 import json
@@ -227,7 +226,7 @@ def fit(args: "Args") -> tuple[str, str]:
     Raises:
         SystemExit: code 2, where it does not fit with any of them.
     """
-    stage, name = args.fit.removesuffix("_left_padding"), Path(args.model).name
+    stage, name = args.fit.removesuffix("_left_padding").replace("grpo", "rloo"), Path(args.model).name
     about = f"memory of {stage} with {name}"
     launched = read_launch(args.launch)
     if isinstance(launched, str):
@@ -342,7 +341,7 @@ class Args:
     """also write the numbers to this JSON file"""
 
     # for the job scripts: prints arguments to add, then a sentence
-    fit: Literal["sft", "reward", "ppo_left_padding", "rloo"] | None = None
+    fit: Literal["sft", "reward", "ppo_left_padding", "rloo", "grpo"] | None = None
     """make this stage fit on the GPUs, or refuse"""
     model: str = ""
     """hub id or folder of the base model"""

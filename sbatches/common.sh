@@ -11,9 +11,10 @@ if [ -f sbatches/site.sh ]; then source <(tr -d '\r' <sbatches/site.sh); fi
 MODELS=${MODELS:-EleutherAI/pythia-1b-deduped EleutherAI/pythia-2.8b-deduped EleutherAI/pythia-6.9b-deduped}
 SEEDS=${SEEDS:-44413 55513 66613 77713}
 # further arguments of each stage
-SFT_ARGS=${SFT_ARGS:-} REWARD_ARGS=${REWARD_ARGS:-} PPO_ARGS=${PPO_ARGS:-} RLOO_ARGS=${RLOO_ARGS:-}
+SFT_ARGS=${SFT_ARGS:-} REWARD_ARGS=${REWARD_ARGS:-} PPO_ARGS=${PPO_ARGS:-}
+RLOO_ARGS=${RLOO_ARGS:-} GRPO_ARGS=${GRPO_ARGS:-}
 if [ "${LORA:=0}" = 1 ]; then # adapters (docs/lora.md), at ten times the paper's learning rate
-    for stage_args in SFT_ARGS REWARD_ARGS PPO_ARGS RLOO_ARGS; do
+    for stage_args in SFT_ARGS REWARD_ARGS PPO_ARGS RLOO_ARGS GRPO_ARGS; do
         printf -v "$stage_args" '%s' "--lora --lr 3e-5 ${!stage_args}"
     done
 fi
@@ -28,9 +29,10 @@ export GPU_GB=${GPU_GB:-80}                                     # memory of a GP
 export TOKENIZERS_PARALLELISM=false
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600} # seconds that SIGTERM leaves for a checkpoint
 
-STAGE_ORDER=(sft reward ppo_left_padding rloo eval)
+STAGE_ORDER=(sft reward ppo_left_padding rloo grpo eval)
 # rows of an update
-declare -A BATCH_OF=([sft]=${BATCH:-128} [reward]=${BATCH:-64} [ppo_left_padding]=${BATCH:-512} [rloo]=${BATCH:-512})
+declare -A BATCH_OF=([sft]=${BATCH:-128} [reward]=${BATCH:-64} [ppo_left_padding]=${BATCH:-512} [rloo]=${BATCH:-512}
+    [grpo]=${BATCH:-512})
 
 read -ra models <<<"$MODELS"
 read -ra seeds <<<"$SEEDS"
@@ -40,7 +42,7 @@ source sbatches/rows_of.sh
 fit() {
     local micro rows rollout given=$PPO_ARGS
     read -r micro rows rollout <<<"$(rows_of "$2")"
-    case $1 in sft) given=$SFT_ARGS rows=$micro ;; reward) given=$REWARD_ARGS rows=$micro ;; rloo) given=$RLOO_ARGS ;; esac
+    case $1 in sft) given=$SFT_ARGS rows=$micro ;; reward) given=$REWARD_ARGS rows=$micro ;; rloo) given=$RLOO_ARGS ;; grpo) given=$GRPO_ARGS ;; esac
     "$PYTHON" benchmark/memory.py --fit "$1" --model "$2" --processes $(($3 * PROCESSES_PER_NODE)) --gpu_gb "$GPU_GB" \
         --rows "$rows" --rollout_rows "$rollout" --launch="$ACCELERATE_ARGS" --given="$given"
 }

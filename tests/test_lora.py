@@ -320,6 +320,10 @@ def test_sft(world, workdir, capsys):
     sft.main(world.sft_args("sft", **LORA))
     losses = pandas.read_json("runs/sft/metrics.jsonl", lines=True)["train/sft/loss"].dropna()
     assert losses.iloc[-1] < losses.iloc[0] and "merged in float32: its logits" in capsys.readouterr().out
+    before, after = (load_file(f"{folder}/model.safetensors") for folder in (world.base, "sft"))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    linear = [n for n, m in load_policy("x", world.base).base_model.named_modules() if isinstance(m, torch.nn.Linear)]
+    assert moved == {f"gpt_neox.{name}.weight" for name in linear}  # embedding, head, norms and biases stay
     merged = AutoModelForCausalLM.from_pretrained("sft")
     by_peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(world.base), "sft/adapter")
     with torch.no_grad():

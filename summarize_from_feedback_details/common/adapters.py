@@ -84,8 +84,8 @@ def find_adapter(path: str, revision: str | None) -> str | None:
 
 def check_reward_adapter(args: Any) -> None:
     """Refuse a reward model whose adapter belongs to another trunk than the SFT policy."""
-    folder = find_adapter(args.reward_model_path, args.reward_model_revision)
-    if args.lora and folder is not None:
+    folder = find_adapter(args.reward_model_path, args.reward_model_revision) if args.lora else None
+    if folder is not None:
         try:
             kept = json.loads(Path(folder, "adapter_config.json").read_text())["auto_mapping"]["trunk"]
         except (OSError, ValueError, KeyError, TypeError):
