@@ -141,6 +141,19 @@ def test_one_trunk_is_there_once(roles):
         assert (parameter is theirs[name]) is (id(parameter) in own)
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_precisions_of_a_trunk_in_bf16(roles, whole):
+    """What is trained stays float32, and heads keep the bits of their files; the trunk is read into bf16."""
+    path = roles.whole if whole else roles.reward
+    policy, reference, reward_model, value = load_four(roles.ppo_args("x", reward_model_path=path), torch.bfloat16)
+    for network in (policy, reference, reward_model, value):
+        for name, parameter in network.named_parameters():
+            expected = torch.float32 if ".lora_" in name or name.startswith("score.") else torch.bfloat16
+            assert parameter.dtype == expected, name
+    head = load_file(f"{path}/model.safetensors")["score.weight"]
+    assert torch.equal(reward_model.score.weight, head) and torch.equal(value.score.weight, head)
+
+
 @pytest.fixture
 def spied(monkeypatch):
     """What PPO's main works with: its four networks, and its optimiser."""
