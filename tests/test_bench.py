@@ -2,7 +2,6 @@
 
 import json
 import re
-import statistics
 import subprocess
 import sys
 
@@ -138,12 +137,11 @@ def test_committed_report_is_made_of_its_measurements(file):
 
 @pytest.mark.parametrize("file", LONG, ids=lambda file: file.parent.name)
 def test_memory_of_long_runs_does_not_grow(file):
-    """The committed table is that of its measurements, and memory after 200 updates is that after 20."""
+    """The committed table is that of its measurements, and the last updates need no more than the first."""
     import bench
 
     runs = bench.Runs(file.parent, file.parent)
     assert "\n".join(bench.memory_of_long_runs(runs)) in (file.parent / "memory.md").read_text()
     ours = {name: run["peaks_gb"] for name, run in runs.found.items() if name.startswith("long ") and " ours " in name}
     assert {name.split()[1] for name in ours} == {"sft", "reward", "ppo"} and len(ours) == 6  # fp32 and bf16
-    median = statistics.median
-    assert all(len(p) == 200 and median(p[190:200]) <= 1.1 * median(p[10:20]) for p in ours.values())
+    assert all(len(p) == 200 and max(p[150:200]) <= 1.1 * max(p[:50]) for p in ours.values())

@@ -59,10 +59,12 @@ def test_an_update_is_that_of_the_formula(world, workdir, monkeypatch):
     monkeypatch.setattr(rloo, "rloo_losses", lambda *given: seen.append(given) or plain(*given))
     batches, roll_out = [], rloo.roll_out
     monkeypatch.setattr(rloo, "roll_out", lambda *given: batches.append((given[1], roll_out(*given))) or batches[-1][1])
-    rloo.main(world.rloo_args("model", num_updates=1, local_micro_batch_size=8, kl_coef=0.3, run_eval=False))
-    (prompts, (responses, logprobs, ref_logprobs, scores)), (new, old, advantages, clip) = batches[0], seen[0]
-    assert len(seen) == 1 and clip is None
+    rloo.main(world.rloo_args("model", local_micro_batch_size=8, lr=1e-2, kl_coef=0.3, run_eval=False))
+    # of the second update, where the policy is no longer the reference
+    (prompts, (responses, logprobs, ref_logprobs, scores)), (new, old, advantages, clip) = batches[1], seen[1]
+    assert len(seen) == 2 and clip is None
     kl = ((logprobs - ref_logprobs) * responses.mask).sum(1)
+    assert kl.abs().max() > 0.05
     ends = torch.tensor([0 in row for row in responses.real])
     rewards = torch.where(ends, scores, torch.tensor(-1.0)) - 0.3 * kl
     of_query = {}
