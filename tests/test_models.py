@@ -242,7 +242,7 @@ def compare_with_the_plain_class(folder: str, bias_of_ours: bool = True) -> None
 
     It looks for the last token that is not the config's pad: another one's would be a reward at the wrong token.
     """
-    model = ppo.load_reward_model(folder)
+    model = reward_models.load_reward_model(folder)
     bias = model.config.reward_bias
     tokenizer = AutoTokenizer.from_pretrained(folder)
     plain = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()

@@ -460,9 +460,10 @@ def test_folders_of_real_stages(world):
 
 
 def test_metrics_are_named_as_the_stages_name_them():
-    source = (STAGES / "ppo_left_padding.py").read_text()
-    for name in (*read_runs.CURVES, "train/ppo/episode"):
-        assert f'"{name}"' in source
+    source = (STAGES / "common/rollouts.py").read_text()
+    assert all(f'"{name}"' in source for name in read_runs.CURVES)
+    for stage, name in (("ppo_left_padding", "ppo"), ("rloo", "rloo"), ("grpo", "grpo")):
+        assert f'"train/{name}/episode"' in (STAGES / f"{stage}.py").read_text()
     assert 'f"eval/rm/{split}/accuracy"' in (STAGES / "reward.py").read_text()
 
 
