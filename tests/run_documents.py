@@ -1,6 +1,7 @@
 """Run every command of the README and of docs/, as it is written, in a fresh clone. By hand: it takes half an hour.
 
-    python tests/run_documents.py FOLDER             clone this commit into FOLDER, and run them there
+    python tests/run_documents.py FOLDER                 clone this commit into FOLDER, and run them there
+    python tests/run_documents.py FOLDER README.md       those of one document
 
 The blocks of a document share a shell, as they do for a reader. A command that needs what is not here (the hub, a GPU,
 a cluster, a server, a run of the reader's own) must be refused in a line that says so. What is not run at all is listed
@@ -76,9 +77,9 @@ def run(document: str, folder: Path) -> list[tuple[str, str, float, str]]:
     return found
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, documents: list[str]) -> None:
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
-    results = [(document, *each) for document in DOCUMENTS for each in run(document, folder)]
+    results = [(document, *each) for document in documents for each in run(document, folder)]
     print(f"\n{len(results)} commands")
     for document, command, what, _, last in results:
         if what != "ok":
@@ -87,4 +88,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:] or DOCUMENTS)
