@@ -23,21 +23,17 @@ NOT_RUN = {  # part of a command -> why
     "tail -f": "waits for ever",
     "squeue": "needs a cluster",
 }
-REFUSED = {  # part of a command -> what its one line says here
-    "accelerate launch --config_file deepspeed.yaml": "8 GPUs",
-    "$RUN": "8 GPUs",
-    "sft.py --lora --lr": "offline",
-    "reward.py --lora --lr": "models/sft",
-    "ppo_left_padding.py --lora --lr": ("offline", "models/sft"),
-    "sft.py --local_micro_batch_size": "offline",
-    "reward.py --local_micro_batch_size": "models/sft",
-    "ppo_left_padding.py --local_micro_batch_size": "models/sft",
-    "MODEL=EleutherAI": "offline",
-    "sbatches/launch.sh --prefetch --dry-run": "",
-    "sbatches/launch.sh": "sbatch",
-    "sbatch ": "sbatch",
-    "my_ppo": "my_ppo",
-    "--released": "offline",
+OFFLINE = ("offline", "models/sft")  # the hub cannot be reached, or what the command before would have made is missing
+REFUSED = {  # part of a command -> what its line says here, one of these
+    "accelerate launch --config_file deepspeed.yaml": OFFLINE,
+    "$RUN": OFFLINE,
+    ".py --lora": OFFLINE,
+    ".py --local_micro_batch_size": OFFLINE,
+    "MODEL=EleutherAI": OFFLINE,
+    "--released": OFFLINE,
+    "sbatches/launch.sh": ("sbatch",),
+    "sbatch ": ("sbatch",),
+    "my_ppo": ("my_ppo",),
 }
 
 
@@ -67,8 +63,11 @@ def run(document: str, folder: Path) -> list[tuple[str, str, float, str]]:
         refusal = next((text for part, text in REFUSED.items() if part in command and "--dry-run" not in command), None)
         ok = done.returncode == 0
         if refusal is not None and not ok:
-            wanted = refusal if isinstance(refusal, tuple) else (refusal,)
-            ok = "Traceback" not in done.stderr and any(text in done.stderr + done.stdout for text in wanted)
+            launched = (
+                "accelerate launch" in command or "$RUN" in command
+            )  # whose launcher prints a traceback of its own
+            ok = any(text in done.stderr + done.stdout for text in refusal)
+            ok = ok and (launched or "Traceback" not in done.stderr)
         what = (
             "ok" if done.returncode == 0 else "refused here, as it should be" if ok else f"FAILED ({done.returncode})"
         )
