@@ -260,16 +260,18 @@ def memory_of_long_runs(runs: Runs) -> list[str]:
              "rows or pairs, or 4 other episodes, in each update, so that hardly a number of tokens comes twice. The "
              "last column compares the largest peak of the last 50 updates with that of the first 50: single ones also "
              "depend on when freed memory was given back.", "",
-             "| | " + " | ".join(f"update {n}" for n in shown) + " | growth |",
-             "|---" * (len(shown) + 2) + "|"]  # fmt: skip
+             "| | " + " | ".join(f"update {n}" for n in shown) + " | 200 / 20 | largest |",
+             "|---" * (len(shown) + 3) + "|"]  # fmt: skip
     for name, run in runs.found.items():
         if name.startswith("long "):
             _, stage, _, micro, side, precision = name.split()
             peaks = run["peaks_gb"]
             cells = [f"{peaks[n - 1]:.2f}" if n <= len(peaks) else "" for n in shown]
-            growth = f"{max(peaks[150:200]) / max(peaks[:50]):.2f}" if len(peaks) >= 200 else ""
+            growth = ["", ""]
+            if len(peaks) >= 200:
+                growth = [f"{peaks[199] / peaks[19]:.2f}", f"{max(peaks[150:200]) / max(peaks[:50]):.2f}"]
             who = "TRL" if side == "trl" else "ours"
-            lines.append(f"| {stage}, micro batch {micro}, {who}, {precision} | {' | '.join([*cells, growth])} |")
+            lines.append(f"| {stage}, micro batch {micro}, {who}, {precision} | {' | '.join([*cells, *growth])} |")
     return lines
 
 

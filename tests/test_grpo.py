@@ -7,7 +7,6 @@ from pathlib import Path
 import pandas
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from summarize_from_feedback_details import grpo, rloo
 from summarize_from_feedback_details.common.adapters import LoraParams
@@ -55,7 +54,7 @@ def test_an_update_is_that_of_the_formula(world, workdir, monkeypatch):
     batches, roll_out = [], grpo.roll_out
     monkeypatch.setattr(grpo, "roll_out", lambda *given: batches.append((given[1], roll_out(*given))) or batches[-1][1])
     settings = {"kl_coef": 0.5, "normalise_std": False, "length_normalisation": False, "noptepochs": 2}
-    grpo.main(world.grpo_args("model", num_updates=1, local_micro_batch_size=8, lr=1e-2, run_eval=False, **settings))
+    grpo.main(world.grpo_args("model", num_updates=1, local_micro_batch_size=8, lr=1e-4, run_eval=False, **settings))
     prompts, (responses, logprobs, ref_logprobs, scores) = batches[0]
     ends = torch.tensor([0 in row for row in responses.real])
     scores = torch.where(ends, scores, torch.tensor(-1.0))
@@ -64,8 +63,7 @@ def test_an_update_is_that_of_the_formula(world, workdir, monkeypatch):
     # at the first pass the ratio is 1, and the policy is the reference: no KL
     first = -(advantages[:, None] * responses.mask).sum() / responses.mask.sum()
     assert losses[0] == pytest.approx(float(first), abs=1e-4)
-    policy = AutoModelForCausalLM.from_pretrained("model")  # after two steps; before the second one there was one
-    assert len(losses) == 2 and losses[1] != losses[0] and policy is not None
+    assert len(losses) == 2 and losses[1] < losses[0] - 1e-3  # a step later, on the same batch
 
 
 def test_it_learns(world, workdir, capsys):

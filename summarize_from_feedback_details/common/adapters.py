@@ -197,7 +197,7 @@ def reward_model_on(policy: torch.nn.Module, path: str, revision: str | None) ->
     """The reward model that `reward.py --lora` trained on this policy, over the policy's own weights.
 
     Args:
-        policy: as `load_policy` gave it; its adapters, if it has some, are not the reward model's.
+        policy: as `load_policy` gave it, without adapters.
         path, revision: folder or hub id of the merged reward model, which holds its adapter.
     """
     folder = find_adapter(path, revision)

@@ -1,7 +1,7 @@
 """Numbers of TRL 1.16's RLOO and GRPO losses on fixed inputs -> trl_losses.npz, which the tests compare with ours.
 
-    pip install --no-deps --target /tmp/trl trl==1.16.0
-    PYTHONPATH=/tmp/trl python tests/golden/trl_losses.py
+    pip install --no-deps --target ../trl trl==1.16.0
+    PYTHONPATH=../trl python tests/golden/trl_losses.py
 
 TRL's own loss functions are called, on log-probabilities that are given instead of computed by a model.
 """
