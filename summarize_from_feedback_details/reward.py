@@ -54,8 +54,8 @@ from summarize_from_feedback_details.common.evaluation import evaluating, first_
 from summarize_from_feedback_details.common.machine import memory_gb
 from summarize_from_feedback_details.common.packed_rows import (
     hidden_at,
-    pack_pieces,
     pack_rows,
+    pack_shared,
     supports_packing,
     use_packed_attention,
 )
@@ -172,7 +172,7 @@ class RewardModel(torch.nn.Module):
         self.model = model
 
     def forward(self, inputs: dict, ends: torch.Tensor) -> torch.Tensor:
-        """Inputs of `pack_rows` or `pack_pieces`, positions [N] -> [N] rewards, the normalising constant not added."""
+        """Inputs of `pack_rows` or `pack_shared`, positions [N] -> [N] rewards, the normalising constant not added."""
         # Detail: reward at the EOS token [12] - the last real token; scores elsewhere are meaningless
         return self.model.score(hidden_at(self.model, inputs, ends))[:, 0]
 
@@ -199,20 +199,16 @@ def shared_prefix_rows(pairs: list[tuple[list[int], list[int]]], device: torch.d
     Returns:
         (inputs, positions [2B] of the last tokens: all chosen, then all rejected).
     """
-    pieces, ends, total = [], ([], []), 0
+    heads, tails = [], []
     for pair in pairs:
         p = 0  # the common prefix leaves each at least one token of its own
         while p < min(map(len, pair)) - 1 and pair[0][p] == pair[1][p]:
             p += 1
-        before = len(pieces) if p else None
-        if p:
-            pieces.append((pair[0][:p], None))
-        for row, its_ends in zip(pair, ends):
-            pieces.append((row[p:], before))
-            its_ends.append(total + len(row) - 1)
-            total += len(row) - p
-        total += p
-    return pack_pieces(pieces, device), [*ends[0], *ends[1]]
+        heads += [row[:p] for row in pair]
+        tails += [row[p:] for row in pair]
+    inputs, _, firsts = pack_shared(heads, tails, device)
+    ends = [first + len(tail) - 1 for first, tail in zip(firsts, tails)]
+    return inputs, [*ends[0::2], *ends[1::2]]
 
 
 def separate_rows(rows: list[list[int]], packed: bool, device: torch.device) -> tuple[dict, list[int]]:

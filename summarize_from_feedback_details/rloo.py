@@ -283,7 +283,7 @@ def main(args: Args) -> dict[str, float]:
 
                 checkpoints.mark(update - 1, step, state)
                 gradient = Gradient(accelerator, model, optimizer, checkpoints)
-                for mb, _ in gradient.micro_batches(lengths, sort_by_length=not packed):
+                for mb, _ in gradient.micro_batches(lengths, not packed, together=k):
                     mb_queries, real = [queries[i] for i in mb], [strip_pads(tokens[i].cpu(), ids.pad) for i in mb]
                     new = scatter_tokens(model(mb_queries, real, args.temperature), mask[mb], 0.0)  # [b, R]
                     old = logprobs[mb] * mask[mb]

@@ -10,6 +10,8 @@ Nothing here knows about RLHF. Architectures that do not let their attention be 
 same numbers, more work.
 """
 
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -126,6 +128,35 @@ def pack_pieces(pieces: list[tuple[list[int], int | None]], device: torch.device
         # a mask of four dimensions is left alone by transformers, which else would look for rows in the positions
         inputs["attention_mask"] = torch.zeros(1, 1, 1, 1, device=device)
     return inputs
+
+
+def pack_shared(
+    heads: list[list[int]], tails: list[list[int]], device: torch.device
+) -> tuple[dict, list[int], list[int]]:
+    """Rows of a head and a tail, one behind the other; neighbours with the same head read it once.
+
+    Args:
+        heads: B lists of token ids; an empty one is shared by nobody.
+        tails: B lists of token ids, none of them empty where its head is shared.
+
+    Returns:
+        (inputs of a model, [B] numbers of the heads' last tokens in its output, [B] numbers of the tails' first ones).
+    """
+    pieces, ends, firsts, total = [], [], [], 0
+    for head, rows in groupby(zip(heads, tails), key=itemgetter(0)):
+        rows = [tail for _, tail in rows]
+        shared = len(pieces) if head and len(rows) > 1 else None
+        if shared is not None:
+            pieces.append((head, None))
+            total += len(head)
+        end = total - 1
+        for tail in rows:
+            piece = tail if shared is not None else head + tail
+            pieces.append((piece, shared))
+            total += len(piece)
+            firsts.append(total - len(tail))
+            ends.append(end if shared is not None else firsts[-1] - 1)
+    return pack_pieces(pieces, device), ends, firsts
 
 
 def pack_rows(rows: list[list[int]], packed: bool, device: torch.device) -> tuple[dict, list[int]]:

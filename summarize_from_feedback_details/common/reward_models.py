@@ -21,6 +21,7 @@ from summarize_from_feedback_details.common.hub import find_file
 from summarize_from_feedback_details.common.packed_rows import (
     hidden_at,
     pack_rows,
+    pack_shared,
     supports_packing,
     use_packed_attention,
 )
@@ -134,10 +135,20 @@ def load_reward_and_value(
     return reward_model, value_model
 
 
-def read_rewards(model: torch.nn.Module, rows: list[list[int]]) -> torch.Tensor:
-    """Reward of each row (token ids without pads), read at its last token, normalised: [B] reward units."""
+def read_rewards(model: torch.nn.Module, rows: list[list[int]], heads: list[int] | None = None) -> torch.Tensor:
+    """Reward of each row (token ids without pads), read at its last token, normalised: [B] reward units.
+
+    Args:
+        heads: [B] tokens of each row's query; neighbours with the same one read it once, where the model packs rows.
+    """
     device = next(model.parameters()).device
-    inputs, starts = pack_rows(rows, supports_packing(model), device)
+    if supports_packing(model):
+        heads = heads or [0] * len(rows)
+        tails = [row[head:] for row, head in zip(rows, heads)]
+        inputs, _, firsts = pack_shared([row[:head] for row, head in zip(rows, heads)], tails, device)
+        last = [first + len(tail) - 1 for first, tail in zip(firsts, tails)]
+    else:
+        inputs, starts = pack_rows(rows, False, device)
+        last = [start + len(row) - 1 for start, row in zip(starts, rows)]
     # Detail: reward at the EOS token [12]
-    last = torch.tensor([start + len(row) - 1 for start, row in zip(starts, rows)], device=device)
-    return model.score(hidden_at(model, inputs, last))[:, 0] + model.config.reward_bias
+    return model.score(hidden_at(model, inputs, torch.tensor(last, device=device)))[:, 0] + model.config.reward_bias

@@ -52,7 +52,10 @@ class Prompts(NamedTuple):
     episodes: np.ndarray  # [B] numbers, to which the sampling noise belongs
 
     def share(self, accelerator: Any) -> tuple["Prompts", list[int]]:
-        """This rank's: as many rows on each rank, of similar lengths, longest first; and their places in the batch."""
+        """This rank's: as many rows on each rank, of similar lengths, longest first; and their places in the batch.
+
+        Those of one query are neighbours, which then read it once.
+        """
         order = sorted(range(len(self.queries)), key=lambda i: (-len(self.queries[i]), i))
         mine = order[accelerator.process_index :: accelerator.num_processes]
         return Prompts([self.queries[i] for i in mine], self.rows[mine], self.episodes[mine]), mine
@@ -113,7 +116,8 @@ def read_logprobs(model: torch.nn.Module, prompts: Prompts, responses: Responses
 def read_scores(reward_model: torch.nn.Module, prompts: Prompts, responses: Responses, args: Any) -> Tensor:
     """Reward [B] of each query and response."""
     rows = [query + response for query, response in zip(prompts.queries, responses.real)]
-    return torch.cat([read_rewards(reward_model, rows[part]) for part in chunks(prompts, args)])
+    heads = list(map(len, prompts.queries))
+    return torch.cat([read_rewards(reward_model, rows[part], heads[part]) for part in chunks(prompts, args)])
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ Dimensions: B rows, Q query tokens, R response tokens, T = Q + R, V vocabulary.
 
 import inspect
 import math
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -154,12 +155,20 @@ def read_queries(model: torch.nn.Module, inputs: dict, room: int) -> tuple[torch
     past = {name: cache, "use_cache": True}
     # layers of a sliding window keep the last tokens of what they read, whichever row's these are
     if supports_packing(model) and all(type(layer) is DynamicLayer for layer in cache.layers):
-        Q, lengths = inputs["input_ids"].shape[1], inputs["attention_mask"].sum(1).tolist()
-        rows = [row[Q - n :] for row, n in zip(inputs["input_ids"].tolist(), lengths)]
-        packed, starts = pack_rows(rows, True, inputs["input_ids"].device)
-        last = torch.tensor([start + n - 1 for start, n in zip(starts, lengths)], device=inputs["input_ids"].device)
+        queries, Q = inputs["input_ids"], inputs["input_ids"].shape[1]
+        rows = [row[Q - n :] for row, n in zip(queries.tolist(), inputs["attention_mask"].sum(1).tolist())]
+        copies = [len(list(same)) for _, same in groupby(rows)]  # neighbours that are the same are read once
+        rows = [row for row, _ in groupby(rows)]
+        packed, starts = pack_rows(rows, True, queries.device)
+        last = torch.tensor([start + len(row) - 1 for start, row in zip(starts, rows)], device=queries.device)
         logits = model(**packed, **past, logits_to_keep=last).logits[0]
-        pad = lambda states: torch.cat([F.pad(s, (0, 0, Q - s.shape[2], 0)) for s in states.split(lengths, 2)])
+        logits = logits.repeat_interleave(torch.tensor(copies, device=queries.device), 0)
+        pad = lambda states: torch.cat(
+            [
+                F.pad(part, (0, 0, Q - part.shape[2], 0)).expand(n, -1, -1, -1)
+                for part, n in zip(states.split(list(map(len, rows)), 2), copies)
+            ]
+        )
     else:
         logits = model(**inputs, **past, logits_to_keep=1).logits[:, -1]
         pad = lambda states: states

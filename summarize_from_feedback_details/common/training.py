@@ -156,7 +156,9 @@ class Gradient:
         self.accelerator, self.model, self.optimizer, self.checkpoints = accelerator, model, optimizer, checkpoints
         self.args, self.weight, self.batches = checkpoints.args, 1.0, []
 
-    def micro_batches(self, lengths: list[int], sort_by_length: bool) -> Iterator[tuple[list[int], float]]:
+    def micro_batches(
+        self, lengths: list[int], sort_by_length: bool, together: int = 1
+    ) -> Iterator[tuple[list[int], float]]:
         """Yield this rank's micro batches, each for one `add`: (numbers of rows, weight).
 
         The weight is 1; 0 where there is no row left for this rank, which then reads the first row once more, so that
@@ -165,9 +167,14 @@ class Gradient:
         Args:
             lengths: tokens of each row of the whole batch, the same on all ranks.
             sort_by_length: see `micro_batches`.
+            together: so many neighbours share a query; as many of them as fit stay in one micro batch.
         """
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
-        parts = micro_batches(lengths, self.args.local_micro_batch_size, rank, world_size, sort_by_length)
+        micro = self.args.local_micro_batch_size
+        unit = math.gcd(together, micro)
+        sums = [sum(lengths[i : i + unit]) for i in range(0, len(lengths), unit)]
+        parts = micro_batches(sums, micro // unit, rank, world_size, sort_by_length)
+        parts = [[unit * i + j for i in part for j in range(unit)] for part in parts]
         ddp = isinstance(self.model, torch.nn.parallel.DistributedDataParallel)
         for i, part in enumerate(parts):
             last = i == len(parts) - 1
