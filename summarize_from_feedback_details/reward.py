@@ -39,16 +39,22 @@ from summarize_from_feedback_details.common.arguments import (
     may_change,
 )
 from summarize_from_feedback_details.common.check_inputs import (
-    check_context,
     check_same_tokenizer,
     check_tokens,
-    context_of,
     find_models,
     find_tokenizer,
     load_rows,
     refuse_bad_weights,
 )
 from summarize_from_feedback_details.common.checkpoints import Checkpoints, fingerprint
+from summarize_from_feedback_details.common.comparisons import (
+    accuracy_table,
+    load_comparisons,
+    pair_lengths,
+    pair_table,
+    print_accuracies,
+    report_pairs,
+)
 from summarize_from_feedback_details.common.console import print_table
 from summarize_from_feedback_details.common.evaluation import evaluating, first_rows, for_each_row, gather_rows
 from summarize_from_feedback_details.common.machine import memory_gb
@@ -253,7 +259,7 @@ def evaluate_pairs(
     accelerator: Any, model: torch.nn.Module, rows: Any, pad_id: int, args: Args, what: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rewards of every pair of a split: ([rows], [rows]) chosen and rejected, on every rank."""
-    lengths, found = np.asarray(rows["query_chosen_token_len"]) + np.asarray(rows["query_rejected_token_len"]), []
+    lengths, found = pair_lengths(rows), []
     with evaluating(accelerator, model) as scorer:
         packed = supports_packing(scorer.model)
         for part in for_each_row(lengths, args.local_eval_batch_size, f"{what} pairs"):
@@ -275,36 +281,10 @@ def score_demonstrations(accelerator: Any, model: torch.nn.Module, rows: Any, pa
     return np.array([reward for _, reward in gather_rows(found)])
 
 
-def group_columns(rows: Any) -> dict[str, list]:
-    """What accuracies are reported by: batch, split, confidence, policy pair; those that the dataset has."""
-    groups = {name: list(rows[name]) for name in ("batch", "split") if name in rows.column_names}
-    if "extra" in rows.column_names:
-        groups["confidence"] = [e.get("confidence") if isinstance(e, dict) else None for e in rows["extra"]]
-    if {"chosen_policy", "rejected_policy"} <= set(rows.column_names):
-        both = zip(rows["chosen_policy"], rows["rejected_policy"])
-        groups["policies"] = ["--".join(sorted(map(str, pair))) for pair in both]
-    return groups
-
-
 def report(split: str, rows: Any, chosen: np.ndarray, rejected: np.ndarray):
-    """Metrics `eval/rm/<split>/...` and a table (split, group, value, pairs, accuracy) of one evaluated split."""
-    # Detail: report - accuracy varies a lot between batches and grows with the annotator's confidence
-    # Deviates: each pair counts once; the original's evaluation repeated rows to fill its last batch
-    correct = chosen > rejected
+    """Metrics and table of one evaluated split, see `report_pairs`."""
     losses = preference_losses(torch.tensor(chosen), torch.tensor(rejected))
-    metrics = {
-        f"eval/rm/{split}/accuracy": float(correct.mean()),
-        f"eval/rm/{split}/loss": float(losses.mean()),
-        f"eval/rm/{split}/margin": float((chosen - rejected).mean()),
-        f"eval/rm/{split}/pairs": float(len(correct)),
-    }
-    table = [(split, "all", "", len(correct), float(correct.mean()))]
-    for group, values in group_columns(rows).items():
-        values = np.array(["?" if v is None else str(v) for v in values])
-        for value in sorted(set(values)):
-            among = correct[values == value]
-            table.append((split, group, value, len(among), float(among.mean())))
-    return metrics, table
+    return report_pairs("rm", split, rows, (chosen, rejected), losses)
 
 
 def check_args(args: Args):
@@ -316,23 +296,7 @@ def check_args(args: Args):
     base, sft = find_models(args, base_model="policy", sft_model_path="policy").values()
     check_lora(args, "sft_model_path")
     tokenizer = find_tokenizer("base_model", args.base_model, args.base_model_revision)
-    tokens = ["query_token", "query_chosen_token", "query_rejected_token"]
-    columns = [*tokens, "query", "query_chosen_token_len", "query_rejected_token_len"]
-    splits = ["train", "validation"] if args.run_eval else ["train"]
-    splits += ["validation_cnndm?"] if args.run_eval and args.eval_cnndm else []
-    revision = args.label_dataset_revision
-    pairs = load_rows("label_dataset", args.label_dataset, revision, "comparisons", columns, splits)
-    longest = {}
-    for split, rows in pairs.items():
-        found = check_tokens("label_dataset", {split: rows}, tokens, base["vocab_size"], tokenizer.pad_token_id)
-        longest[split] = max(found.values())
-    if longest.get("validation_cnndm", 0) > context_of(sft):
-        if os.environ.get("RANK", "0") == "0":
-            found = f"{longest['validation_cnndm']} tokens, the model's context {context_of(sft)}"
-            print(f"validation_cnndm is left out: its longest row has {found}", flush=True)
-        del pairs["validation_cnndm"], longest["validation_cnndm"]
-    check_context("sft_model_path", args.sft_model_path, sft, max(longest.values()), "the longest query and response")
-    check_same_tokenizer("label_dataset", pairs["train"][0], "query", "query_token", tokenizer)
+    pairs = load_comparisons(args, tokenizer, sft)
     tokens = ["query_token", "query_reference_response_token"]
     columns = [*tokens, "query", "query_reference_response_token_len"]
     sft_rows = load_rows("query_dataset", args.query_dataset, args.dataset_revision, "sft", columns, ["train"])
@@ -361,9 +325,7 @@ def main(args: Args) -> dict[str, float]:
         # --------------------------------------------------------------------------------------------------------------
         # data, model, optimiser
         order = epoch_order(len(train), args.total_episodes, args.seed)
-        lengths = np.asarray(dataset["train"]["query_chosen_token_len"]) + np.asarray(
-            dataset["train"]["query_rejected_token_len"]
-        )
+        lengths = pair_lengths(dataset["train"])
         torch.manual_seed(args.seed)
         revision = None if os.path.isdir(args.sft_model_path) else args.sft_model_revision
         dtype = trunk_dtype(args, accelerator)
@@ -393,8 +355,7 @@ def main(args: Args) -> dict[str, float]:
                 chosen, rejected = evaluate_pairs(accelerator, model, rows, pad_id, args, f"{when}, {split}")
                 found, lines = report(split, rows, chosen, rejected)
                 metrics, table = metrics | found, table + lines
-                texts = {c: list(rows[c]) for c in ("query", "chosen", "rejected") if c in rows.column_names}
-                run.table(split, texts | group_columns(rows) | {"chosen_reward": chosen, "rejected_reward": rejected})
+                run.table(split, pair_table(rows, chosen, rejected))
             return metrics, table
 
         data = {"label_dataset": fingerprint(lengths)}
@@ -443,8 +404,7 @@ def main(args: Args) -> dict[str, float]:
         if args.run_eval:
             found, table = evaluate_splits("after training")
             final |= found
-            columns = zip(*table)
-            run.table("accuracy", dict(zip(("split", "group", "value", "pairs", "accuracy"), map(list, columns))))
+            run.table("accuracy", accuracy_table(table))
         # Detail: normalise [15] - the mean reward over demonstrations becomes 0, by a constant in the config
         demonstrations = first_rows(sft_dataset["train"], args.num_normalization_rows)
         before = score_demonstrations(accelerator, model, demonstrations, pad_id, args)
@@ -477,11 +437,8 @@ def print_pairs(accelerator: Any, model: torch.nn.Module, rows: Any, tokenizer: 
 
 def print_tables(table: Any, before: np.ndarray, after: np.ndarray) -> None:
     """The closing tables: accuracies with counts, and the rewards of demonstrations before and after."""
-    shown = Table("split", "by", "value", "pairs", "accuracy", title="Reward model accuracy")
-    for split, group, value, pairs, accuracy in table:
-        if group != "policies" or pairs >= max(20, 0.02 * table[0][3]):
-            shown.add_row(split, group, value, str(pairs), f"{accuracy:.3f}")
-    print_table(shown)
+    if table:
+        print_accuracies("Reward model accuracy", table)
     shown = Table("rewards of demonstrations", "mean", "std", "min", "max")
     for name, values in (("before normalisation", before), ("after", after)):
         numbers = (values.mean(), values.std(), values.min(), values.max())

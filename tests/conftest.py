@@ -77,6 +77,29 @@ class World:
 
         return self.group_args(Args, output_dir, **({"grpo_k": 4} | changes))
 
+    def online_dpo_args(self, output_dir, **changes):
+        from summarize_from_feedback_details.online_dpo import Args
+
+        return self.group_args(Args, output_dir, **changes)
+
+    def best_of_n_args(self, output_dir, **changes):
+        from summarize_from_feedback_details.best_of_n import Args
+
+        task = {"base_model": self.base, "sft_model_path": self.sft, "reward_model_path": self.reward, "best_of": 4}
+        task |= {"query_dataset": self.sft_rows, "response_length": 24, "num_eval_rows": 20, "precision": "fp32"}
+        return Args(**(task | {"queries_at_once": 8, "run_name": Path(output_dir).name} | changes))
+
+    def dpo_args(self, output_dir, **changes):
+        from summarize_from_feedback_details.dpo import Args
+
+        sizes = {"batch_size": 8, "local_micro_batch_size": 4, "total_episodes": 32, "local_eval_batch_size": 64}
+        task = {"base_model": self.base, "sft_model_path": self.sft, "reward_model_path": self.reward}
+        task |= {"label_dataset": self.pairs, "query_dataset": self.sft_rows, "response_length": 24}
+        names = {"output_dir": str(output_dir), "run_name": Path(output_dir).name, "num_eval_rows": 20}
+        names["ref_logprobs_dir"] = str(Path(output_dir).absolute().parent / "ref_logprobs")
+        common = {name: value for name, value in self.common.items() if name != "print_sample_output_freq"}
+        return Args(**(common | sizes | task | names | changes))
+
     def group_args(self, args, output_dir, **changes):
         sizes = {"batch_size": 8, "local_micro_batch_size": 4, "num_updates": 2, "local_rollout_forward_batch_size": 4}
         task = {"base_model": self.base, "sft_model_path": self.sft, "reward_model_path": self.reward}

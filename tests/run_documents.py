@@ -63,9 +63,8 @@ def run(document: str, folder: Path) -> list[tuple[str, str, float, str]]:
         refusal = next((text for part, text in REFUSED.items() if part in command and "--dry-run" not in command), None)
         ok = done.returncode == 0
         if refusal is not None and not ok:
-            launched = (
-                "accelerate launch" in command or "$RUN" in command
-            )  # whose launcher prints a traceback of its own
+            # whose launcher prints a traceback of its own
+            launched = any(part in command for part in ("accelerate launch", "$RUN", "hello_world.sh"))
             ok = any(text in done.stderr + done.stdout for text in refusal)
             ok = ok and (launched or "Traceback" not in done.stderr)
         what = (

@@ -287,6 +287,15 @@ def check_optimisation(args: Any) -> None:
         refuse("scheduler", args.scheduler, f"one of {', '.join(SCHEDULERS)}")
 
 
+def check_world_size(args: Any) -> int:
+    """Fill in the number of processes; refuse another one than was launched."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if args.world_size not in (None, world_size):
+        refuse("world_size", str(args.world_size), f"{world_size}, the number of processes launched")
+    args.world_size = world_size
+    return world_size
+
+
 def derive_sizes(args: Any, default_batch_size: int) -> None:
     """Fill in the batch sizes that were left out; refuse those that contradict each other.
 
@@ -295,10 +304,7 @@ def derive_sizes(args: Any, default_batch_size: int) -> None:
     Deviates: the global batch is what stays the same on another number of processes, so it is the default, and
     --gradient_accumulation_steps follows from it (the original kept the accumulation: 1 GPU trained on an eighth).
     """
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if args.world_size not in (None, world_size):
-        refuse("world_size", str(args.world_size), f"{world_size}, the number of processes launched")
-    args.world_size = world_size
+    world_size = check_world_size(args)
     cuts = ["nminibatches"] if hasattr(args, "nminibatches") else []
     sizes = "local_micro_batch_size", "gradient_accumulation_steps", "batch_size", "total_episodes", "num_updates"
     check_sizes(args, positive=(*sizes, *cuts))

@@ -1,5 +1,6 @@
 """Evaluation: each row of a split once, shared out over the ranks; a policy's responses, as texts and with scores."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -104,11 +105,12 @@ def sample_batch(
 
 
 def score_policy(
-    policy: torch.nn.Module, reward_model: torch.nn.Module, rows: Any, tokenizer: Any, args: Any, what: str
+    policy: torch.nn.Module, reward_model: torch.nn.Module | None, rows: Any, tokenizer: Any, args: Any, what: str
 ) -> dict[str, list]:
     """A response to each row of a split with its score, and the reference's score; inside `evaluating`.
 
     Args:
+        reward_model: None where there is none: all scores are NaN.
         args: see `sample_batch`; also has `eval_temperature` and `local_eval_batch_size`.
 
     Returns:
@@ -124,6 +126,8 @@ def score_policy(
         )
         scores, reference_scores = (
             read_rewards(reward_model, [q + r for q, r in zip(queries, written)]).tolist()
+            if reward_model is not None
+            else [math.nan] * len(numbers)
             for written in ([sample.tokens for sample in samples], references)
         )
         for row, sample, *both in zip(numbers, samples, scores, reference_scores):
@@ -133,12 +137,14 @@ def score_policy(
 
 
 def report_scores(stage: str, found: dict[str, list]) -> dict[str, float]:
-    """Metrics `eval/<stage>/validation/...` of what `score_policy` found."""
+    """Metrics `eval/<stage>/validation/...` of what `score_policy` found; without scores where there were none."""
     score, reference = np.array(found["score"]), np.array(found["reference_score"])
-    return {
+    scores = {
         f"eval/{stage}/validation/score": float(score.mean()),
         f"eval/{stage}/validation/reference_score": float(reference.mean()),
         f"eval/{stage}/validation/scores_above_reference": float((score > reference).mean()),
+    }
+    return (scores if np.isfinite(score).all() else {}) | {
         f"eval/{stage}/validation/response_length": float(np.mean(found["response_length"])),
         f"eval/{stage}/validation/eos_rate": float(np.mean(found["has_eos"])),
     }

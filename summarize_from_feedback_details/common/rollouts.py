@@ -20,6 +20,7 @@ from summarize_from_feedback_details.common.check_inputs import (
     find_tokenizer,
     load_queries,
 )
+from summarize_from_feedback_details.common.evaluation import for_each_row, gather_rows
 from summarize_from_feedback_details.common.logprobs import (
     INVALID_LOGPROB,
     response_logits,
@@ -38,8 +39,9 @@ def find_task(args: Any):
         (tokenizer, dataset, ids)
     """
     models = find_models(args, base_model="policy", sft_model_path="policy", reward_model_path="reward")
-    check_lora(args, "sft_model_path")
-    check_reward_adapter(args)
+    if hasattr(args, "lora"):
+        check_lora(args, "sft_model_path")
+        check_reward_adapter(args)
     tokenizer = find_tokenizer("base_model", args.base_model, args.base_model_revision)
     return tokenizer, load_queries(args, tokenizer, models), find_ids(args.truncate_token, tokenizer)
 
@@ -122,14 +124,14 @@ def read_scores(reward_model: torch.nn.Module, prompts: Prompts, responses: Resp
 
 @torch.no_grad()
 def roll_out(
-    networks: tuple[torch.nn.Module, torch.nn.Module, torch.nn.Module], prompts: Prompts, recompute: bool,
+    networks: tuple[torch.nn.Module, torch.nn.Module, torch.nn.Module | None], prompts: Prompts, recompute: bool,
     ids: TokenIds, args: Any, poll: Callable = lambda: None,
 ) -> tuple[Responses, Tensor, Tensor, Tensor]:  # fmt: skip
     """A response to each query, its log-probabilities [B, R] by the policy and by the reference, its score [B].
 
     Args:
         networks: policy, reference policy and reward model; each of the last two is on the device for its own pass, see
-            `lent`.
+            `lent`. Without a reward model all scores are 0.
         recompute: compute the policy's log-probs again by the forward pass of training instead of taking those of
             sampling: in bf16 the two differ by rounding, and the first-pass ratio has to be 1.
         poll: called before each forward pass that samples.
@@ -139,6 +141,8 @@ def roll_out(
     logprobs = read_logprobs(policy, prompts, responses, args) if recompute else responses.logprobs
     with lent(reference, logprobs.device):
         ref_logprobs = read_logprobs(reference, prompts, responses, args)
+    if reward_model is None:
+        return responses, logprobs, ref_logprobs, torch.zeros(len(logprobs), device=logprobs.device)
     with lent(reward_model, logprobs.device):
         scores = read_scores(reward_model, prompts, responses, args)
     return responses, logprobs, ref_logprobs, scores
@@ -167,6 +171,33 @@ def objective_metrics(
         "objective/eos_rate": contains_stop.float().mean(),
         "objective/response_length": mask.sum(1).float().mean(),
     }  # fmt: skip
+
+
+@torch.no_grad()
+def measure(
+    networks: tuple[torch.nn.Module, torch.nn.Module, torch.nn.Module | None], rows: Any, recompute: bool,
+    ids: TokenIds, args: Any, what: str,
+) -> dict[str, float]:  # fmt: skip
+    """Metrics `objective/...` of a policy that was not trained on its own responses: of one to each query of a split.
+
+    Scores have no penalty, and are left out without a reward model. Inside `evaluating`.
+
+    Args:
+        networks, recompute: see `roll_out`.
+        rows: of a dataset, with the column `query_token`.
+        args: see `respond`; also has `local_eval_batch_size`.
+    """
+    queries, found = [strip_pads(q, ids.pad) for q in rows["query_token"]], []
+    for part in for_each_row(list(map(len, queries)), args.local_eval_batch_size, f"{what}, KL rows"):
+        prompts = Prompts([queries[i] for i in part], np.array(part), np.array(part))
+        responses, logprobs, ref_logprobs, scores = roll_out(networks, prompts, recompute, ids, args)
+        stops = (responses.tokens == ids.stop).any(1)
+        found += zip(part, *(column.tolist() for column in (scores, stops, responses.mask, logprobs, ref_logprobs)))
+    scores, stops, mask, logprobs, ref_logprobs = map(torch.tensor, list(zip(*gather_rows(found)))[1:])
+    kl = (logprobs - ref_logprobs) * mask
+    metrics = objective_metrics(scores, stops, mask, logprobs, kl, torch.zeros_like(kl))
+    left_out = ("non_score_reward", "score_total", *(("scores", "scores_std") if networks[2] is None else ()))
+    return {name: float(value) for name, value in metrics.items() if name.split("/")[1] not in left_out}
 
 
 def warn(update: int, metrics: dict[str, float], in_float32: bool) -> None:

@@ -96,7 +96,7 @@ def differences(args: Any, saved: dict, now: dict) -> dict[str, tuple]:
 def args_as_given(args: Any) -> dict[str, Any]:
     """The arguments before sizes are derived from them, and fingerprints of the models that they name: `typed.json`."""
     given = asdict(args)
-    return given | {"models": {name: weights_fingerprint(given[name]) for name in MODELS if name in given}}
+    return given | {"models": {name: weights_fingerprint(given[name]) for name in MODELS if given.get(name)}}
 
 
 def _read_typed(path: Path) -> dict:
@@ -176,7 +176,9 @@ class RunFolder:
             return False
         if self.is_main:
             shutil.rmtree(self.path / "checkpoints", ignore_errors=True)  # of a run that was killed at its very end
-            self.say(f"{self.path} is finished already, with these arguments: nothing to do\nmodel: {args.output_dir}")
+            self.say(f"{self.path} is finished already, with these arguments: nothing to do")
+            if args.output_dir is not None:
+                self.say(f"model: {args.output_dir}")
             pushed = self.path / "pushed.json"
             if args.push_to_hub and pushed.exists():
                 print(f"hub:    pushed before: {' @ '.join(json.loads(pushed.read_text()).values())}", flush=True)
@@ -208,7 +210,8 @@ class RunFolder:
     def check(args: RunArgs) -> None:
         """Refuse what cannot work of the arguments that every run has, but for its name."""
         check_sizes(args, positive=("keep",), at_least_zero=("save_freq", "save_minutes"))
-        refuse_unwritable("output_dir", args.output_dir, args.run_name)
+        if args.output_dir is not None:
+            refuse_unwritable("output_dir", args.output_dir, args.run_name)
         if getattr(args, "value_output_dir", None) is not None:
             refuse_unwritable("value_output_dir", args.value_output_dir, args.run_name)
             value, policy = Path(args.value_output_dir).resolve(), Path(args.output_dir).resolve()

@@ -30,12 +30,11 @@ from summarize_from_feedback_details.common.run_folder import RunFolder
 from summarize_from_feedback_details.common.zero import update_masters
 
 
-def launch(args: Any, unit: str) -> Accelerator:
+def connect(args: Any) -> Accelerator:
     """The processes of this run. Refuses a launch that is not what the arguments say.
 
     Args:
-        args: with their sizes derived.
-        unit: what a batch consists of, e.g. `rows`.
+        args: has `world_size`, `precision` and `deepspeed`.
     """
     keep_freed_memory()
     if not on_gpu():
@@ -47,9 +46,22 @@ def launch(args: Any, unit: str) -> Accelerator:
         warn_of_busy_cores()
     if accelerator.num_processes != args.world_size:
         refuse("world_size", f"{accelerator.num_processes} connected processes", f"{args.world_size}, as launched")
-    plugin = accelerator.state.deepspeed_plugin
-    if args.deepspeed and plugin is None:
+    if args.deepspeed and accelerator.state.deepspeed_plugin is None:
         refuse("deepspeed", "a launch without DeepSpeed", "`accelerate launch --config_file deepspeed.yaml`")
+    if accelerator.is_main_process:
+        print(f"{args.world_size} process(es) on {accelerator.device}, precision {accelerator.mixed_precision}")
+    return accelerator
+
+
+def launch(args: Any, unit: str) -> Accelerator:
+    """The processes of a run that trains, and DeepSpeed's settings.
+
+    Args:
+        args: with their sizes derived.
+        unit: what a batch consists of, e.g. `rows`.
+    """
+    accelerator = connect(args)
+    plugin = accelerator.state.deepspeed_plugin
     if plugin is not None:
         if plugin.zero_stage == 0:
             refuse("deepspeed", "zero_stage 0", "1, 2 or 3, or a launch without DeepSpeed")
@@ -64,7 +76,6 @@ def launch(args: Any, unit: str) -> Accelerator:
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.local_micro_batch_size
         plugin.deepspeed_config["gradient_clipping"] = args.max_grad_norm or 0.0
     if accelerator.is_main_process:
-        print(f"{args.world_size} process(es) on {accelerator.device}, precision {accelerator.mixed_precision}")
         cuts = {
             "processes": args.world_size, "mini-batches": getattr(args, "nminibatches", None),
             "accumulation": args.gradient_accumulation_steps, "micro batch": args.local_micro_batch_size,
@@ -161,7 +172,7 @@ class Gradient:
     ) -> Iterator[tuple[list[int], float]]:
         """Yield this rank's micro batches, each for one `add`: (numbers of rows, weight).
 
-        The weight is 1; 0 where there is no row left for this rank, which then reads the first row once more, so that
+        The weight is 1; 0 where there is no row left for this rank, which then reads the first ones once more, so that
         collectives match.
 
         Args:
@@ -181,7 +192,7 @@ class Gradient:
             self.accelerator.sync_gradients = last
             self.weight = float(bool(part))
             with self.model.no_sync() if ddp and not last else nullcontext():
-                yield part or [0], self.weight
+                yield part or list(range(unit)), self.weight
             if not last:
                 self.checkpoints.poll()
 
@@ -249,9 +260,12 @@ def freeze(model: torch.nn.Module, accelerator: Accelerator, offload: bool) -> t
 
 
 @contextmanager
-def lent(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
+def lent(model: torch.nn.Module | None, device: torch.device) -> Iterator[None]:
     """A frozen model on this device for one pass. With --offload its weights stay in host memory, too, so that nothing
-    is copied back; elsewhere nothing happens."""
+    is copied back; elsewhere nothing happens, nor where there is no model."""
+    if model is None:
+        yield
+        return
     home, weights = next(model.parameters()).device, [parameter.data for parameter in model.parameters()]
     model.to(device)
     try:

@@ -1,0 +1,338 @@
+"""Online DPO: queries, an SFT policy and a reward model -> a policy that prefers the better of its own responses.
+
+Reads   the SFT dataset's queries (`tldr_dataset.py`), an SFT policy (`sft.py`), a reward model (`reward.py`, or one of
+        the original code)
+Writes  a policy (`AutoModelForCausalLM`, tokenizer included) in --output_dir; metrics and a table of validation
+        responses with scores in runs/<run_name>
+Paper   Guo et al. 2024, "Direct Language Model Alignment from Online AI Feedback" (arXiv 2402.04792): DPO's loss on
+        pairs that the policy samples and a reward model labels; on TL;DR: Noukhovitch et al. 2024 (arXiv 2410.18252)
+
+Laptop  python summarize_from_feedback_details/online_dpo.py --base_model models/toy/small \
+            --sft_model_path models/sft_policy --reward_model_path models/reward --query_dataset data/toy_tokenized/sft
+1 GPU   python summarize_from_feedback_details/online_dpo.py --local_micro_batch_size 4 --gradient_checkpointing
+8 GPUs  accelerate launch --config_file deepspeed.yaml summarize_from_feedback_details/online_dpo.py --deepspeed
+
+Dimensions: B episodes, two for each query, R response tokens.
+"""
+
+import time
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from summarize_from_feedback_details.common.adapters import LoraParams, LoraSettings
+from summarize_from_feedback_details.common.arguments import (
+    RunArgs,
+    check_optimisation,
+    check_sizes,
+    command_line,
+    derive_sizes,
+    derive_updates,
+    drop_revisions,
+    may_change,
+    refuse,
+)
+from summarize_from_feedback_details.common.checkpoints import Checkpoints, fingerprint
+from summarize_from_feedback_details.common.console import print_metrics
+from summarize_from_feedback_details.common.evaluation import evaluating, first_rows, report_scores, score_policy
+from summarize_from_feedback_details.common.logprobs import scatter_tokens
+from summarize_from_feedback_details.common.machine import memory_gb
+from summarize_from_feedback_details.common.packed_rows import supports_packing
+from summarize_from_feedback_details.common.policies import ResponsePolicy, load_policy_and_reference
+from summarize_from_feedback_details.common.precision import trunk_dtype
+from summarize_from_feedback_details.common.reward_models import load_frozen_reward
+from summarize_from_feedback_details.common.rollouts import (
+    Prompts,
+    find_task,
+    gather_in_order,
+    objective_metrics,
+    roll_out,
+    warn,
+)
+from summarize_from_feedback_details.common.run_folder import RunFolder
+from summarize_from_feedback_details.common.sampling import strip_pads
+from summarize_from_feedback_details.common.training import (
+    Gradient,
+    epoch_order,
+    freeze,
+    launch,
+    lent,
+    prepare,
+    save_model,
+)
+
+NAMES = ("tokens", "logprobs", "ref_logprobs", "scores")  # of what is sampled and computed for a batch
+CLOSING_METRICS = ("objective/scores", "objective/kl", "objective/eos_rate", "objective/response_length",
+                   "policy/first_pass_ratio_error")  # fmt: skip
+
+
+@dataclass
+class Args(RunArgs):
+    # run
+    exp_name: str = may_change("online_dpo")
+    """name of the experiment, the first part of the run's name"""
+    output_dir: str = may_change("models/online_dpo_policy")
+    """folder of the trained policy"""
+    seed: int = 44413
+    """seed of the order of queries and of the sampling noise"""
+    run_eval: bool = True
+    """evaluate on validation after training: a table of responses with their scores"""
+    eval_freq: int = may_change(0)
+    """also evaluate every so many updates, a table of responses each (0: only at the end)"""
+    num_eval_rows: int | None = None
+    """rows of the validation split to evaluate on (default: the whole split)"""
+
+    # optimisation
+    eps: float = 1e-5
+    """epsilon of the optimiser"""
+    lr: float = 3e-6
+    """peak learning rate"""
+    weight_decay: float = 0.01
+    """decoupled weight decay (with --optimizer adam: L2)"""
+    max_grad_norm: float | None = None
+    """clip the global gradient norm to this (default: no clipping)"""
+    optimizer: Literal["adam", "adamw"] = "adamw"
+    """optimiser"""
+    scheduler: str = "linear"
+    """learning rate schedule over all updates: linear, cosine (to 0), constant, constant_with_warmup"""
+    warm_up_steps: int = 0
+    """updates of linear warm-up"""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 where the hardware multiplies in it, else fp32"""
+    lora: bool = False
+    """train adapters (LoRA) on frozen weights instead of all weights: much less memory; they want a learning rate about
+    ten times higher"""
+    lora_params: LoraSettings = field(default_factory=LoraParams)
+    """the adapters' own settings, with --lora: `--lora.rank` and so on"""
+    gradient_checkpointing: bool = may_change(False)
+    """compute activations again in the backward pass: less memory, about a third more time"""
+    offload: bool = may_change(False)
+    """keep the reference policy and the reward model in host memory while the policy trains"""
+
+    # sizes, in episodes; those left out are derived
+    world_size: int | None = may_change(None)
+    """number of processes; refused when another number was launched"""
+    total_episodes: int | None = None
+    """episodes in all (default: 1,000,000; those that do not fill a last batch are left out)"""
+    num_updates: int | None = None
+    """updates (default: total_episodes // batch_size)"""
+    local_micro_batch_size: int = may_change(16)
+    """episodes of one forward pass on one process"""
+    gradient_accumulation_steps: int | None = may_change(None)
+    """forward passes per update (default: what makes up batch_size)"""
+    batch_size: int | None = None
+    """episodes of one update on all processes, two for each query (default: 512)"""
+    local_rollout_forward_batch_size: int = may_change(64)
+    """episodes that one process samples at a time"""
+    local_eval_batch_size: int | None = may_change(None)
+    """rows that one process samples at a time in evaluation (default: local_rollout_forward_batch_size)"""
+
+    # task
+    base_model: str = "EleutherAI/pythia-1b-deduped"
+    """base model of the policy: folder or hub id; its tokenizer is used"""
+    base_model_revision: str | None = None
+    """hub revision of the base model"""
+    sft_model_path: str = "vwxyzjn/EleutherAI_pythia-1b-deduped__sft__tldr"
+    """SFT policy to start from: folder or hub id (default: a released one)"""
+    sft_model_revision: str | None = "sft__44413__1708611267"
+    """hub revision of the SFT policy (a folder has none)"""
+    reward_model_path: str = "vwxyzjn/EleutherAI_pythia-1b-deduped__reward__tldr"
+    """reward model, ours or the original's: folder or hub id (default: a released one)"""
+    reward_model_revision: str | None = "reward__44413__1708628552"
+    """hub revision of the reward model (a folder has none)"""
+    query_dataset: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered_oai_preprocessing_1706381144"
+    """tokenised SFT dataset, whose queries are the prompts: folder or hub id"""
+    dataset_revision: str | None = None
+    """hub revision of the dataset"""
+    response_length: int = 53
+    """tokens sampled at most per response"""
+    truncate_token: str = "eos"
+    """responses end after this token: `eos`, or the text of a single token"""
+    eval_temperature: float = 0.01
+    """sampling temperature in evaluation (0: greedy)"""
+
+    # algorithm
+    temperature: float = 0.7
+    """divides the logits of old, new and reference log-probabilities alike"""
+    penalty_reward_value: float = -1.0
+    """score of a response without the truncate token"""
+    non_eos_penalty: bool = True
+    """whether a response without the truncate token gets that score"""
+    beta: float = 0.1
+    """how far the policy may go from the SFT policy: the weight of the KL in the objective that DPO solves"""
+    ipo: bool = False
+    """IPO's squared loss in the place of DPO's: it does not push pairs that are already far enough apart"""
+    label_smoothing: float = 0.0
+    """probability that the reward model's choice is wrong (conservative DPO); not with --ipo"""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# loss
+
+
+def dpo_losses(margins: Tensor, beta: float, label_smoothing: float = 0.0, ipo: bool = False) -> Tensor:
+    """Loss of each pair from log(pi / ref) of chosen minus that of rejected: [B] nats -> [B]."""
+    if ipo:
+        return (margins - 1 / (2 * beta)) ** 2
+    right, wrong = F.logsigmoid(beta * margins), F.logsigmoid(-beta * margins)
+    return -(1 - label_smoothing) * right - label_smoothing * wrong
+
+
+def preferences(scores: Tensor) -> Tensor:
+    """1 where the first of a query's two responses scores higher, -1 where the second does, 0 in a tie: [B] -> [B / 2].
+
+    >>> preferences(torch.tensor([2.0, 1.0, -1.0, -1.0, 0.0, 3.0])).tolist()
+    [1.0, 0.0, -1.0]
+    """
+    first, second = scores.reshape(-1, 2).T
+    return (first - second).sign()
+
+
+def check_args(args: Args):
+    """Refuse what cannot work; fill in what was left out. Returns (tokenizer, dataset, ids)."""
+    positive = ("response_length", "temperature", "local_rollout_forward_batch_size", "beta")
+    check_sizes(args, positive, at_least_zero=("eval_temperature",), shares=("label_smoothing",))
+    if args.ipo and args.label_smoothing:
+        refuse("label_smoothing", f"{args.label_smoothing} with --ipo", "0")
+    if args.local_micro_batch_size % 2:
+        refuse("local_micro_batch_size", str(args.local_micro_batch_size), "an even number: pairs stay together")
+    check_optimisation(args)
+    derive_sizes(args, default_batch_size=512)
+    derive_updates(args)
+    args.local_eval_batch_size = args.local_eval_batch_size or args.local_rollout_forward_batch_size
+    RunFolder.check(args)
+    found = find_task(args)
+    RunFolder.refuse_taken(args)
+    return found
+
+
+def main(args: Args) -> dict[str, float]:
+    """Run the stage; returns the final metrics."""
+    # ------------------------------------------------------------------------------------------------------------------
+    # sizes
+    drop_revisions(args, "sft_model", "reward_model")
+    run = RunFolder(args, "online_dpo")
+    if run.is_finished():
+        return run.final_metrics()
+    tokenizer, dataset, ids = check_args(args)
+    accelerator = launch(args, "episodes")
+    device, in_float32, pairs = accelerator.device, accelerator.mixed_precision == "no", args.batch_size // 2
+    run.say(f"{args.num_updates} updates, {pairs} queries x 2 responses each")
+
+    with run.open(accelerator):
+        # --------------------------------------------------------------------------------------------------------------
+        # data, models, optimiser
+        train = dataset["train"].with_format("numpy", columns=["query_token"])
+        validation = first_rows(dataset["validation"], args.num_eval_rows)
+        order = epoch_order(len(train), args.num_updates * pairs, args.seed).repeat(2)
+        torch.manual_seed(args.seed)
+        dtype = trunk_dtype(args, accelerator)
+        policy, ref_policy = load_policy_and_reference(args, dtype)
+        freeze(ref_policy, accelerator, args.offload)
+        reward_model = freeze(load_frozen_reward(args, ref_policy, dtype), accelerator, args.offload)
+        run.parameters = sum(p.numel() for p in ref_policy.parameters())
+        packed = supports_packing(policy) and supports_packing(reward_model)
+        model, optimizer, scheduler = prepare(accelerator, ResponsePolicy(policy), args)
+
+        def evaluate(what: str) -> dict[str, list]:
+            with evaluating(accelerator, model) as trained, lent(reward_model, device):
+                return score_policy(trained.model, reward_model, validation, tokenizer, args, what)
+
+        # --------------------------------------------------------------------------------------------------------------
+        # loop
+        probe_rows = train[np.linspace(0, len(train) - 1, 1000).astype(int)]["query_token"]
+        data = {"query_dataset": fingerprint([len(train), *np.concatenate(probe_rows)])}
+        checkpoints = Checkpoints(run, accelerator, model, optimizer, scheduler, data)
+        resumed = checkpoints.resume()
+        for update in run.progress("online dpo updates", resumed.update + 1, args.num_updates):
+            start, inside = time.time(), resumed.inside(update)
+            episodes = np.arange((update - 1) * args.batch_size, update * args.batch_size)
+            queries = [strip_pads(q, ids.pad) for q in train[order[episodes]]["query_token"]]
+            ratio_error, sums = torch.zeros(1, device=device), torch.zeros(3, device=device, dtype=torch.float64)
+            if inside:
+                ratio_error.copy_(inside.shared["ratio_error"])
+                columns = [inside.shared[name].to(device) for name in NAMES]
+            else:
+                prompts, mine = Prompts(queries, order[episodes], episodes).share(accelerator)
+                with evaluating(accelerator, model) as whole:
+                    networks = whole.model, ref_policy, reward_model
+                    found = roll_out(networks, prompts, not in_float32, ids, args, checkpoints.poll)
+                columns = gather_in_order(accelerator, (found[0].tokens, *found[1:]), mine)
+            tokens, logprobs, ref_logprobs, scores = columns
+            mask, contains_stop = tokens != ids.pad, (tokens == ids.stop).any(1)  # [B, R], [B]
+            if args.non_eos_penalty:
+                scores = torch.where(contains_stop, scores, torch.full_like(scores, args.penalty_reward_value))
+            kl = (logprobs - ref_logprobs) * mask
+            sides = preferences(scores)  # [B / 2]
+            rollout_seconds = time.time() - start
+            model.train()
+            lengths = [len(q) + int(n) for q, n in zip(queries, mask.sum(1).tolist())]
+
+            def state() -> tuple[dict, dict]:
+                worst = accelerator.gather(ratio_error).max().reshape(1)
+                return dict(zip(NAMES, columns)) | {"ratio_error": worst}, {}
+
+            checkpoints.mark(update - 1, 0, state)
+            gradient = Gradient(accelerator, model, optimizer, checkpoints)
+            for mb, weight in gradient.micro_batches(lengths, not packed, together=2):
+                mb_queries, real = [queries[i] for i in mb], [strip_pads(tokens[i].cpu(), ids.pad) for i in mb]
+                new = scatter_tokens(model(mb_queries, real, args.temperature), mask[mb], 0.0)  # [b, R]
+                ratios = (new.sum(1) - (ref_logprobs[mb] * mask[mb]).sum(1)).reshape(-1, 2)  # log(pi / ref)
+                mb_sides = sides[[i // 2 for i in mb[::2]]]
+                margins = mb_sides * (ratios[:, 0] - ratios[:, 1])  # chosen minus rejected
+                # a tie, as of two responses without EOS, prefers neither
+                losses = dpo_losses(margins, args.beta, args.label_smoothing, args.ipo) * mb_sides.abs()
+                gradient.add(losses.sum() / pairs, {"queries": mb_queries, "tokens": tokens[mb]})
+                numbers = losses.detach(), margins.detach() > 0, args.beta * margins.detach()
+                sums += weight * torch.stack([value.double().sum() for value in numbers]) / pairs
+                error = (torch.exp((new - logprobs[mb] * mask[mb]).detach()) - 1.0).abs().max()
+                ratio_error = torch.max(ratio_error, error)
+            grad_norm = gradient.step()
+            lr = scheduler.get_last_lr()[0]
+            scheduler.step()
+
+            # what happened
+            seconds, (loss, accuracy, margin) = time.time() - start, accelerator.reduce(sums, "sum").tolist()
+            metrics = objective_metrics(scores, contains_stop, mask, logprobs, kl, -args.beta * kl)
+            metrics = {name: float(value) for name, value in metrics.items()} | {
+                "policy/first_pass_ratio_error": float(accelerator.gather(ratio_error).max()),
+                "objective/ties": float((sides == 0).float().mean()),
+                "train/online_dpo/loss": loss, "train/online_dpo/accuracy": accuracy, "train/online_dpo/margin": margin,
+                "train/online_dpo/lr": lr, "train/online_dpo/grad_norm": grad_norm,
+                "train/online_dpo/episode": update * args.batch_size,
+                "time/online_dpo/rollout_seconds": rollout_seconds,
+                "time/online_dpo/training_seconds": seconds - rollout_seconds,
+                "time/online_dpo/episodes_per_second": args.batch_size / seconds,
+                "memory/online_dpo/peak_gb": memory_gb(device),
+            }  # fmt: skip
+            if run.is_main:
+                warn(update, metrics, in_float32)
+            if args.run_eval and args.eval_freq and update % args.eval_freq == 0 and update < args.num_updates:
+                found = evaluate(f"update {update}, validation")
+                run.table(f"validation_{update}", found)
+                metrics |= report_scores("online_dpo", found)
+            run.log(update, metrics, f"score {metrics['objective/scores']:.3f} kl {metrics['objective/kl']:.3f}")
+            checkpoints.after_update(update)
+
+        # --------------------------------------------------------------------------------------------------------------
+        # evaluation and saving
+        checkpoints.save(args.num_updates)
+        paths = {"policy": args.output_dir}
+        if args.run_eval:
+            found = evaluate("policy, validation")
+            paths["table"] = run.table("validation", found)
+            run.log(args.num_updates + 1, report_scores("online_dpo", found))
+        save_model(accelerator, run, model, policy, tokenizer, args.output_dir)
+        if run.is_main:
+            print_metrics("Online DPO", run.metrics, CLOSING_METRICS)
+        run.deliver(paths)
+    checkpoints.remove()
+    return dict(run.metrics)
+
+
+if __name__ == "__main__":
+    command_line(main, Args)
