@@ -6,8 +6,9 @@
                                                 what the job scripts ask: arguments that make a stage fit on the GPUs
 
 Bytes; N parameters; the terms are those of docs/cluster.md. Networks: SFT and reward model train one; PPO trains a
-policy and a value network and keeps two frozen ones, the reference policy and the reward model; RLOO and GRPO train
-the policy alone. With LoRA all of them stand on one frozen trunk, or on two, and only adapters are trained.
+policy and a value network and keeps two frozen ones, the reference policy and the reward model; RLOO, GRPO, DPO and
+online DPO train the policy alone. With LoRA all of them stand on one frozen trunk, or on two, and only adapters are
+trained.
 """
 
 import json
@@ -75,8 +76,8 @@ PAPER = [PYTHIA[size] for size in ("1b", "2.8b", "6.9b")]
 class Layout:
     """How a stage is run."""
 
-    stage: str  # sft, reward, ppo or rloo
-    rows: int  # of one forward pass in training (pairs for reward)
+    stage: str  # sft, reward, ppo, dpo or rloo
+    rows: int  # of one forward pass in training (pairs for reward and dpo)
     tokens: float  # of a row in the mean: rows are packed
     responses: int  # tokens at which logits are taken
     rollout_rows: int = 0  # sampled at a time: PPO's episodes, rows of SFT's evaluation
@@ -95,8 +96,8 @@ class Layout:
 def memory(shape: Shape, layout: Layout) -> dict[str, float]:
     """Bytes of each term on one process; `peak` is the largest of sampling, training and the optimiser's step."""
     w, world = layout.width, layout.processes
-    trained = {"sft": shape.policy, "reward": shape.trunk, "ppo": shape.policy + shape.trunk, "rloo": shape.policy}
-    trained, samples = trained[layout.stage], layout.stage in ("ppo", "rloo")
+    trained = {"reward": shape.trunk, "ppo": shape.policy + shape.trunk}.get(layout.stage, shape.policy)
+    samples = layout.stage in ("ppo", "rloo", "dpo")  # DPO's evaluation, and has a reference and a reward model
     frozen = shape.policy + shape.trunk if samples else 0.0
     # --offload: each is on the GPU for its own pass over the rollout, and neither during training
     in_rollout, in_training = (max(shape.policy, shape.trunk), 0.0) if layout.offload else (frozen, frozen)
@@ -226,7 +227,10 @@ def fit(args: "Args") -> tuple[str, str]:
     Raises:
         SystemExit: code 2, where it does not fit with any of them.
     """
-    stage, name = args.fit.removesuffix("_left_padding").replace("grpo", "rloo"), Path(args.model).name
+    stage, name = (
+        {"ppo_left_padding": "ppo", "grpo": "rloo", "online_dpo": "rloo"}.get(args.fit, args.fit),
+        Path(args.model).name,
+    )
     about = f"memory of {stage} with {name}"
     launched = read_launch(args.launch)
     if isinstance(launched, str):
@@ -239,14 +243,16 @@ def fit(args: "Args") -> tuple[str, str]:
     value_of = dict(zip(given, given[1:]))
     if value_of.get("__precision") == "fp32":
         launched["width"] = 4
-    tokens, responses = {"sft": (562, 562), "reward": (807, 0)}.get(stage, (565, 53))  # the longest rows
+    tokens, responses = {"sft": (562, 562), "reward": (807, 0), "dpo": (807, 318)}.get(
+        stage, (565, 53)
+    )  # the longest rows
     layout = Layout(stage, args.rows, tokens, responses, args.rollout_rows, args.processes, **launched)
     if said.get("__lora"):
         layout.lora = int(value_of.get("__lora.rank", 16))
         if not layout.zero and value_of.get("__precision") != "fp32":
             layout.width = 2  # a frozen trunk in bf16; whole training keeps float32 weights without DeepSpeed
     needs = {}
-    for added in TRIED["lora" if layout.lora else stage.replace("rloo", "ppo")]:
+    for added in TRIED["lora" if layout.lora else stage if stage in TRIED else "ppo"]:
         if any(said.get(f"__{switch}") is False for switch in added):
             continue
         on = {switch: switch in added or said.get(f"__{switch}", False) for switch in TRIED["ppo"][-1]}
@@ -341,7 +347,7 @@ class Args:
     """also write the numbers to this JSON file"""
 
     # for the job scripts: prints arguments to add, then a sentence
-    fit: Literal["sft", "reward", "ppo_left_padding", "rloo", "grpo"] | None = None
+    fit: Literal["sft", "reward", "ppo_left_padding", "rloo", "grpo", "dpo", "online_dpo"] | None = None
     """make this stage fit on the GPUs, or refuse"""
     model: str = ""
     """hub id or folder of the base model"""

@@ -12,9 +12,10 @@ MODELS=${MODELS:-EleutherAI/pythia-1b-deduped EleutherAI/pythia-2.8b-deduped Ele
 SEEDS=${SEEDS:-44413 55513 66613 77713}
 # further arguments of each stage
 SFT_ARGS=${SFT_ARGS:-} REWARD_ARGS=${REWARD_ARGS:-} PPO_ARGS=${PPO_ARGS:-}
-RLOO_ARGS=${RLOO_ARGS:-} GRPO_ARGS=${GRPO_ARGS:-}
+RLOO_ARGS=${RLOO_ARGS:-} GRPO_ARGS=${GRPO_ARGS:-} DPO_ARGS=${DPO_ARGS:-} ONLINE_DPO_ARGS=${ONLINE_DPO_ARGS:-}
+BEST_OF_N_ARGS=${BEST_OF_N_ARGS:-}
 if [ "${LORA:=0}" = 1 ]; then # adapters (docs/lora.md), at ten times the paper's learning rate
-    for stage_args in SFT_ARGS REWARD_ARGS PPO_ARGS RLOO_ARGS GRPO_ARGS; do
+    for stage_args in SFT_ARGS REWARD_ARGS PPO_ARGS RLOO_ARGS GRPO_ARGS DPO_ARGS ONLINE_DPO_ARGS; do
         printf -v "$stage_args" '%s' "--lora --lr 3e-5 ${!stage_args}"
     done
 fi
@@ -29,10 +30,10 @@ export GPU_GB=${GPU_GB:-80}                                     # memory of a GP
 export TOKENIZERS_PARALLELISM=false
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600} # seconds that SIGTERM leaves for a checkpoint
 
-STAGE_ORDER=(sft reward ppo_left_padding rloo grpo eval)
+STAGE_ORDER=(sft reward ppo_left_padding rloo grpo dpo online_dpo best_of_n eval)
 # rows of an update
 declare -A BATCH_OF=([sft]=${BATCH:-128} [reward]=${BATCH:-64} [ppo_left_padding]=${BATCH:-512} [rloo]=${BATCH:-512}
-    [grpo]=${BATCH:-512})
+    [grpo]=${BATCH:-512} [dpo]=${BATCH:-64} [online_dpo]=${BATCH:-512})
 
 read -ra models <<<"$MODELS"
 read -ra seeds <<<"$SEEDS"
@@ -40,11 +41,12 @@ read -ra seeds <<<"$SEEDS"
 source sbatches/rows_of.sh
 # fit STAGE MODEL NODES: two lines, arguments that make a stage fit into GPU_GB, and why; refuses what does not fit
 fit() {
-    local micro rows rollout given=$PPO_ARGS
+    local micro rows rollout args
+    args=${1^^}_ARGS
     read -r micro rows rollout <<<"$(rows_of "$2")"
-    case $1 in sft) given=$SFT_ARGS rows=$micro ;; reward) given=$REWARD_ARGS rows=$micro ;; rloo) given=$RLOO_ARGS ;; grpo) given=$GRPO_ARGS ;; esac
+    case $1 in sft | reward | dpo) rows=$micro ;; ppo_left_padding) args=PPO_ARGS ;; esac
     "$PYTHON" benchmark/memory.py --fit "$1" --model "$2" --processes $(($3 * PROCESSES_PER_NODE)) --gpu_gb "$GPU_GB" \
-        --rows "$rows" --rollout_rows "$rollout" --launch="$ACCELERATE_ARGS" --given="$given"
+        --rows "$rows" --rollout_rows "$rollout" --launch="$ACCELERATE_ARGS" --given="${!args}"
 }
 name_of() { echo "$(basename "$1")_$2$([ "$LORA" = 0 ] || echo _lora)"; } # MODEL SEED: of a chain: runs/<name>_sft, models/<name>/sft and so on
 

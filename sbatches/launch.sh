@@ -6,7 +6,7 @@
 #   sbatches/launch.sh --dry-run                         print the commands, submit nothing
 #   sbatches/launch.sh --models EleutherAI/pythia-1b-deduped --seeds "44413 55513"
 #   sbatches/launch.sh --stages "reward ppo_left_padding"    the stages before must be finished
-#   sbatches/launch.sh --stages "sft reward rloo eval"    RLOO (or grpo) in the place of PPO
+#   sbatches/launch.sh --stages "sft reward rloo eval"    RLOO (or grpo, dpo, online_dpo, best_of_n) in the place of PPO
 #   sbatches/launch.sh --nodes 2                         two nodes for each element
 #   sbatches/launch.sh --prefetch                        fill the hub's cache here, for compute nodes without a network
 #   sbatches/launch.sh -- --time=24:00:00 --partition=gpu    further arguments of sbatch
@@ -55,7 +55,8 @@ for stage in "${stages[@]}"; do
     last=$place
 done
 # what a stage reads is made by a stage before it, or is there
-declare -A NEEDS=([sft]="" [reward]="sft" [ppo_left_padding]="sft reward" [rloo]="sft reward" [grpo]="sft reward" [eval]="")
+declare -A NEEDS=([sft]="" [reward]="sft" [ppo_left_padding]="sft reward" [rloo]="sft reward" [grpo]="sft reward"
+    [dpo]="sft" [online_dpo]="sft reward" [best_of_n]="sft reward" [eval]="")
 for stage in "${stages[@]}"; do
     for need in ${NEEDS[$stage]}; do
         if [[ " ${stages[*]} " == *" $need "* ]]; then continue; fi
@@ -71,8 +72,11 @@ processes=$((NODES * PROCESSES_PER_NODE))
 for model in "${models[@]}"; do
     read -r micro ppo_micro _ <<<"$(rows_of "$model")"
     for stage in "${stages[@]}"; do
-        if [ "$stage" = eval ]; then continue; fi
-        case $stage in ppo_left_padding | rloo | grpo) rows_here=$ppo_micro ;; *) rows_here=$micro ;; esac
+        case $stage in
+            sft | reward | dpo) rows_here=$micro ;;
+            eval | best_of_n) continue ;; # which have no batch
+            *) rows_here=$ppo_micro ;;
+        esac
         [ $((BATCH_OF[$stage] % (rows_here * processes))) = 0 ] ||
             refuse --nodes "$NODES, that is $processes processes x $rows_here rows for $stage of $model" \
                 "a number of rows that divides its batch of ${BATCH_OF[$stage]}"
@@ -82,7 +86,7 @@ done
 
 for model in "${models[@]}"; do
     for stage in "${stages[@]}"; do
-        if [ "$stage" = eval ]; then continue; fi
+        case $stage in eval | best_of_n) continue ;; esac
         fits=$(fit "$stage" "$model" "$NODES") || exit 2
         [ -z "${fits#*$'\n'}" ] || echo "${fits#*$'\n'}"
     done

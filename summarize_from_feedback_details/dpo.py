@@ -58,7 +58,7 @@ from summarize_from_feedback_details.common.policies import ResponsePolicy, load
 from summarize_from_feedback_details.common.precision import trunk_dtype
 from summarize_from_feedback_details.common.ref_logprobs import check_ref_logprobs, find_ref_logprobs
 from summarize_from_feedback_details.common.reward_models import load_frozen_reward
-from summarize_from_feedback_details.common.rollouts import measure
+from summarize_from_feedback_details.common.rollouts import measure_policy
 from summarize_from_feedback_details.common.run_folder import RunFolder
 from summarize_from_feedback_details.common.training import (
     Gradient,
@@ -265,7 +265,7 @@ def main(args: Args) -> dict[str, float]:
             validation, networks = first_rows(queries["validation"], args.num_eval_rows), (ref_policy, reward_model)
             with evaluating(accelerator, model) as trained, lent(ref_policy, device), lent(reward_model, device):
                 found = score_policy(trained.model, reward_model, validation, tokenizer, args, f"{when}, validation")
-                numbers = measure((trained.model, *networks), validation, not in_float32, ids, args, when)
+                numbers = measure_policy((trained.model, *networks), validation, not in_float32, ids, args, when)
             run.table(when.replace("update ", "validation_").replace("after training", "validation"), found)
             return metrics | report_scores("dpo", found) | numbers, table
 

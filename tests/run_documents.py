@@ -34,6 +34,7 @@ REFUSED = {  # part of a command -> what its line says here, one of these
     "sbatches/launch.sh": ("sbatch",),
     "sbatch ": ("sbatch",),
     "my_ppo": ("my_ppo",),
+    "tail -n 1 runs/pythia": ("No such file",),
 }
 
 

@@ -14,7 +14,8 @@ import pytest
 from conftest import OFFLINE, ROOT, STAGES
 
 PACKAGE = "summarize_from_feedback_details"
-SCRIPTS = ["tldr_dataset.py", "toy_tldr.py", "sft.py", "reward.py", "ppo_left_padding.py", "rloo.py", "grpo.py"]
+TRAINING = ["sft.py", "reward.py", "ppo_left_padding.py", "rloo.py", "grpo.py", "dpo.py", "online_dpo.py"]
+SCRIPTS = ["tldr_dataset.py", "toy_tldr.py", *TRAINING, "best_of_n.py"]
 COMMON = sorted(f"common/{path.name}" for path in (STAGES / "common").glob("*.py"))
 OWN = {"main", "check_args", "report", "evaluate_policy", "Args", "read_rows"}  # each stage's own
 
@@ -71,7 +72,7 @@ def _is_docstring(node) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
-@pytest.mark.parametrize("script", ["sft.py", "reward.py", "ppo_left_padding.py", "rloo.py", "grpo.py"])
+@pytest.mark.parametrize("script", [*TRAINING, "best_of_n.py"])
 def test_every_argument_is_read(script):
     source = (STAGES / script).read_text()
     tree = ast.parse(source)
@@ -87,7 +88,7 @@ def test_every_argument_is_read(script):
         assert re.search(rf"args\.(ppo\.)?{field}\b|args, \"{field}\"", readers), f"{script}: --{field} is read nowhere"
 
 
-@pytest.mark.parametrize("script", ["sft.py", "reward.py", "ppo_left_padding.py", "rloo.py", "grpo.py"])
+@pytest.mark.parametrize("script", [*TRAINING, "best_of_n.py"])
 def test_every_argument_has_a_sentence(script):
     bodies = ast.parse((STAGES / script).read_text()).body, ast.parse((STAGES / "common/arguments.py").read_text()).body
     for node in (n for body in bodies for n in body):

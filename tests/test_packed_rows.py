@@ -1,16 +1,19 @@
 """Packed rows: the same numbers and gradients as rows apart, what cannot be packed is noticed, the cache with room."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, Gemma3TextConfig, MistralConfig
 
 from summarize_from_feedback_details import ppo_left_padding, reward, sft
-from summarize_from_feedback_details.common import logprobs, sampling, training
+from summarize_from_feedback_details.common import logprobs, policies, reward_models, sampling, training
 from summarize_from_feedback_details.common.check_inputs import TokenIds
 from summarize_from_feedback_details.common.packed_rows import (
     logits_at,
     pack_pieces,
     pack_rows,
+    pack_shared,
     packed_attention,
     supports_packing,
     use_packed_attention,
@@ -30,6 +33,58 @@ def compare_gradients(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
     largest = max(float(q.abs().max()) for _, q in pairs)
     for p, q in pairs:
         torch.testing.assert_close(p, q, rtol=0, atol=1e-5 * max(1.0, largest))
+
+
+def test_shared_layout_by_hand():
+    """Neighbours with the same head read it once; a row whose head nobody shares is one piece."""
+    heads, tails = [[1, 2], [1, 2], [3], [], [], [1, 2]], [[5], [6, 7], [8, 9], [4], [6], [7]]
+    inputs, ends, firsts = pack_shared(heads, tails, "cpu")
+    assert inputs["input_ids"][0].tolist() == [1, 2, 5, 6, 7, 3, 8, 9, 4, 6, 1, 2, 7]
+    assert inputs["position_ids"][0].tolist() == [0, 1, 2, 2, 3, 0, 1, 2, 0, 0, 0, 1, 2]
+    assert inputs["pieces"] == [(2, None), (1, 0), (2, 0), (3, None), (1, None), (1, None), (3, None)]
+    assert ends == [1, 1, 5, 7, 8, 11] and firsts == [2, 3, 6, 8, 9, 12]
+
+
+def test_a_query_that_responses_share_gives_the_same_numbers(world):
+    """Log-probabilities, rewards, samples and gradients of k responses to a query: as of rows apart."""
+    policy, plain = (policies.load_policy("x", world.sft) for _ in range(2))
+    plain.set_attn_implementation("sdpa")
+    reward_model = reward_models.load_reward_model(world.reward)
+    assert supports_packing(policy) and supports_packing(reward_model) and not supports_packing(plain)
+    queries = [[5, 6, 7, 8], [5, 6, 7, 8], [5, 6, 7, 8], [9, 10], [11, 12, 13], [11, 12, 13]]
+    responses = [[3, 4, 0], [8, 0], [11, 12, 13, 14, 0], [2], [6, 7], [0]]
+    read = lambda model: logprobs.token_logprobs(*logprobs.response_logits(model, queries, responses), 0.7)
+    ours, theirs = read(policy), read(plain)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    (ours * torch.arange(len(ours))).sum().backward()
+    (theirs * torch.arange(len(theirs))).sum().backward()
+    compare_gradients(policy, plain)
+    rows = [query + response for query, response in zip(queries, responses)]
+    with torch.no_grad():
+        shared = reward_models.read_rewards(reward_model, rows, list(map(len, queries)))
+        alone = torch.cat([reward_models.read_rewards(reward_model, [row]) for row in rows])
+    torch.testing.assert_close(shared, alone, rtol=0, atol=1e-5)
+    ids, tokens = (
+        TokenIds(policy.config.vocab_size, 0, 100),
+        sampling.pad_rows(queries, policy.config.vocab_size, "left"),
+    )
+    found = [sampling.sample_responses(model, tokens, sampling.episode_noise(1, range(6), "cpu"), ids, 8, 1.0)
+             for model in (policy, plain)]  # fmt: skip
+    assert torch.equal(found[0][0], found[1][0]) and len({tuple(row) for row in found[0][0].tolist()}) > 3
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("micro, together, rank, world_size, expected", [
+    (4, 4, 0, 1, [[4, 5, 6, 7], [0, 1, 2, 3]]), (4, 2, 0, 1, [[6, 7, 0, 1], [4, 5, 2, 3]]),
+    (2, 4, 1, 2, [[4, 5], [0, 1]]), (1, 2, 0, 1, [[7], [6], [5], [4], [3], [2], [1], [0]]),
+])  # fmt: skip
+def test_responses_to_a_query_stay_in_one_micro_batch(micro, together, rank, world_size, expected):
+    """As many of them as fit: the longest first, and about as many tokens in each."""
+    accelerator = SimpleNamespace(process_index=rank, num_processes=world_size)
+    checkpoints = SimpleNamespace(args=SimpleNamespace(local_micro_batch_size=micro), poll=lambda: None)
+    gradient = training.Gradient(accelerator, torch.nn.Linear(1, 1), None, checkpoints)
+    found = list(gradient.micro_batches([1, 2, 3, 4, 5, 6, 7, 8], False, together))
+    assert [part for part, _ in found] == expected and all(weight == 1 for _, weight in found)
 
 
 def test_layouts_by_hand():

@@ -462,9 +462,10 @@ def test_folders_of_real_stages(world):
 def test_metrics_are_named_as_the_stages_name_them():
     source = (STAGES / "common/rollouts.py").read_text()
     assert all(f'"{name}"' in source for name in read_runs.CURVES)
-    for stage, name in (("ppo_left_padding", "ppo"), ("rloo", "rloo"), ("grpo", "grpo")):
+    for stage, name in (("ppo_left_padding", "ppo"), *((name, name) for name in ("rloo", "grpo", "dpo", "online_dpo"))):
         assert f'"train/{name}/episode"' in (STAGES / f"{stage}.py").read_text()
-    assert 'f"eval/rm/{split}/accuracy"' in (STAGES / "reward.py").read_text()
+    assert 'f"eval/{name}/{split}/accuracy"' in (STAGES / "common/comparisons.py").read_text()
+    assert 'report_pairs("rm"' in (STAGES / "reward.py").read_text()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

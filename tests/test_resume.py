@@ -17,7 +17,7 @@ from conftest import launch, launch_command
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from summarize_from_feedback_details import grpo, ppo_left_padding, reward, rloo, sft
+from summarize_from_feedback_details import dpo, grpo, online_dpo, ppo_left_padding, reward, rloo, sft
 from summarize_from_feedback_details.common import checkpoints, files, run_files, zero
 from summarize_from_feedback_details.common.checkpoints import Checkpoints
 from summarize_from_feedback_details.common.precision import choose_precision
@@ -29,6 +29,8 @@ MAIN = {
     "ppo_left_padding": ppo_left_padding.main,
     "rloo": rloo.main,
     "grpo": grpo.main,
+    "dpo": dpo.main,
+    "online_dpo": online_dpo.main,
 }
 STAGE_NAMES = list(MAIN)
 LONG = pytest.mark.torture
@@ -40,6 +42,10 @@ def stage_args(world, stage: str, output_dir, **changes):
         args = world.sft_args(output_dir, total_episodes=44, max_grad_norm=1.0)
     elif stage == "reward":
         args = world.reward_args(output_dir, total_episodes=44, max_grad_norm=1.0)
+    elif stage == "dpo":
+        args = world.dpo_args(output_dir, total_episodes=44, max_grad_norm=1.0, eval_freq=3)
+    elif stage == "online_dpo":
+        args = world.online_dpo_args(output_dir, num_updates=4, lr=1e-4, local_micro_batch_size=4, eval_freq=2)
     elif stage in ("rloo", "grpo"):
         of_stage = getattr(world, f"{stage}_args")
         args = of_stage(output_dir, num_updates=4, lr=1e-4, noptepochs=2, local_micro_batch_size=4, eval_freq=2)
@@ -504,6 +510,8 @@ CHANGES = {
     "ppo_left_padding": {"nminibatches": 1, "temperature": 0.9, "non_eos_penalty": False, "penalty_reward_value": -2.0},
     "rloo": {"rloo_k": 2, "kl_coef": 0.1, "ppo_clip": 0.2},
     "grpo": {"grpo_k": 2, "normalise_std": False, "length_normalisation": False, "cliprange": 0.3},
+    "dpo": {"beta": 0.2, "ipo": True, "label_smoothing": 0.1, "temperature": 0.5},
+    "online_dpo": {"beta": 0.2, "ipo": True, "label_smoothing": 0.1, "penalty_reward_value": -2.0},
 }  # fmt: skip
 
 
@@ -529,7 +537,8 @@ def test_arguments_that_change_the_result_are_refused(world, workdir, stage, mon
 @pytest.mark.parametrize("stage", STAGE_NAMES)
 def test_layout_and_logging_may_change(world, workdir, undisturbed, stage, monkeypatch):
     stop_after(stage, stage_args(world, stage, stage), 2, monkeypatch)
-    args = stage_args(world, stage, stage, local_micro_batch_size=1, local_eval_batch_size=7, keep=1)
+    micro = 2 if stage == "online_dpo" else 1  # whose pairs stay together
+    args = stage_args(world, stage, stage, local_micro_batch_size=micro, local_eval_batch_size=7, keep=1)
     printing = {"print_sample_output_freq": 2} if hasattr(args, "print_sample_output_freq") else {}
     args = replace(args, output_dir="elsewhere", save_freq=0, **printing)
     if stage == "reward":

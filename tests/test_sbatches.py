@@ -172,7 +172,7 @@ def test_without_slurm_it_says_so(tmp_path):
 
 
 def test_job_scripts_have_one_launch_line_and_shared_settings():
-    for stage in ("sft", "reward", "ppo_left_padding", "rloo", "grpo"):
+    for stage in ("sft", "reward", "ppo_left_padding", "rloo", "grpo", "dpo", "online_dpo", "best_of_n"):
         text = (ROOT / f"sbatches/{stage}.sbatch").read_text()
         code = [line for line in re.sub(r"\\\n", " ", text).splitlines() if line and not line.startswith("#")]
         assert len(code) == 2 and code[0] == 'source "$SLURM_SUBMIT_DIR/sbatches/common.sh"'

@@ -174,7 +174,7 @@ def objective_metrics(
 
 
 @torch.no_grad()
-def measure(
+def measure_policy(
     networks: tuple[torch.nn.Module, torch.nn.Module, torch.nn.Module | None], rows: Any, recompute: bool,
     ids: TokenIds, args: Any, what: str,
 ) -> dict[str, float]:  # fmt: skip
