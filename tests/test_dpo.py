@@ -38,6 +38,28 @@ def test_losses_by_hand():
     assert dpo_losses(margins, 0.1, ipo=True).tolist() == pytest.approx([25.0, 25.0, 225.0])
 
 
+def test_golden(shared):
+    """Sums of log-probabilities, losses and gradient of the original code on its tiny model."""
+    g = {name: torch.from_numpy(value) for name, value in np.load(shared / "golden/tiny_par.npz").items()}
+    policy = load_policy("x", str(shared / "golden/tiny_par"))
+    pad = int(g["dpo_labels"].max())
+    rows = []
+    for tokens, labels in zip(g["right_padded"].tolist(), g["dpo_labels"].tolist()):
+        first = next(i for i, label in enumerate(labels) if label != pad)
+        rows.append((tokens[:first], [token for token in tokens[first:] if token != pad]))
+    queries, responses = zip(*(rows[i + side] for i in range(3) for side in (0, 3)))
+    found = pair_logprobs(ResponsePolicy(policy), list(queries), list(responses))
+    close = lambda ours, theirs, atol: torch.testing.assert_close(ours.float(), theirs.float(), rtol=1e-5, atol=atol)
+    close(found.detach(), torch.stack([g["dpo_chosen"], g["dpo_rejected"]], 1), 1e-4)
+    ratios = found - torch.stack([g["dpo_ref_chosen"], g["dpo_ref_rejected"]], 1)
+    margins, beta = ratios[:, 0] - ratios[:, 1], float(g["beta"])
+    close(dpo_losses(margins, beta).detach(), g["dpo_loss"], 1e-5)
+    close(dpo_losses(margins, beta, label_smoothing=0.1).detach(), g["dpo_loss_smooth01"], 1e-5)
+    close(dpo_losses(margins, beta, ipo=True).detach(), g["ipo_loss"], 1e-3)
+    dpo_losses(margins, beta).mean().backward()
+    close(torch.stack([p.grad.norm() for p in policy.parameters()]).norm(), g["dpo_grad_norm"], 1e-5)
+
+
 def test_the_gradient_at_the_start_is_that_of_the_formula(world):
     """-beta / 2 (grad log pi(chosen) - grad log pi(rejected)), by plain passes over one row at a time (their eq. 7)."""
     policy, plain = load_policy("x", world.sft), AutoModelForCausalLM.from_pretrained(world.sft)
