@@ -254,8 +254,8 @@ def test_launched_in_an_allocation_that_was_opened_elsewhere(cluster, project, w
 
 def test_the_three_lines_of_the_paper(cluster, project, world):
     env = settings(world)
-    readme = (ROOT / "README.md").read_text()
-    chain = re.search(r"```bash\n(SFT=.*?)```", readme, re.S)[1]
+    document = (ROOT / "docs/cluster.md").read_text()
+    chain = re.search(r"```bash\n(SFT=.*?)```", document, re.S)[1]
     assert chain.count("sbatch --parsable") == 2 and chain.count("--dependency=afterany:") == 2
     cluster.run("bash", "-euc", chain.replace("sbatch ", "sbatch --array=0-4 "), cwd=project, env=env)
     time.sleep(1)
