@@ -50,14 +50,17 @@ SCALED = {  # of a smaller workload, so that 13 points of three stages take minu
 LONG = {"rows": 1600, "hidden": 64, "layers": 2, "heads": 2}
 LONG_UPDATES = {"ours": 200, "trl": 30}
 LONG_ROWS = {"sft": 8, "reward": 8, "ppo": 4}  # of an update
-Step = Literal["flops", "profile", "beside", "memory", "scaling"]
+# of other algorithms, each beside TRL 1.16: (algorithm, micro batch) -> rows or queries that there are, batch
+ALTERNATIVES = {("dpo", 1): (8, 8), ("dpo", 4): (8, 8), ("rloo", 4): (4, 16), ("grpo", 4): (4, 16)}
+ASKED = {"dpo": 1.8, "rloo": 2.0, "grpo": 2.0}  # times as fast; memory at most 0.8
+Step = Literal["flops", "profile", "beside", "memory", "scaling", "alternatives"]
 
 
 @dataclass
 class Args:
     output_dir: Path | None = None
     """folder of the results (default `benchmark/results/<date>-<cpu>`)"""
-    steps: tuple[Step, ...] = ("flops", "profile", "beside", "memory", "scaling")
+    steps: tuple[Step, ...] = ("flops", "profile", "beside", "memory", "scaling", "alternatives")
     """what to measure; the report is made of whatever has been measured"""
     repetitions: int = 3
     """how often each side is timed"""
@@ -151,6 +154,12 @@ def measure(args: Args, runs: Runs) -> None:
                 work = replace(replace(base, rows=4), **{name: value})
                 work = replace(work, heads=max(1, work.hidden // 64))
                 runs.measure("ours", stage, 4, work, f"scaling {name} {value}", warm_up=0 if stage == "ppo" else 1)
+    if "alternatives" in args.steps:
+        for i in range(args.repetitions):
+            for (stage, micro), (rows, batch) in ALTERNATIVES.items():
+                for side in ("ours", "trl") if i % 2 == 0 else ("trl", "ours"):
+                    key = f"repetition {i + 1}"
+                    runs.measure(side, stage, micro, replace(base, rows=rows), key, warm_up=1, batch=batch)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -224,6 +233,8 @@ def report(args: Args, runs: Runs) -> str:
         gb = [mean_of(runs.all_of(f"{stage} micro {micro} {s} fp32"), lambda r: r["peak_gb"]) for s in ("trl", "ours")]
         lines.append(f"| {stage}, micro batch {micro} | {gb[0]:.2f} | {gb[1]:.2f} | {gb[1] / gb[0]:.2f} |")
     lines += ["", *memory_of_long_runs(runs)]
+    if runs.all_of("dpo micro 4 ours fp32"):
+        lines += ["", *alternatives(runs)]
     lines += ["", "## Each stage", "",
               "Seconds of an update by phase; real tokens per second (of each pass over a row, pads not counted); "
               "useful FLOPs (`workload.useful_flops`) of the training phases as a share of the matrix-product peak.",
@@ -272,6 +283,25 @@ def memory_of_long_runs(runs: Runs) -> list[str]:
                 growth = [f"{peaks[199] / peaks[19]:.2f}", f"{max(peaks[150:200]) / max(peaks[:50]):.2f}"]
             who = "TRL" if side == "trl" else "ours"
             lines.append(f"| {stage}, micro batch {micro}, {who}, {precision} | {' | '.join([*cells, *growth])} |")
+    return lines
+
+
+def alternatives(runs: Runs) -> list[str]:
+    """Lines of the report: DPO, RLOO and GRPO beside TRL's trainers."""
+    lines = ["## Other algorithms", "",
+             "An update of 8 pairs (DPO) or of 4 queries x 4 responses (RLOO, GRPO), float32, one pass over it; "
+             "workload and both sides as `make bench` has them. DPO's time includes the reference's log-probabilities: "
+             "of ours, which computes them once before training, those of the update's pairs.", "",
+             "| | TRL, s | ours, s | ratio | spread | asked | TRL, GB | ours, GB | ours / TRL |",
+             "|---" * 9 + "|"]  # fmt: skip
+    for stage, micro in ALTERNATIVES:
+        theirs, ours = (runs.all_of(f"{stage} micro {micro} {side} fp32") for side in ("trl", "ours"))
+        if theirs and ours:
+            value, low, high = ratio(theirs, ours)
+            gb = [mean_of(found, lambda run: run["peak_gb"]) for found in (theirs, ours)]
+            cells = [f"{stage}, micro batch {micro}", f"{mean_of(theirs):.2f}", f"{mean_of(ours):.2f}"]
+            cells += [f"**{value:.2f}x**", f"{low:.2f} to {high:.2f}", f"{ASKED[stage]}x"]
+            lines.append(f"| {' | '.join([*cells, *(f'{g:.2f}' for g in gb), f'{gb[1] / gb[0]:.2f}'])} |")
     return lines
 
 
@@ -334,7 +364,7 @@ def draw(runs: Runs) -> None:
 def main(args: Args) -> None:
     if args.repetitions < 1:
         sys.exit(f"error: --repetitions: found {args.repetitions}, expected a positive number")
-    if not TRL_PPO.is_dir() and set(args.steps) != {"memory"}:
+    if not TRL_PPO.is_dir() and not set(args.steps) <= {"memory", "alternatives"}:
         sys.exit("error: TRL is not installed; expected `make bench`, which installs it")
     slug = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(.*?\)|@.*|cpu|processor", " ", cpu_name().lower())).strip("-")
     folder = args.output_dir or HERE / "results" / f"{time.strftime('%Y-%m-%d')}-{slug}"
@@ -344,6 +374,10 @@ def main(args: Args) -> None:
         measure(args, runs)
     if any(name.startswith("repetition") for name in runs.found) and any(n.startswith("flops") for n in runs.found):
         print(report(args, runs))
+    elif "alternatives" in args.steps:
+        text = "\n".join([f"# Beside TRL {version('trl')} on {cpu_name()}", "", *alternatives(runs)])
+        (folder / "alternatives.md").write_text(text + "\n")
+        print(text)
     elif "memory" in args.steps:
         text = "\n".join(memory_of_long_runs(runs))
         (folder / "memory.md").write_text(text + "\n")

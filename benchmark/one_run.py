@@ -26,12 +26,14 @@ import torch  # noqa: E402
 import tyro  # noqa: E402
 import workload  # noqa: E402
 
+GROUP = 4  # responses to each query: RLOO and GRPO
+
 
 @dataclass
 class Args:
     side: Literal["ours", "trl"]
     """whose code"""
-    stage: Literal["sft", "reward", "ppo"]
+    stage: Literal["sft", "reward", "ppo", "dpo", "rloo", "grpo"]
     """which stage"""
     folder: Path
     """where the models and rows are (`workload.make`)"""
@@ -68,6 +70,7 @@ class Clock:
 
     def __init__(self):
         self.marks, self.phases, self.open, self.peaks_gb = [], [], None, []
+        self.before = 0.0  # seconds of what was computed once for each row before training: belongs to each update
 
     def update_ends(self) -> None:
         """Also called once before the first update."""
@@ -96,8 +99,8 @@ class Clock:
         register_optimizer_step_post_hook(lambda *_: self.add("optimiser", time.perf_counter() - self.open))
 
     def report(self, warm_up: int) -> dict:
-        seconds = [b - a for a, b in zip(self.marks, self.marks[1:])]
-        phases = self.phases[:-1]
+        seconds = [b - a + self.before for a, b in zip(self.marks, self.marks[1:])]
+        phases = [phase | ({"reference": self.before} if self.before else {}) for phase in self.phases[:-1]]
         for total, parts in zip(seconds, phases):
             parts["forward and the rest"] = total - sum(parts.values())
         return {"seconds": seconds[warm_up:], "phases": phases[warm_up:]}
@@ -105,7 +108,7 @@ class Clock:
 
 def run_ours(args: Args, clock: Clock, scratch: str) -> None:
     """The stage's `main`, on a run folder in `scratch`."""
-    from summarize_from_feedback_details import ppo_left_padding, reward, sft
+    from summarize_from_feedback_details import dpo, grpo, ppo_left_padding, reward, rloo, sft
     from summarize_from_feedback_details.common.checkpoints import Checkpoints
     from summarize_from_feedback_details.common.run_folder import RunFolder
 
@@ -127,26 +130,48 @@ def run_ours(args: Args, clock: Clock, scratch: str) -> None:
 
     def log(self, update, metrics, note=""):
         if update <= updates:
-            if "time/ppo/rollout_seconds" in metrics:
-                clock.add("rollout", metrics["time/ppo/rollout_seconds"])
+            if (rollout := metrics.get(f"time/{args.stage}/rollout_seconds")) is not None:
+                clock.add("rollout", rollout)
             clock.update_ends()
         plain_log(self, update, metrics, note)
 
     Checkpoints.resume, RunFolder.log = resume, log
     length = {"num_train_epochs": math.ceil(updates * batch / args.work.rows), "total_episodes": updates * batch}
+    if args.stage not in ("sft", "reward", "ppo"):
+        del common["print_sample_output_freq"]
+    sampling = {
+        "num_updates": updates, "sft_model_path": str(models / "policy"), "sft_model_revision": None,
+        "reward_model_path": str(models / "reward"), "reward_model_revision": None,
+        "response_length": args.work.response_length,
+    }  # fmt: skip
     if args.stage == "sft":
         sft.main(sft.Args(**common, **length))
+    elif args.stage == "dpo":
+        find = dpo.find_ref_logprobs
+
+        def find_and_time(*given):
+            start = time.perf_counter()
+            found = find(*given)
+            clock.before += time.perf_counter() - start  # of the rows of one update: all there are
+            return found
+
+        dpo.find_ref_logprobs = find_and_time
+        dpo.main(dpo.Args(
+            **common, **length, sft_model_path=str(models / "policy"), sft_model_revision=None,
+            label_dataset=str(data / "comparisons"), ref_logprobs_dir=f"{scratch}/ref_logprobs",
+            local_eval_batch_size=args.micro,
+        ))  # fmt: skip
+    elif args.stage == "rloo":
+        rloo.main(rloo.Args(**common, **sampling, rloo_k=GROUP))
+    elif args.stage == "grpo":
+        grpo.main(grpo.Args(**common, **sampling, grpo_k=GROUP))
     elif args.stage == "reward":
         reward.main(reward.Args(
             **common, **length, sft_model_path=str(models / "policy"), sft_model_revision=None,
             label_dataset=str(data / "comparisons"), num_normalization_rows=1,
         ))  # fmt: skip
     else:
-        ppo_left_padding.main(ppo_left_padding.Args(
-            **common, num_updates=updates, sft_model_path=str(models / "policy"), sft_model_revision=None,
-            reward_model_path=str(models / "reward"), reward_model_revision=None,
-            response_length=args.work.response_length,
-        ))  # fmt: skip
+        ppo_left_padding.main(ppo_left_padding.Args(**common, **sampling))
 
 
 def run_trl(args: Args, clock: Clock, scratch: str) -> None:
@@ -195,6 +220,35 @@ def run_trl(args: Args, clock: Clock, scratch: str) -> None:
             model=load(AutoModelForSequenceClassification, "policy", num_labels=1), processing_class=tokenizer,
             train_dataset=pairs, args=RewardConfig(**common, max_steps=updates, max_length=None, max_grad_norm=0.0),
             callbacks=[Watch()],
+        )  # fmt: skip
+    elif args.stage == "dpo":
+        from trl import DPOConfig, DPOTrainer
+
+        pairs = datasets.load_dataset("parquet", data_dir=str(args.folder / "comparisons"), split="train")
+
+        def cut(row):
+            query, *both = (strip(row[f"query_{name}token"]) for name in ("", "chosen_", "rejected_"))
+            return {"prompt_ids": query, "chosen_ids": both[0][len(query) :], "rejected_ids": both[1][len(query) :]}
+
+        pairs = pairs.map(cut).select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+        trainer = DPOTrainer(
+            model=load(AutoModelForCausalLM, "policy"), ref_model=load(AutoModelForCausalLM, "policy"),
+            processing_class=tokenizer, train_dataset=pairs, callbacks=[Watch()],
+            args=DPOConfig(**common, beta=0.05, max_steps=updates, max_length=None, max_grad_norm=0.0),
+        )  # fmt: skip
+    elif args.stage in ("rloo", "grpo"):
+        from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+        config, kind = {"rloo": (RLOOConfig, RLOOTrainer), "grpo": (GRPOConfig, GRPOTrainer)}[args.stage]
+        settings = config(
+            **common, beta={"rloo": 0.05, "grpo": 0.04}[args.stage], num_generations=GROUP, temperature=0.7, top_k=0,
+            max_completion_length=args.work.response_length, max_steps=updates, max_grad_norm=0.0,
+            generation_batch_size=batch,
+        )  # fmt: skip
+        trainer = kind(
+            model=str(args.folder / "policy"), reward_funcs=str(args.folder / "reward"), args=settings,
+            processing_class=tokenizer, reward_processing_classes=AutoTokenizer.from_pretrained(args.folder / "reward"),
+            train_dataset=rows.rename_column("query", "prompt").select_columns(["prompt"]), callbacks=[Watch()],
         )  # fmt: skip
     else:
         from trl.experimental import ppo
@@ -247,7 +301,7 @@ def counting():
 def main(args: Args) -> None:
     clock = Clock()
     clock.watch()
-    if args.stage == "ppo":
+    if args.stage in ("ppo", "rloo", "grpo"):
         workload.force_ends(args.folder)
     run = {"ours": run_ours, "trl": run_trl}[args.side]
     counter = counting() if args.count_flops else contextlib.nullcontext()

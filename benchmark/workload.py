@@ -155,6 +155,8 @@ def force_ends(folder: Path) -> None:
             now["ends"], now["t"] = torch.tensor([ends[int(query.sum())] for query in queries]), 0
         else:
             now["t"] += 1  # number of the token that is drawn from these logits
+        # ours reads a query once that several responses share
+        now["ends"] = now["ends"].repeat_interleave(len(last) // len(now["ends"]))
         last[:, EOS] = torch.where(now["ends"] == now["t"], 1e4, -1e4)
         return out
 
