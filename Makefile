@@ -1,13 +1,14 @@
 # Two commands are all that a fresh machine with Python 3.11 needs:
 #   make hello    installs into .venv and runs the whole pipeline on the toy world
 #   make test     installs into .venv and runs the tests
-# Longer, and not needed: make toy-seeds, make scaling, make torture, make slurm-test, make bench
+# Longer, and not needed: make toy-seeds, make scaling, make algorithms, make overoptimization, make torture,
+# make slurm-test, make bench
 PYTHON ?= python3.11
 PY := .venv/bin/python
 # processes that share the test files between them, a thread each: make test WORKERS=4
 WORKERS ?= 2
 
-.PHONY: hello test lint format toy-seeds scaling torture slurm-test bench
+.PHONY: hello test lint format toy-seeds scaling algorithms overoptimization torture slurm-test bench
 
 hello: .venv/installed
 	./hello_world.sh
@@ -36,6 +37,14 @@ toy-seeds: .venv/installed
 # the scaling study of docs/results.md: 3 sizes x 3 seeds and a sweep over the KL coefficient; goes on after a stop
 scaling: .venv/installed
 	eval/scaling.sh
+
+# PPO, RLOO, GRPO, online DPO, DPO and best of n on the toy world, seeds 1 to 3; SWEEP=1: their learning rates, on seed 4
+algorithms: .venv/installed
+	eval/algorithms.sh
+
+# PPO, RLOO and best of n against reward models of falling quality
+overoptimization: .venv/installed
+	eval/overoptimization.sh
 
 # our stages beside TRL's trainers, in an environment of its own (80 minutes; goes on where it was stopped)
 bench: .venv-bench/installed

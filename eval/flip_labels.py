@@ -52,8 +52,9 @@ def main(args: Args) -> None:
     chosen = set(order[: round(args.flipped * args.pairs)].tolist())
     splits["train"] = flip(splits["train"].select(range(args.pairs)), chosen)
     with atomic_folder(args.output_dir) as folder:
+        (folder / "data").mkdir()
         for split, rows in splits.items():
-            rows.to_parquet(str(folder / f"{split}.parquet"))
+            rows.to_parquet(str(folder / f"data/{split}-00000-of-00001.parquet"))
     print(f"{args.pairs} pairs, {len(chosen)} of them flipped: {args.output_dir}", flush=True)
 
 
