@@ -226,11 +226,12 @@ def run_trl(args: Args, clock: Clock, scratch: str) -> None:
 
         pairs = datasets.load_dataset("parquet", data_dir=str(args.folder / "comparisons"), split="train")
 
-        def cut(row):
-            query, *both = (strip(row[f"query_{name}token"]) for name in ("", "chosen_", "rejected_"))
-            return {"prompt_ids": query, "chosen_ids": both[0][len(query) :], "rejected_ids": both[1][len(query) :]}
+        def texts(row):  # TRL appends the end-of-text token itself
+            query = len(strip(row["query_token"]))
+            both = {name: strip(row[f"query_{name}_token"])[query:-1] for name in ("chosen", "rejected")}
+            return {"prompt": row["query"]} | {name: " " + tokenizer.decode(tokens) for name, tokens in both.items()}
 
-        pairs = pairs.map(cut).select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+        pairs = pairs.map(texts).select_columns(["prompt", "chosen", "rejected"])
         trainer = DPOTrainer(
             model=load(AutoModelForCausalLM, "policy"), ref_model=load(AutoModelForCausalLM, "policy"),
             processing_class=tokenizer, train_dataset=pairs, callbacks=[Watch()],
