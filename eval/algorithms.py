@@ -74,7 +74,7 @@ def read_trained(path: Path) -> dict[str, Any]:
     for update, folder in sorted(tables.items()):
         # rollouts of the next update are of the policy that was evaluated; DPO measures it in the evaluation itself
         near = [kl[u] for u in (update + 1, update) if u in kl]
-        points.append((update, near[0], read_report(folder)["score"]["mean"], seconds[update]))
+        points.append((update, near[0], read_report(folder)["mean_score"]["mean"], seconds[update]))
     return {"points": points, "seconds": seconds[last], "GB": max(memory)}
 
 

@@ -27,7 +27,7 @@ def posts():
 def write_judged(folder, scores, posts):
     """A report of the gold judge: what `eval/judge.py` writes, as far as it is read."""
     folder.mkdir(parents=True)
-    (folder / "report.json").write_text(json.dumps({"score": {"mean": float(np.mean(scores))}}))
+    (folder / "report.json").write_text(json.dumps({"mean_score": {"mean": float(np.mean(scores))}}))
     columns = {"query": [query for query, _ in posts], "score": scores, "outcome": [1.0, 0.5, 0.0, 1.0]}
     pandas.DataFrame(columns | {"response_words": [8, 9, 10, 9], "invented": [0.0, 1.0, 0.0, 0.0]}).to_parquet(
         folder / "verdicts.parquet"
