@@ -140,7 +140,7 @@ def draw(groups: dict[str, list[dict[str, Any]]], path: str) -> None:
     import matplotlib
 
     figure = new_figure(7.5, 5)
-    axis, colours = figure.subplots(), matplotlib.colormaps["tab10"].colors
+    axis, colours = figure.subplots(), matplotlib.colormaps["tab20" if len(groups) > 10 else "tab10"].colors
     starts = {run["seed"]: run["points"][0][2] for run in groups.get(STAGE_NAMES["best_of_n"], [])}
     for i, (name, runs) in enumerate(groups.items()):
         for j, run in enumerate(runs):
