@@ -20,8 +20,8 @@ mkdir -p logs/algorithms
 
 rates_of() { # ALGORITHM: the learning rates of the sweep, the chosen one first
     case $1 in
-        ppo | rloo | grpo) echo 3e-4 1e-4 1e-3 ;;
-        online_dpo) echo 3e-4 1e-4 1e-3 ;;
+        ppo) echo 1e-4 3e-4 1e-3 ;;
+        rloo | grpo | online_dpo) echo 3e-4 1e-4 1e-3 ;;
         dpo) echo 1e-4 3e-5 3e-4 ;;
         best_of_n) echo - ;;
     esac
