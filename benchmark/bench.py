@@ -158,8 +158,8 @@ def measure(args: Args, runs: Runs) -> None:
         for i in range(args.repetitions):
             for (stage, micro), (rows, batch) in ALTERNATIVES.items():
                 for side in ("ours", "trl") if i % 2 == 0 else ("trl", "ours"):
-                    key = f"repetition {i + 1}"
-                    runs.measure(side, stage, micro, replace(base, rows=rows), key, warm_up=1, batch=batch)
+                    key, warm_up = f"repetition {i + 1}", int(stage == "dpo")
+                    runs.measure(side, stage, micro, replace(base, rows=rows), key, warm_up=warm_up, batch=batch)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
