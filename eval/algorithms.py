@@ -53,7 +53,7 @@ def training_seconds(lines: list[dict]) -> dict[int, float]:
     found, total, episodes = {}, 0.0, 0.0
     for line in lines:
         times = {name.split("/")[-1]: value for name, value in line.items() if name.startswith("time/")}
-        total += times.get("rollout_seconds", 0.0) + times.get("training_seconds", 0.0)
+        total += sum(times.get(f"{what}_seconds", 0.0) for what in ("rollout", "training", "reference"))
         if "samples_per_second" in times:  # DPO: pairs seen so far, and how many a second
             seen = next(value for name, value in line.items() if name.endswith("/episode"))
             total += (seen - episodes) / times["samples_per_second"]
@@ -90,7 +90,7 @@ def read_best_of_n(path: Path) -> dict[str, Any]:
     posts = [query.partition("\n\nPOST: ")[2].rpartition("\n\nTL;DR:")[0] for query in best["query"]]
     golds = [gold_score(posts[row], text)["score"] for row, text in zip(samples["row"], samples["response"])]
     shape = len(best), -1
-    values = expected_best(samples["score"].to_numpy().reshape(shape), np.array(golds).reshape(shape)).mean(0)
+    values = expected_best(samples["penalised"].to_numpy().reshape(shape), np.array(golds).reshape(shape)).mean(0)
     points = [(n, k, g, math.nan) for n, k, g in zip(curve["n"], curve["kl"], values)]
     # one sample of each post: what the SFT policy does at this temperature, to compare the trained ones with
     first = np.array(golds).reshape(shape)
@@ -174,7 +174,7 @@ def main(args: Args) -> pandas.DataFrame:
     several = len({(run["stage"], run["lr"]) for run in runs}) > len({run["stage"] for run in runs})
     groups: dict[str, list] = {}
     for run in runs:
-        label = STAGE_NAMES.get(run["stage"], run["stage"]) + (f", lr {run['lr']:g}" if several else "")
+        label = STAGE_NAMES.get(run["stage"], run["stage"]) + (f", lr {run['lr']:g}" if several and run["lr"] else "")
         groups.setdefault(label, []).append(run)
     table = pandas.DataFrame({name: summarise_seeds(found, sft) for name, found in groups.items()}).T
     table.index.name = "algorithm"

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from summarize_from_feedback_details.common.arguments import check_sizes, command_line, refuse
-from summarize_from_feedback_details.common.check_inputs import find_rows
-from summarize_from_feedback_details.common.files import atomic_folder
+from summarize_from_feedback_details.common.check_inputs import load_rows
+from summarize_from_feedback_details.common.files import atomic_folder, refuse_uncreatable
 
 
 @dataclass
@@ -19,7 +19,7 @@ class Args:
     label_dataset: str
     """tokenised comparisons: folder or hub id"""
     output_dir: str
-    """folder of the copy; one that is there already is left as it is"""
+    """folder of the copy"""
     pairs: int = 2000
     """pairs of the split train"""
     flipped: float = 0.3
@@ -43,9 +43,11 @@ def main(args: Args) -> None:
     """Write the copy."""
     check_sizes(args, positive=("pairs",), at_least_zero=("seed",), shares=("flipped",))
     if Path(args.output_dir).exists():
-        print(f"{args.output_dir} is there already")
-        return
-    splits = find_rows("label_dataset", args.label_dataset)
+        refuse("output_dir", f"'{args.output_dir}', which is there already", "a new folder")
+    refuse_uncreatable("output_dir", args.output_dir)
+    needed = ["query_token", "query_chosen_token", "query_rejected_token"]
+    optional = ["validation?", "validation_cnndm?"]
+    splits = load_rows("label_dataset", args.label_dataset, None, "comparisons", needed, ["train", *optional])
     if args.pairs > len(splits["train"]):
         refuse("pairs", str(args.pairs), f"at most {len(splits['train'])}, those of '{args.label_dataset}'")
     order = np.random.default_rng(args.seed).permutation(args.pairs)

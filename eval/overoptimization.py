@@ -19,6 +19,7 @@ from algorithms import STAGE_NAMES, read_best_of_n, read_trained
 from hello_report import between_markers
 from scipy import stats
 
+from summarize_from_feedback_details.best_of_n import expected_best
 from summarize_from_feedback_details.common.arguments import command_line, refuse
 from summarize_from_feedback_details.common.figures import drawing, new_figure, save_figure
 from summarize_from_feedback_details.common.files import refuse_uncreatable, write_whole
@@ -57,28 +58,31 @@ def read_one(path: Path) -> dict[str, Any]:
     found = {"stage": summary["stage"], "seed": args["seed"], "proxy": (int(pairs), float(share)),
              "accuracy": proxy["metrics"]["eval/rm/validation/accuracy"]}  # fmt: skip
     if summary["stage"] == "best_of_n":
-        curve = pandas.read_parquet(path / "tables/best_of_n.parquet")
+        samples = pandas.read_parquet(path / "tables/samples.parquet")
+        choose, raw = (samples[name].to_numpy().reshape(samples["row"].nunique(), -1)
+                       for name in ("penalised", "score"))  # fmt: skip
         points = [(math.sqrt(kl), gold, score) for (_, kl, gold, _), score in
-                  zip(read_best_of_n(path)["points"], curve["score"])]  # fmt: skip
+                  zip(read_best_of_n(path)["points"], expected_best(choose, raw).mean(0))]  # fmt: skip
         return found | {"points": points, "below": (math.nan, math.nan)}
     points, tables = [], path / "tables"
     for update, kl, gold, _ in read_trained(path)["points"]:
         file = tables / f"validation_{update}.parquet"
         table = pandas.read_parquet(file if file.exists() else tables / "validation.parquet")
         points.append((math.sqrt(max(0.0, kl)), gold, float(table["score"].mean())))
-    return found | {"points": points, "below": below_the_peak(path, points)}
+    return found | {"points": points, "below": below_the_peak(path)}
 
 
-def below_the_peak(path: Path, points: list[tuple]) -> tuple[float, float]:
-    """How far the last policy's gold score is below that of the best one on its way, and the standard error."""
+def below_the_peak(path: Path) -> tuple[float, float]:
+    """How far the last policy's gold score is below that of the best one on its way, and the standard error.
+
+    The best one is chosen on the even posts and compared on the odd ones, so that choosing does not count as falling.
+    """
     judged = path / "judge/gold"
     folders = sorted(judged.glob("update_*"), key=lambda folder: int(folder.name.split("_")[1]))
-    best = int(np.argmax([gold for _, gold, _ in points]))
-    if best == len(points) - 1:
-        return 0.0, math.nan
-    last, peak = (pandas.read_parquet(folder / "verdicts.parquet")["score"] for folder in (judged, folders[best]))
-    difference = peak - last
-    return float(difference.mean()), float(difference.std() / math.sqrt(len(difference)))
+    scores = [pandas.read_parquet(folder / "verdicts.parquet")["score"].to_numpy() for folder in (*folders, judged)]
+    best = int(np.argmax([each[::2].mean() for each in scores]))
+    difference = scores[best][1::2] - scores[-1][1::2]
+    return float(difference.mean()), float(difference.std(ddof=1) / math.sqrt(len(difference)))
 
 
 def fit(points: list[tuple], form: str) -> tuple[float, float]:
@@ -159,12 +163,13 @@ def main(args: Args) -> pandas.DataFrame:
             expected = "a finished, judged run of eval/overoptimization.sh"
             refuse("runs", f"'{name}', which cannot be read ({type(error).__name__}: {error})", expected)
         groups.setdefault((STAGE_NAMES[run["stage"]], run["proxy"]), []).append(run)
-    starts = {run["seed"]: run["points"][0] for (s, _), runs in groups.items() if s == "best of n" for run in runs}
-    for (stage, proxy), runs in groups.items():  # the SFT policy: one sample of each query, as best of 1
+    for (stage, proxy), runs in groups.items():  # begin at the SFT policy: one sample of each query, as best of 1
         for run in runs if stage != "best of n" else []:
             same = [r for r in groups.get(("best of n", proxy), []) if r["seed"] == run["seed"]]
-            start = same[0]["points"][0] if same else starts.get(run["seed"])
-            run["points"] = [start, *run["points"]] if start else run["points"]
+            if not same:
+                found = f"{stage} of seed {run['seed']} against {proxy}, and no best of n against it"
+                refuse("runs", found, "both, since best of 1 is where the others begin")
+            run["points"] = [same[0]["points"][0], *run["points"]]
     rows = {
         f"{stage}, {pairs} pairs, {share:.0%} wrong": summarise_seeds(runs, stage)
         for (stage, (pairs, share)), runs in sorted(groups.items())

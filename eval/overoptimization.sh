@@ -33,7 +33,7 @@ proxy() { # SEED PAIRS SHARE: a reward model, from the same SFT policy
     local chain=toy_small_seed$1 name=proxy_$2_$3
     local data=data/${chain}_$name passes=$((2000 / $2 > 0 ? 4 : 1)) # 4 passes over the small sets
     logged "${chain}_$name" bash -euc "
-        '$PYTHON' eval/flip_labels.py --label_dataset data/$chain/comparisons --output_dir $data --pairs $2 --flipped $3 --seed $1
+        [ -e $data ] || '$PYTHON' eval/flip_labels.py --label_dataset data/$chain/comparisons --output_dir $data --pairs $2 --flipped $3 --seed $1
         '$PYTHON' summarize_from_feedback_details/reward.py --seed $1 --base_model models/$chain/base/small \
             --sft_model_path models/$chain/sft --label_dataset $data --query_dataset data/$chain/sft \
             --output_dir models/$chain/$name --run_name ${chain}_$name --lr 3e-3 --warm_up_steps 10 --eps 1e-8 \

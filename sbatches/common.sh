@@ -39,12 +39,18 @@ read -ra models <<<"$MODELS"
 read -ra seeds <<<"$SEEDS"
 
 source sbatches/rows_of.sh
+even() { echo $(($1 + $1 % 2)); } # online DPO trains on pairs of responses
 # fit STAGE MODEL NODES: two lines, arguments that make a stage fit into GPU_GB, and why; refuses what does not fit
 fit() {
     local micro rows rollout args
     args=${1^^}_ARGS
     read -r micro rows rollout <<<"$(rows_of "$2")"
-    case $1 in sft | reward | dpo) rows=$micro ;; ppo_left_padding) args=PPO_ARGS ;; esac
+    case $1 in
+        sft | reward | dpo) rows=$micro ;;
+        ppo_left_padding) args=PPO_ARGS ;;
+        online_dpo) rows=$(even "$rows") ;;
+        best_of_n) return ;; # trains nothing
+    esac
     "$PYTHON" benchmark/memory.py --fit "$1" --model "$2" --processes $(($3 * PROCESSES_PER_NODE)) --gpu_gb "$GPU_GB" \
         --rows "$rows" --rollout_rows "$rollout" --launch="$ACCELERATE_ARGS" --given="${!args}"
 }

@@ -75,6 +75,7 @@ for model in "${models[@]}"; do
         case $stage in
             sft | reward | dpo) rows_here=$micro ;;
             eval | best_of_n) continue ;; # which have no batch
+            online_dpo) rows_here=$(even "$ppo_micro") ;;
             *) rows_here=$ppo_micro ;;
         esac
         [ $((BATCH_OF[$stage] % (rows_here * processes))) = 0 ] ||

@@ -15,6 +15,7 @@ Laptop  python summarize_from_feedback_details/best_of_n.py --base_model models/
 Dimensions: B queries, N samples of each.
 """
 
+import hashlib
 import math
 import shutil
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas
 import torch
+from accelerate.utils import gather_object
 
 from summarize_from_feedback_details.common.arguments import (
     RunArgs,
@@ -41,11 +43,13 @@ from summarize_from_feedback_details.common.evaluation import first_rows, gather
 from summarize_from_feedback_details.common.policies import load_policy
 from summarize_from_feedback_details.common.reward_models import load_reward_model
 from summarize_from_feedback_details.common.rollouts import Prompts, find_task, read_scores, respond
+from summarize_from_feedback_details.common.run_files import find_run
 from summarize_from_feedback_details.common.run_folder import RunFolder
 from summarize_from_feedback_details.common.sampling import strip_pads
 from summarize_from_feedback_details.common.training import connect, freeze
 
-COLUMNS = ("row", "sample", "response", "score", "response_length", "has_eos")  # of the samples
+# of the samples; the best has the highest score after the penalty for a missing EOS
+COLUMNS = ("row", "sample", "response", "score", "penalised", "response_length", "has_eos")
 APART = 10**7  # between the noise of two samples of a query: sample j is the same whatever --best_of and the rows are
 
 
@@ -64,7 +68,7 @@ class Args(RunArgs):
     """auto: bf16 where the hardware multiplies in it, else fp32"""
     world_size: int | None = may_change(None)
     """number of processes; refused when another number was launched"""
-    queries_at_once: int = may_change(32)
+    queries_at_once: int = may_change(16)
     """queries, on all processes, after which what is sampled is written: a run that is stopped goes on from there"""
     local_rollout_forward_batch_size: int = may_change(64)
     """responses that one process samples at a time"""
@@ -144,16 +148,18 @@ def sample_queries(
     responses = respond(networks[0], prompts, ids, args)
     scores = read_scores(networks[1], prompts, responses, args)
     stops = (responses.tokens == ids.stop).any(1)
+    penalised = scores
     if args.non_eos_penalty:
-        scores = torch.where(stops, scores, torch.full_like(scores, args.penalty_reward_value))
+        penalised = torch.where(stops, scores, torch.full_like(scores, args.penalty_reward_value))
     texts = [text.strip() for text in tokenizer.batch_decode(responses.real, skip_special_tokens=True)]
     lengths = list(map(len, responses.real))
-    return list(zip(row.tolist(), sample.tolist(), texts, scores.tolist(), lengths, stops.tolist()))
+    columns = (scores.tolist(), penalised.tolist(), lengths, stops.tolist())
+    return list(zip(row.tolist(), sample.tolist(), texts, *columns))
 
 
 def best_responses(samples: pandas.DataFrame, rows: Any, tokenizer: Any) -> dict[str, list]:
     """The best sample of each row as columns of a table, beside the query and the reference."""
-    best = samples.loc[samples.groupby("row")["score"].idxmax()]
+    best = samples.loc[samples.groupby("row")["penalised"].idxmax()]
     numbers = best["row"].tolist()
     references = [text.replace(tokenizer.eos_token, "").strip() for text in rows[numbers]["reference_response"]]
     columns = {"query": list(rows[numbers]["query"]), "response": best["response"].tolist(), "reference": references}
@@ -182,6 +188,7 @@ def main(args: Args) -> dict[str, float]:
     tokenizer, dataset, ids = check_args(args)
     accelerator = connect(args)
     rank, world = accelerator.process_index, accelerator.num_processes
+    before = find_run(run.path)
 
     with run.open(accelerator):
         rows = first_rows(dataset["validation"], args.num_eval_rows)
@@ -190,26 +197,31 @@ def main(args: Args) -> dict[str, float]:
         networks = freeze(policy, accelerator, False), freeze(reward_model, accelerator, False)
         run.parameters = sum(p.numel() for p in policy.parameters())
         run.reset_logs(None)
+        run.seconds_before = before[0]["wall_clock_seconds"] if before else 0.0
+        # samples of other models at the same place, or in another precision, are not mixed in
+        made_with = (run.args_as_given["models"], accelerator.mixed_precision, rows["query_token"])
+        folder = run.path / f"samples_{hashlib.sha256(repr(made_with).encode()).hexdigest()[:12]}"
         starts = range(0, len(rows), args.queries_at_once)
         for part in run.progress("best of n parts", 1, len(starts)):
             numbers = list(range(len(rows)))[starts[part - 1] :][: args.queries_at_once]
-            file = run.path / "samples" / f"{numbers[0]:08d}_{len(numbers)}.parquet"
+            file = folder / f"{numbers[0]:08d}_{len(numbers)}.parquet"
             if any(accelerator.gather(torch.tensor([file.exists()], device=accelerator.device)).tolist()):
                 run.bar.step()
                 continue
             with accelerator.autocast():
                 mine = numbers[rank::world]
-                found = gather_rows(sample_queries(networks, rows, mine, tokenizer, ids, args) if mine else [])
+                found = gather_object(sample_queries(networks, rows, mine, tokenizer, ids, args) if mine else [])
             if run.is_main:
-                write_part(file, found)
+                write_part(file, sorted(found))
             run.bar.step()
+            gather_rows([])  # ends all processes where a signal asked to stop: what is written stays
 
         # --------------------------------------------------------------------------------------------------------------
         # what the best of n is worth
         accelerator.wait_for_everyone()
-        samples = pandas.concat(map(pandas.read_parquet, sorted((run.path / "samples").glob("*.parquet"))))
+        samples = pandas.concat(map(pandas.read_parquet, sorted(folder.glob("*.parquet"))))
         samples = samples.drop_duplicates(["row", "sample"]).sort_values(["row", "sample"], ignore_index=True)
-        scores = samples["score"].to_numpy().reshape(len(rows), args.best_of)
+        scores = samples["penalised"].to_numpy().reshape(len(rows), args.best_of)
         n, expected = np.arange(1, args.best_of + 1), expected_best(scores, scores)  # [N], [B, N]
         means, errors, kl = expected.mean(0), expected.std(0) / math.sqrt(len(rows)), kl_of_best(n)
         for i in range(args.best_of):
@@ -229,8 +241,9 @@ def main(args: Args) -> dict[str, float]:
         if run.is_main:
             print_metrics(f"Best of {args.best_of}", run.metrics, tuple(run.metrics))
         run.deliver(paths)
-    if run.is_main:
-        shutil.rmtree(run.path / "samples", ignore_errors=True)  # they stand in one table now
+        accelerator.wait_for_everyone()
+    for folder in run.path.glob("samples_*") if run.is_main else ():
+        shutil.rmtree(folder, ignore_errors=True)  # they stand in one table now
     return dict(run.metrics)
 
 

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from summarize_from_feedback_details.common.adapters import LoraParams, LoraSettings, check_lora
+from summarize_from_feedback_details.common.adapters import LoraParams, LoraSettings, check_lora, check_reward_adapter
 from summarize_from_feedback_details.common.arguments import (
     RunArgs,
     check_optimisation,
@@ -148,9 +148,9 @@ class Args(RunArgs):
     """SFT policy to start from, which is also the reference: folder or hub id (default: a released one)"""
     sft_model_revision: str | None = "sft__44413__1708611267"
     """hub revision of the SFT policy (a folder has none)"""
-    reward_model_path: str | None = None
+    reward_model_path: str | None = may_change(None)
     """reward model that scores responses in evaluation: folder or hub id (default: none)"""
-    reward_model_revision: str | None = None
+    reward_model_revision: str | None = may_change(None)
     """hub revision of the reward model (a folder has none)"""
     label_dataset: str = "vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144"
     """tokenised comparisons: folder or hub id"""
@@ -205,6 +205,8 @@ def check_args(args: Args):
     kinds = {"base_model": "policy", "sft_model_path": "policy"}
     models = find_models(args, **kinds, **({"reward_model_path": "reward"} if args.reward_model_path else {}))
     check_lora(args, "sft_model_path")
+    if args.reward_model_path:
+        check_reward_adapter(args)
     tokenizer = find_tokenizer("base_model", args.base_model, args.base_model_revision)
     pairs = load_comparisons(args, tokenizer, models["sft_model_path"])
     queries = load_queries(args, tokenizer, models) if args.run_eval else None
@@ -245,8 +247,12 @@ def main(args: Args) -> dict[str, float]:
         run.parameters = sum(p.numel() for p in ref_policy.parameters())
         reward_model = load_frozen_reward(args, ref_policy, dtype) if args.reward_model_path and args.run_eval else None
         reward_model = reward_model and freeze(reward_model, accelerator, args.offload)
+        start = time.time()
         ref = {split: find_ref_logprobs(accelerator, ref_policy, rows, split, pad_id, args)
                for split, rows in dataset.items()}  # fmt: skip
+        reference_seconds = time.time() - start
+        if not args.run_eval:
+            ref_policy = None  # nothing more is asked of it
         packed = supports_packing(policy)
         model, optimizer, scheduler = prepare(accelerator, ResponsePolicy(policy), args)
 
@@ -263,15 +269,19 @@ def main(args: Args) -> dict[str, float]:
                     metrics, table = metrics | numbers, table + lines
                     run.table(f"pairs_{split}", pair_table(rows, *rewards))
             validation, networks = first_rows(queries["validation"], args.num_eval_rows), (ref_policy, reward_model)
-            with evaluating(accelerator, model) as trained, lent(ref_policy, device), lent(reward_model, device):
-                found = score_policy(trained.model, reward_model, validation, tokenizer, args, f"{when}, validation")
+            with evaluating(accelerator, model) as trained:
+                with lent(reward_model, device):
+                    found = score_policy(
+                        trained.model, reward_model, validation, tokenizer, args, f"{when}, validation"
+                    )
                 numbers = measure_policy((trained.model, *networks), validation, not in_float32, ids, args, when)
             run.table(when.replace("update ", "validation_").replace("after training", "validation"), found)
             return metrics | report_scores("dpo", found) | numbers, table
 
         # --------------------------------------------------------------------------------------------------------------
         # loop
-        data = {"label_dataset": fingerprint(lengths)}
+        sizes = [dataset["train"][f"query_{name}_token_len"] for name in ("chosen", "rejected")]
+        data = {"label_dataset": fingerprint(np.concatenate(sizes))}
         checkpoints = Checkpoints(run, accelerator, model, optimizer, scheduler, data)
         resumed = checkpoints.resume()
         model.train()
@@ -300,6 +310,7 @@ def main(args: Args) -> dict[str, float]:
                 "train/dpo/episode": min(update * args.batch_size, args.total_episodes),
                 "time/dpo/samples_per_second": len(rows) / seconds, "memory/dpo/peak_gb": memory_gb(device),
             }  # fmt: skip
+            metrics |= {"time/dpo/reference_seconds": reference_seconds} if update == 1 else {}
             if args.run_eval and args.eval_freq and update % args.eval_freq == 0 and update < args.num_updates:
                 metrics |= evaluate(f"update {update}")[0]
             note = "loss {:.3f} accuracy {:.2f} margin {:.3f}".format(*sums[:3])

@@ -257,7 +257,7 @@ def main(args: Args) -> dict[str, float]:
                 ratio_error.copy_(inside.shared["ratio_error"])
                 columns = [inside.shared[name].to(device) for name in NAMES]
             else:
-                prompts, mine = Prompts(queries, order[episodes], episodes).share(accelerator)
+                prompts, mine = Prompts(queries, order[episodes], episodes).share(accelerator, together=2)
                 with evaluating(accelerator, model) as whole:
                     networks = whole.model, ref_policy, reward_model
                     found = roll_out(networks, prompts, not in_float32, ids, args, checkpoints.poll)

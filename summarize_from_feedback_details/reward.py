@@ -358,7 +358,8 @@ def main(args: Args) -> dict[str, float]:
                 run.table(split, pair_table(rows, chosen, rejected))
             return metrics, table
 
-        data = {"label_dataset": fingerprint(lengths)}
+        sizes = [dataset["train"][f"query_{name}_token_len"] for name in ("chosen", "rejected")]
+        data = {"label_dataset": fingerprint(np.concatenate(sizes))}
         checkpoints = Checkpoints(run, accelerator, model, optimizer, scheduler, data)
         resumed = checkpoints.resume()
         if args.run_eval and not resumed.found:

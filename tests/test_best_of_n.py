@@ -1,6 +1,9 @@
 """Best of n: the estimate against all choices, samples that belong to their query, stops, processes, bad input."""
 
 import json
+import os
+import shutil
+import signal
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -11,6 +14,7 @@ import pytest
 import torch
 from conftest import launch
 from datasets import load_dataset
+from safetensors.torch import load_file, save_file
 
 from summarize_from_feedback_details import best_of_n
 from summarize_from_feedback_details.best_of_n import expected_best, kl_of_best
@@ -62,9 +66,13 @@ def test_samples_and_scores(world, workdir, capsys):
                 assert float(read_rewards(model, [query + response])) == pytest.approx(sample.score, abs=1e-4)
             compared += 1
     assert compared > 20
-    assert (samples[~samples["has_eos"]]["score"] == -1).all()
-    scores = samples["score"].to_numpy().reshape(20, 4)
-    np.testing.assert_allclose(best["score"], scores.max(1))
+    assert (samples[~samples["has_eos"]]["penalised"] == -1).all() and not samples["has_eos"].all()
+    assert (samples["penalised"] == samples["score"])[samples["has_eos"]].all()
+    scores = samples["penalised"].to_numpy().reshape(20, 4)
+    chosen = samples.loc[samples.groupby("row")["penalised"].idxmax()]
+    assert (
+        best["response"].tolist() == chosen["response"].tolist() and best["score"].tolist() == chosen["score"].tolist()
+    )
     assert best["query"].tolist() == rows["query"] and best["reference"].str.len().gt(0).all()
     curve = pandas.read_parquet("runs/run/tables/best_of_n.parquet")
     np.testing.assert_allclose(curve["score"].iloc[[0, 3]], [scores.mean(), scores.max(1).mean()])
@@ -72,7 +80,7 @@ def test_samples_and_scores(world, workdir, capsys):
     assert metrics["objective/scores"] == pytest.approx(scores.max(1).mean())
     assert metrics["objective/kl"] == pytest.approx(np.log(4) - 3 / 4)
     assert json.loads(Path("runs/run/summary.json").read_text())["state"] == "finished"
-    assert "Best of 4" in capsys.readouterr().out and not Path("runs/run/samples").exists()
+    assert "Best of 4" in capsys.readouterr().out and not list(Path("runs/run").glob("samples_*"))
     # fewer samples, other batches: the first ones are the same
     best_of_n.main(world.best_of_n_args("fewer", best_of=2, queries_at_once=5, local_rollout_forward_batch_size=3))
     fewer = pandas.read_parquet("runs/fewer/tables/samples.parquet")
@@ -104,6 +112,32 @@ def test_a_stop_loses_nothing(world, workdir, monkeypatch):
     for name in ("samples", "validation", "best_of_n"):
         tables = [pandas.read_parquet(f"runs/{run}/tables/{name}.parquet") for run in ("whole", "stopped")]
         pandas.testing.assert_frame_equal(*tables, check_exact=True)
+
+
+def test_a_signal_keeps_the_part_that_is_sampled_and_other_models_take_none_of_it(world, workdir, monkeypatch):
+    """SIGTERM while the first part is sampled; then the reward model at that place is another one."""
+    shutil.copytree(world.reward, "reward")
+    args, sample, sampled = world.best_of_n_args("run", reward_model_path="reward"), best_of_n.sample_queries, []
+
+    def note(*given):
+        sampled.append(given[2][0])
+        if len(sampled) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return sample(*given)
+
+    monkeypatch.setattr(best_of_n, "sample_queries", note)
+    with pytest.raises(SystemExit) as stopped:
+        best_of_n.main(replace(args))
+    assert stopped.value.code == REQUEUE_ME and sampled == [0]
+    assert len(list(Path("runs/run").glob("samples_*/*.parquet"))) == 1
+    weights = load_file("reward/model.safetensors")
+    weights["score.weight"] *= -1
+    save_file(weights, "reward/model.safetensors", {"format": "pt"})
+    best_of_n.main(replace(args))
+    assert sampled == [0, 0, 8, 16]
+    best_of_n.main(world.best_of_n_args("plain", reward_model_path="reward"))
+    tables = [pandas.read_parquet(f"runs/{run}/tables/samples.parquet") for run in ("run", "plain")]
+    pandas.testing.assert_frame_equal(*tables, check_exact=True)
 
 
 @pytest.mark.slow

@@ -77,12 +77,19 @@ def test_the_gradient_at_the_start_is_that_of_the_formula(world):
 
 
 def test_pairs_are_those_of_the_dataset(world):
-    rows = load_dataset(world.pairs)["train"].select(range(3))
-    queries, responses = read_comparisons(rows, pad := max(rows[0]["query_token"]))
-    for i, row in enumerate(rows):
-        assert queries[2 * i] == queries[2 * i + 1] == strip_pads(row["query_token"], pad)
-        assert responses[2 * i] == strip_pads(row["chosen_token"], pad)
-        assert responses[2 * i + 1] == strip_pads(row["rejected_token"], pad)
+    """Also of CNN/DM, whose queries end in a line break that the whole sequences do not have."""
+    data = load_dataset(world.pairs)
+    for split in ("train", "validation_cnndm"):
+        rows = data[split].select(range(3))
+        queries, responses = read_comparisons(rows, pad := max(rows[0]["query_token"]))
+        for i, row in enumerate(rows):
+            query = strip_pads(row["query_token"], pad)
+            assert queries[2 * i] == queries[2 * i + 1] == (query if split == "train" else query[:-1])
+            assert responses[2 * i] == strip_pads(row["chosen_token"], pad)
+            assert responses[2 * i + 1] == strip_pads(row["rejected_token"], pad)
+    # what is a response is never empty, whatever a dataset holds
+    odd = {"query_token": [[1, 2, 3]], "query_chosen_token": [[1, 2, 3]], "query_rejected_token": [[1, 2, 3, 4]]}
+    assert read_comparisons(odd, 9) == ([[1, 2], [1, 2]], [[3], [3, 4]])
 
 
 @pytest.mark.parametrize("change", [{}, {"ipo": True, "beta": 0.1}, {"label_smoothing": 0.1}, {"lora": True}])
@@ -151,6 +158,12 @@ def test_log_probabilities_of_the_sft_policy_are_kept(world, workdir, monkeypatc
     dpo.main(world.dpo_args("three", run_eval=False, sft_model_path="one"))
     dpo.main(world.dpo_args("four", run_eval=False, total_episodes=24))
     assert len(calls) == 2 and len(list(Path("ref_logprobs").iterdir())) == 3
+    # a file that is torn, or of other rows, is made again
+    for damaged in (b"", file.read_bytes()[:-40]):
+        file.write_bytes(damaged)
+        dpo.main(world.dpo_args(f"again{len(damaged)}", run_eval=False))
+        np.testing.assert_array_equal(np.load(file), kept)
+    assert len(calls) == 4
     # what is kept is what is trained with
     np.save(file, kept + np.array([7.0, 0.0]))
     dpo.main(world.dpo_args("five", run_eval=False))
@@ -183,6 +196,23 @@ def test_responses_that_were_cut_off_are_counted(world, workdir, capsys):
         rows.map(cut, with_indices=True).to_parquet(f"cut/{split}.parquet")
     dpo.main(world.dpo_args("model", label_dataset="cut", run_eval=False, total_episodes=200))
     assert "train: 3 chosen and 0 rejected of 200 pairs do not end with EOS" in capsys.readouterr().out
+
+
+def test_the_name_of_the_file_changes_with_the_weights_and_the_precision(world):
+    """Any weight, however small the change; the type of the weights; how they are multiplied; the rows."""
+    policy, args = load_policy("x", world.sft), world.dpo_args("x")
+    data = load_dataset(world.pairs)
+    rows = data["train"].select(range(4))
+    name = lambda rows=rows, how="no": ref_logprobs.path_of(args, "train", rows, policy, how).name
+    names = [name(), name(how="bf16"), name(data["train"].select(range(1, 5)))]
+    exchanged = rows.rename_columns({"query_chosen_token": "x", "query_rejected_token": "query_chosen_token"})
+    names.append(name(exchanged.rename_column("x", "query_rejected_token")))
+    for weight in list(policy.parameters())[5:7]:
+        weight.data.flatten()[0] += 1e-3
+        names.append(name())
+    policy.bfloat16()
+    names.append(name())
+    assert len(set(names)) == len(names) and name() == names[-1]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pandas
 import pytest
 import torch
@@ -11,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from summarize_from_feedback_details import rloo
+from summarize_from_feedback_details.common import rollouts
 from summarize_from_feedback_details.common.adapters import LoraParams
 from summarize_from_feedback_details.common.policies import ResponsePolicy, load_policy
 from summarize_from_feedback_details.rloo import leave_one_out_advantages, rloo_losses
@@ -79,6 +82,17 @@ def test_an_update_is_that_of_the_formula(world, workdir, monkeypatch):
     assert sorted(advantages.tolist()) == pytest.approx(sorted(expected), abs=1e-5)
     torch.testing.assert_close(new.detach(), old, rtol=0, atol=1e-4)
     assert len({tuple(row) for row in responses.real}) > 2  # responses to a query differ: each has noise of its own
+
+
+@pytest.mark.parametrize(
+    "world_size, together, expected", [(1, 2, [4, 5, 2, 3, 0, 1]), (3, 2, [4, 5]), (2, 2, [5, 3, 1])]
+)
+def test_responses_to_a_query_go_to_one_rank(world_size, together, expected):
+    """Where the queries can be shared out evenly; as many rows on each rank in any case."""
+    queries = [[1], [1], [2, 2], [2, 2], [3, 3, 3], [3, 3, 3]]
+    accelerator = SimpleNamespace(process_index=0 if world_size != 2 else 1, num_processes=world_size)
+    prompts, mine = rollouts.Prompts(queries, np.arange(6), np.arange(6)).share(accelerator, together)
+    assert mine == expected and prompts.queries == [queries[i] for i in mine] and prompts.rows.tolist() == mine
 
 
 def test_it_learns(world, workdir, capsys):

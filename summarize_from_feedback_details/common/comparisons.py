@@ -59,12 +59,17 @@ def pair_lengths(rows: Any) -> np.ndarray:
 
 
 def read_comparisons(rows: Any, pad_id: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Rows of the dataset -> (queries, responses) without pads, chosen and rejected of a pair behind one another."""
+    """Rows of the dataset -> (queries, responses) without pads, chosen and rejected of a pair behind one another.
+
+    A query ends where both sequences still are what it is: that of a CNN/DM row ends in a line break, which they do not
+    have. A response has at least one token.
+    """
     queries, responses = [], []
     for row in zip(rows["query_token"], rows["query_chosen_token"], rows["query_rejected_token"]):
         query, *both = (strip_pads(tokens, pad_id) for tokens in row)
-        queries += [query, query]
-        responses += [whole[len(query) :] for whole in both]
+        n = min(len(os.path.commonprefix([query, *both])), *(len(whole) - 1 for whole in both))
+        queries += [query[:n], query[:n]]
+        responses += [whole[n:] for whole in both]
     return queries, responses
 
 

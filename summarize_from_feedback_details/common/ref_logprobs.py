@@ -1,7 +1,7 @@
 """Log-probabilities of comparisons by the reference policy, computed once and kept on disk for the next run."""
 
+import contextlib
 import hashlib
-import io
 import os
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,8 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from summarize_from_feedback_details.common.comparisons import read_split
-from summarize_from_feedback_details.common.files import refuse_uncreatable, write_whole
+from summarize_from_feedback_details.common.files import refuse_uncreatable
 from summarize_from_feedback_details.common.policies import ResponsePolicy
-from summarize_from_feedback_details.common.run_files import weights_fingerprint
 from summarize_from_feedback_details.common.training import lent
 
 
@@ -28,14 +27,18 @@ def check_ref_logprobs(args: Any) -> None:
     refuse_uncreatable("ref_logprobs_dir", folder_of(args), "train_0123456789abcdef.npy")
 
 
-def path_of(args: Any, split: str, rows: Any, precision: str) -> Path:
-    """The file for these rows; its name changes with the model's weights, the precision and the rows' tokens."""
-    model = weights_fingerprint(args.sft_model_path), args.sft_model_revision, precision
-    digest = hashlib.sha256(repr(model).encode())
-    rows = rows.with_format("numpy", columns=["query_token", "query_chosen_token", "query_rejected_token"])
+def path_of(args: Any, split: str, rows: Any, reference: torch.nn.Module, how: str) -> Path:
+    """The file for these rows; its name changes with their tokens, the weights, and how the model computes."""
+    digest = hashlib.sha256(how.encode())
+    for name, weight in reference.named_parameters():
+        some = weight.detach().flatten()[:: max(1, weight.numel() // 1000)]
+        digest.update(f"{name} {weight.dtype}".encode() + some.float().cpu().numpy().tobytes())
+    columns = ["query_token", "query_chosen_token", "query_rejected_token"]
+    rows = rows.with_format("numpy", columns=columns)
     for start in range(0, len(rows), 1000):
-        for column in rows[start : start + 1000].values():
-            digest.update(np.ascontiguousarray(column, dtype=np.int64).tobytes())
+        part = rows[start : start + 1000]
+        for column in columns:
+            digest.update(np.ascontiguousarray(part[column], dtype=np.int64).tobytes())
     return folder_of(args) / f"{split}_{digest.hexdigest()[:16]}.npy"
 
 
@@ -49,15 +52,22 @@ def find_ref_logprobs(
         args: has `sft_model_path`, `sft_model_revision`, `label_dataset`, `ref_logprobs_dir` and
             `local_eval_batch_size`.
     """
-    path = path_of(args, split, rows, accelerator.mixed_precision)
-    kept = np.load(path) if accelerator.is_main_process and path.exists() else None
+    kept = None
+    if accelerator.is_main_process:
+        how = f"{accelerator.mixed_precision} {accelerator.distributed_type == 'DEEPSPEED'}"
+        path = path_of(args, split, rows, reference, how)
+        with contextlib.suppress(OSError, ValueError, EOFError):  # not there, or torn
+            kept = np.load(path)
+            kept = kept if kept.shape == (len(rows), 2) and np.isfinite(kept).all() else None
     kept = broadcast_object_list([kept])[0]
     if kept is not None:
         return kept
     with accelerator.autocast(), lent(reference, accelerator.device):
         found = read_split(ResponsePolicy(reference), rows, pad_id, args, f"SFT policy, {split}")
     if accelerator.is_main_process:
-        np.save(content := io.BytesIO(), found)
-        write_whole(path, content.getvalue())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.npy")  # another run may write the same file
+        np.save(partial, found)
+        partial.replace(path)
         print(f"log-probabilities of the SFT policy: {path}", flush=True)
     return found

@@ -53,13 +53,17 @@ class Prompts(NamedTuple):
     rows: np.ndarray  # [B] in the dataset
     episodes: np.ndarray  # [B] numbers, to which the sampling noise belongs
 
-    def share(self, accelerator: Any) -> tuple["Prompts", list[int]]:
+    def share(self, accelerator: Any, together: int = 1) -> tuple["Prompts", list[int]]:
         """This rank's: as many rows on each rank, of similar lengths, longest first; and their places in the batch.
 
-        Those of one query are neighbours, which then read it once.
+        Args:
+            together: so many neighbours share a query, which a rank reads once for those it gets: all, where the
+                queries can be shared out evenly.
         """
-        order = sorted(range(len(self.queries)), key=lambda i: (-len(self.queries[i]), i))
-        mine = order[accelerator.process_index :: accelerator.num_processes]
+        rank, world = accelerator.process_index, accelerator.num_processes
+        unit = together if len(self.queries) % (together * world) == 0 else 1
+        order = sorted(range(0, len(self.queries), unit), key=lambda i: (-len(self.queries[i]), i))
+        mine = [i + j for i in order[rank::world] for j in range(unit)]
         return Prompts([self.queries[i] for i in mine], self.rows[mine], self.episodes[mine]), mine
 
 

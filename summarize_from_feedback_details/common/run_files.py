@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+PIECE = 2**16  # bytes of a file of weights that are read at a time
+
 
 def read_run(path: Path) -> tuple[dict, dict]:
     """Summary and arguments of a run.
@@ -56,13 +58,16 @@ def read_metrics(saved: dict[str, float | None]) -> dict[str, float]:
 
 
 def weights_fingerprint(path: str) -> str:
-    """A short text that changes with the weights of a local checkpoint (both ends of each file); a hub id as it is."""
+    """A short text that changes with the weights of a local checkpoint; a hub id as it is.
+
+    Of each file 256 pieces are read, evenly spread, so that every large matrix counts; of one below 16 MB all.
+    """
     digest = hashlib.sha256()
     for file in sorted(p for p in Path(path).glob("*") if p.suffix in (".safetensors", ".bin")):
         size = file.stat().st_size
         digest.update(f"{file.name} {size} ".encode())
         with open(file, "rb") as content:
-            digest.update(content.read(1_000_000))
-            content.seek(max(0, size - 1_000_000))
-            digest.update(content.read())
+            for start in (*range(0, size, max(PIECE, size // 256)), max(0, size - PIECE)):
+                content.seek(start)
+                digest.update(content.read(PIECE))
     return f"weights {digest.hexdigest()[:12]}" if os.path.isdir(path) else path

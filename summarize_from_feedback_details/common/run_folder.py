@@ -95,8 +95,10 @@ def differences(args: Any, saved: dict, now: dict) -> dict[str, tuple]:
 
 def args_as_given(args: Any) -> dict[str, Any]:
     """The arguments before sizes are derived from them, and fingerprints of the models that they name: `typed.json`."""
-    given = asdict(args)
-    return given | {"models": {name: weights_fingerprint(given[name]) for name in MODELS if given.get(name)}}
+    given, free = asdict(args), {f.name for f in fields(args) if f.metadata.get("may_change")}
+    return given | {
+        "models": {name: weights_fingerprint(given[name]) for name in MODELS if given.get(name) and name not in free}
+    }
 
 
 def _read_typed(path: Path) -> dict:
