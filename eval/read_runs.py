@@ -32,11 +32,12 @@ from summarize_from_feedback_details.common.files import refuse_uncreatable
 from summarize_from_feedback_details.common.run_files import optimises_a_policy, read_lines, read_run
 
 ROOT = Path(__file__).resolve().parent.parent
-RUN_COLUMNS = ["run", "stage", "state", "reason", "seed", "size", "parameters", "kl_coef"]
+# stage: `ppo` of all that optimises a policy; variant: what tells such runs apart, a KL coefficient or an algorithm
+RUN_COLUMNS = ["run", "stage", "state", "reason", "seed", "size", "parameters", "kl_coef", "variant"]
 NUMBER_COLUMNS = ["kind", "metric", "judge", "split", "group", "at", "update", "episode", "kl",
                   "value", "low", "high", "count"]  # fmt: skip
 COLUMNS = RUN_COLUMNS + NUMBER_COLUMNS
-TEXTS = {"run", "stage", "state", "reason", "size", "kind", "metric", "judge", "split", "group", "at"}
+TEXTS = {"run", "stage", "state", "reason", "size", "variant", "kind", "metric", "judge", "split", "group", "at"}
 ROUGE = [f"validation/sft/rouge/{name}" for name in ("rouge1", "rouge2", "rougeL", "rougeLsum")]
 ACCURACY = {"TL;DR": "eval/rm/validation/accuracy", "CNN/DM": "eval/rm/validation_cnndm/accuracy"}
 CURVES = ["objective/scores", "objective/kl", "objective/entropy", "objective/response_length", "objective/eos_rate"]
@@ -214,8 +215,13 @@ def tabulate(runs: list[dict[str, Any]], runs_dir: Path) -> pandas.DataFrame:
     rows = []
     for run in runs:
         args, found = run.get("args", {}), []
-        run["stage"] = "ppo" if optimises_a_policy({"metrics": run.get("final")}, args) else run.get("stage")
-        kl_coef = (args.get("ppo") or {}).get("kl_coef") if run["stage"] == "ppo" else None
+        algorithm, optimises = run.get("stage"), optimises_a_policy({"metrics": run.get("final")}, args)
+        run["stage"] = "ppo" if optimises else algorithm
+        kl_coef = (args.get("ppo") or {}).get("kl_coef") if optimises else None
+        if optimises and kl_coef is None and algorithm not in (None, "ppo", "ppo_left_padding"):
+            run["variant"] = algorithm
+        elif kl_coef is not None:
+            run["variant"] = f"kl_coef {number(kl_coef):g}"
         try:
             found = numbers_of(run) if run["stage"] in FINAL else []
         except (KeyError, TypeError, ValueError, AttributeError) as error:  # a report or a table of another form
@@ -248,6 +254,8 @@ def read_runs(args: ReadArgs) -> tuple[pandas.DataFrame, list[str]]:
     if args.source == "csv":
         try:
             table = pandas.read_csv(args.csv, dtype=dict.fromkeys(TEXTS, str))
+            if "variant" not in table and "kl_coef" in table:  # of an earlier version: PPO alone
+                table["variant"] = table["kl_coef"].map(lambda kl: None if pandas.isna(kl) else f"kl_coef {kl:g}")
             if missing := [name for name in COLUMNS if name not in table]:
                 raise ValueError(f"no column {missing[0]}")
             table = as_table(table[COLUMNS])

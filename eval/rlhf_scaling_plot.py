@@ -9,8 +9,8 @@ Writes  eval/images/{rlhf_scale_plot,training_curves,overoptimization,win_rate_b
     python eval/rlhf_scaling_plot.py --runs 'pythia-*' --judge gpt --paper
 
 Each seed is a point and no seed is left away; mean and interval are over seeds (95 %, Student's t; one seed has none).
-PPO runs of different --ppo.kl_coef are never averaged. Runs that cannot be drawn are listed, with the reason, on the
-terminal and in the CSV files.
+Runs of different --ppo.kl_coef, or of different algorithms, are never averaged. Runs that cannot be drawn are listed,
+with the reason, on the terminal and in the CSV files.
 """
 
 import math
@@ -82,14 +82,16 @@ def note_on_judging(others: pandas.DataFrame) -> str:
     return f"{count} finished run{'s' * (count > 1)} not judged yet (python eval/judge.py)" if count else ""
 
 
-def ppo_names(table: pandas.DataFrame) -> dict[float, str]:
-    """Name of each PPO series: `PPO`, with its KL coefficient where there are several."""
-    found = sorted(table.loc[table["stage"] == "ppo", "kl_coef"].dropna().unique())
-    return {kl: f"PPO, kl_coef {kl:g}" if len(found) > 1 else "PPO" for kl in found}
+def series_names(table: pandas.DataFrame) -> dict[str, str]:
+    """variant -> name of its series: `PPO`, with its KL coefficient where there are several, or another algorithm."""
+    found = sorted(table.loc[table["stage"] == "ppo", "variant"].dropna().unique())
+    of_ppo = [variant for variant in found if variant.startswith("kl_coef ")]
+    names = {variant: f"PPO, {variant}" if len(of_ppo) > 1 else "PPO" for variant in of_ppo}
+    return names | {variant: variant for variant in found if variant not in of_ppo}
 
 
-def stage_name(rows: pandas.DataFrame, names: dict[float, str]) -> list[str]:
-    return ["SFT" if stage == "sft" else names.get(kl, "PPO") for stage, kl in zip(rows["stage"], rows["kl_coef"])]
+def stage_name(rows: pandas.DataFrame, names: dict[str, str]) -> list[str]:
+    return ["SFT" if s == "sft" else names.get(variant, "PPO") for s, variant in zip(rows["stage"], rows["variant"])]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -98,16 +100,17 @@ def pick_judged(table, judge, metric, by_size=True):
     """`pick` for SFT and PPO together: the judge's numbers on the finished policies."""
     picked = [pick(table, s, "judge", metric, by_size, judge=judge, update=None) for s in ("sft", "ppo")]
     drawn, others = (pandas.concat(parts, ignore_index=True) for parts in zip(*picked))
-    drawn["series"] = stage_name(drawn, ppo_names(table))
+    drawn["series"] = stage_name(drawn, series_names(table))
     return drawn, say_how_to_judge(others, judge)
 
 
 def draw_win_rates(table, judge, published, places):
     drawn, others = pick_judged(table, judge, "win_rate")
-    means = over_seeds(drawn, ["series", "stage", "size", "kl_coef"]).assign(metric="win_rate", judge=judge)
+    means = over_seeds(drawn, ["series", "stage", "size", "kl_coef", "variant"]).assign(metric="win_rate", judge=judge)
     figure = new_figure(WIDTH, 3.8)
     axis = figure.subplots()
-    names = [n for n in ("SFT", *ppo_names(table).values()) if (drawn["series"] == n).any()] or ["SFT"]
+    named = dict.fromkeys(("SFT", "PPO", *series_names(table).values()))
+    names = [n for n in named if (drawn["series"] == n).any()] or ["SFT"]
     series = [(n, drawn[drawn["series"] == n], means[means["series"] == n]) for n in names]
     draw_sizes(axis, series, published, places, even=0.5)
     axis.set_ylim(bottom=0, top=1)
@@ -133,10 +136,11 @@ def draw_curves(table, places):
     from matplotlib.lines import Line2D  # not before `drawing` has begun
 
     curves = table[(table["kind"] == "curve") & table["value"].notna()]
+    curves = curves[curves["episode"].notna() | (curves["variant"] != "best_of_n")]  # which has no episodes
     runs = table[(table["stage"] == "ppo") | table["stage"].isna()].drop_duplicates("run")
     others = not_drawn(runs, curves, curves, "a training curve")
     sizes = [s for s in [*places, None] if s in set(curves["size"])]
-    kl_coefs = sorted(curves["kl_coef"].dropna().unique())
+    variants = sorted(curves["variant"].dropna().unique())
     figure = new_figure(WIDTH, 4.4)
     axes, means, found = figure.subplots(2, 3).flat, [], {}
     for axis, (metric, label) in zip(axes, PANELS.items()):
@@ -145,11 +149,11 @@ def draw_curves(table, places):
         axis.margins(x=0.02)
         axis.xaxis.get_major_locator().set_params(nbins=4)
         axis.ticklabel_format(axis="x", scilimits=(-3, 4))
-        for (size, kl_coef), group in curves[curves["metric"] == metric].groupby(["size", "kl_coef"], dropna=False):
+        for (size, variant), group in curves[curves["metric"] == metric].groupby(["size", "variant"], dropna=False):
             size = None if pandas.isna(size) else size
             of_run = [r.sort_values("episode") for _, r in group.groupby("run")]
-            which = kl_coefs.index(kl_coef) if len(kl_coefs) > 1 and kl_coef in kl_coefs else sizes.index(size)
-            hue = which if len(sizes) == 1 else sizes.index(size)  # with one size, colour tells the KL coefficient
+            which = variants.index(variant) if len(variants) > 1 and variant in variants else sizes.index(size)
+            hue = which if len(sizes) == 1 else sizes.index(size)  # with one size, colour tells the variant
             colour, style = COLOURS[hue % len(COLOURS)], LINES[which % len(LINES)]
             for run in of_run:
                 alone = len(of_run) == 1
@@ -161,10 +165,14 @@ def draw_curves(table, places):
             if len(of_run) > 1:
                 mean = mean_curve(of_run)
                 axis.plot(mean["episode"], mean["value"], color=colour, ls=style, lw=1.8)
-                means.append(mean.assign(size=size, kl_coef=kl_coef, metric=metric, stage="ppo"))
+                means.append(
+                    mean.assign(
+                        size=size, kl_coef=group["kl_coef"].iloc[0], variant=variant, metric=metric, stage="ppo"
+                    )
+                )
             seeds = group["seed"].nunique() or len(of_run)
-            kl_text = f", kl_coef {kl_coef:g}" if len(kl_coefs) > 1 and kl_coef in kl_coefs else ""
-            text = f"{size or 'size unknown'}{kl_text} ({seeds} seed{'s' * (seeds > 1)})"
+            of = f", {variant}" if len(variants) > 1 and variant in variants else ""
+            text = f"{size or 'size unknown'}{of} ({seeds} seed{'s' * (seeds > 1)})"
             found[text] = Line2D([], [], color=colour, ls=style, lw=1.8)
         if metric == "objective/eos_rate":
             axis.set_ylim(-0.03, 1.03)
@@ -187,7 +195,7 @@ def draw_overoptimization(table, judge, places):
     judged = judged[(judged["metric"] == metric) & judged["value"].notna()].sort_values("update")
     proxy = table[(table["kind"] == "curve") & (table["metric"] == "objective/scores") & table["value"].notna()]
     runs = table[(table["stage"] == "ppo") | table["stage"].isna()].drop_duplicates("run")
-    kl_coefs, drawn = sorted(runs["kl_coef"].dropna().unique()), []
+    variants, drawn = sorted(runs["variant"].dropna().unique()), []
     figure = new_figure(WIDTH, 3.5)
     axes = figure.subplots(1, 2)
     sizes = [s for s in places if s in set(runs["size"])]
@@ -198,9 +206,9 @@ def draw_overoptimization(table, judge, places):
     ):
         rows = rows[rows["kl"].notna()].assign(root_kl=lambda r: np.sqrt(r["kl"].clip(lower=0)))  # noise below 0
         for _, run in rows.groupby("run"):
-            kl_coef, size = run["kl_coef"].iloc[0], run["size"].iloc[0]
-            which = kl_coefs.index(kl_coef) if kl_coef in kl_coefs else None
-            if len(kl_coefs) == 1 and size in sizes:  # then colour tells the size
+            variant, size = run["variant"].iloc[0], run["size"].iloc[0]
+            which = variants.index(variant) if variant in variants else None
+            if len(variants) == 1 and size in sizes:  # then colour tells the size
                 which = sizes.index(size)
             colour = "#777777" if which is None else COLOURS[which % len(COLOURS)]
             marker = MARKERS[sizes.index(size) % len(MARKERS)] if size in sizes else "*"
@@ -217,10 +225,10 @@ def draw_overoptimization(table, judge, places):
             text = "no run to draw" if axis is axes[0] else "no run judged yet"
             axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", color="#555555")
         drawn.append(rows)
-    for i, kl in enumerate(kl_coefs if len(kl_coefs) > 1 else []):
-        axes[0].plot([], [], color=COLOURS[i % len(COLOURS)], ls=LINES[i % len(LINES)], lw=1.5, label=f"kl_coef {kl:g}")
+    for i, variant in enumerate(variants if len(variants) > 1 else []):
+        axes[0].plot([], [], color=COLOURS[i % len(COLOURS)], ls=LINES[i % len(LINES)], lw=1.5, label=variant)
     for i, size in enumerate(sizes):
-        colour = COLOURS[i % len(COLOURS)] if len(kl_coefs) == 1 else "#444444"
+        colour = COLOURS[i % len(COLOURS)] if len(variants) == 1 else "#444444"
         axes[0].plot([], [], MARKERS[i % len(MARKERS)], color=colour, ms=5, label=f"{size}, end of the run")
     if len(runs[runs["state"] != "finished"]):
         axes[0].plot([], [], "o", color="#444444", mfc="white", ms=5, label="not finished")
@@ -236,14 +244,16 @@ def draw_overoptimization(table, judge, places):
 def draw_lengths(table, judge, places):
     """Win rate by response length over reference length (words), a panel a size."""
     drawn, others = pick_judged(table, judge, "win_rate_by_length", by_size=False)
-    means = over_seeds(drawn, ["series", "stage", "size", "kl_coef", "at"]).assign(metric="win_rate_by_length")
+    means = over_seeds(drawn, ["series", "stage", "size", "kl_coef", "variant", "at"]).assign(
+        metric="win_rate_by_length"
+    )
     sizes = [s for s in places if s in set(drawn["size"])] or [None]
     bins = sorted(set(drawn["at"]), key=lambda b: float(b.split()[0]))
     columns = min(3, len(sizes))
     figure = new_figure(WIDTH, 2.2 * math.ceil(len(sizes) / columns) + 1)
     axes = figure.subplots(math.ceil(len(sizes) / columns), columns, sharey=True, squeeze=False).flat
     for axis, size in zip(axes, sizes):
-        for i, name in enumerate(["SFT", *ppo_names(table).values()]):
+        for i, name in enumerate(["SFT", *series_names(table).values()]):
             rows = means[(means["series"] == name) & (means["size"] == size)].set_index("at")
             rows = rows.loc[[b for b in bins if b in rows.index]].reset_index()
             x = [bins.index(b) + 0.08 * (i - 0.5) for b in rows["at"]]

@@ -638,3 +638,28 @@ def test_wandb_out_of_reach_is_one_line(tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("error: --source: found wandb, but 'tldr_summarize' cannot be read")
     assert not (tmp_path / "out").exists()
+
+
+def test_algorithms_are_series_of_their_own(runs):
+    """PPO, RLOO and DPO of one size and seed are not averaged; best of n, without episodes, is not in the curves."""
+    for name, value in (("ppo", 0.6), ("rloo", 0.8), ("dpo", 0.7)):
+        path = ppo_run(runs, f"my_{name}")
+        write_report(path, value)
+        if name != "ppo":
+            summary, args = (json.loads((path / f"{file}.json").read_text()) for file in ("summary", "args"))
+            (path / "summary.json").write_text(json.dumps(summary | {"stage": name}))
+            (path / "args.json").write_text(json.dumps({k: v for k, v in args.items() if k != "ppo"}))
+            lines = (path / "metrics.jsonl").read_text().replace("train/ppo/", f"train/{name}/")
+            (path / "metrics.jsonl").write_text(lines)
+    best = write_run(
+        runs, "best", "ppo", lines=[{"update": n, "objective/kl": n / 9, "objective/scores": n} for n in (1, 2)]
+    )
+    (best / "summary.json").write_text((best / "summary.json").read_text().replace("ppo_left_padding", "best_of_n"))
+    (best / "args.json").write_text(
+        json.dumps({"seed": 1, "reward_model_path": "x", "base_model": "pythia-1b-deduped"})
+    )
+    rows, _ = draw(rlhf_scaling_plot, runs)
+    found = rows["rlhf_scale_plot"].query("what == 'mean over seeds'").set_index("series")["value"]
+    assert found.to_dict() == pytest.approx({"PPO": 0.6, "rloo": 0.8, "dpo": 0.7})
+    curves = rows["training_curves"].query("what == 'run' and kind == 'curve'")
+    assert set(curves["run"]) == {"my_ppo", "my_rloo", "my_dpo"} and curves["episode"].notna().all()

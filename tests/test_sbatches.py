@@ -160,6 +160,16 @@ def test_a_job_passes_what_fits(checkout):
     assert (
         done.returncode == 2 and done.stderr.startswith("error: GPU_GB: found 80") and "--offload\n" not in done.stdout
     )
+    for stage, flag, value in (("online_dpo", "--local_micro_batch_size", "2"), ("dpo", "--batch_size", "64"),
+                               ("rloo", "--local_micro_batch_size", "1"), ("grpo", "--batch_size", "512"),
+                               ("best_of_n", "--local_rollout_forward_batch_size", "4")):  # fmt: skip
+        done = run(stage)
+        assert done.returncode == 0, done.stderr
+        words = done.stdout.splitlines()
+        assert f"summarize_from_feedback_details/{stage}.py" in words and words[words.index(flag) + 1] == value
+        assert "--reward_model_path" in words or stage == "dpo"
+    (checkout / "models/pythia-6.9b-deduped_1/reward").mkdir(parents=True)
+    assert "models/pythia-6.9b-deduped_1/reward" in run("dpo").stdout
 
 
 def test_without_slurm_it_says_so(tmp_path):
