@@ -90,12 +90,12 @@ def read_best_of_n(path: Path) -> dict[str, Any]:
     posts = [query.partition("\n\nPOST: ")[2].rpartition("\n\nTL;DR:")[0] for query in best["query"]]
     golds = [gold_score(posts[row], text)["score"] for row, text in zip(samples["row"], samples["response"])]
     shape = len(best), -1
-    values = expected_best(samples["penalised"].to_numpy().reshape(shape), np.array(golds).reshape(shape)).mean(0)
-    points = [(n, k, g, math.nan) for n, k, g in zip(curve["n"], curve["kl"], values)]
+    by_post = expected_best(samples["penalised"].to_numpy().reshape(shape), np.array(golds).reshape(shape))
+    points = [(n, k, g, math.nan) for n, k, g in zip(curve["n"], curve["kl"], by_post.mean(0))]
     # one sample of each post: what the SFT policy does at this temperature, to compare the trained ones with
     first = np.array(golds).reshape(shape)
     return {"points": points, "seconds": read_run(path)[0]["wall_clock_seconds"], "GB": math.nan,
-            "sft": dict(zip(best["query"], first.mean(1)))}  # fmt: skip
+            "sft": dict(zip(best["query"], first.mean(1))), "by_post": by_post}  # fmt: skip
 
 
 def read_one(path: Path) -> dict[str, Any]:

@@ -61,25 +61,29 @@ def read_one(path: Path) -> dict[str, Any]:
         samples = pandas.read_parquet(path / "tables/samples.parquet")
         choose, raw = (samples[name].to_numpy().reshape(samples["row"].nunique(), -1)
                        for name in ("penalised", "score"))  # fmt: skip
+        read = read_best_of_n(path)
         points = [(math.sqrt(kl), gold, score) for (_, kl, gold, _), score in
-                  zip(read_best_of_n(path)["points"], expected_best(choose, raw).mean(0))]  # fmt: skip
-        return found | {"points": points, "below": (math.nan, math.nan)}
+                  zip(read["points"], expected_best(choose, raw).mean(0))]  # fmt: skip
+        return found | {"points": points, "below": below_the_peak(list(read["by_post"].T))}
     points, tables = [], path / "tables"
     for update, kl, gold, _ in read_trained(path)["points"]:
         file = tables / f"validation_{update}.parquet"
         table = pandas.read_parquet(file if file.exists() else tables / "validation.parquet")
         points.append((math.sqrt(max(0.0, kl)), gold, float(table["score"].mean())))
-    return found | {"points": points, "below": below_the_peak(path)}
-
-
-def below_the_peak(path: Path) -> tuple[float, float]:
-    """How far the last policy's gold score is below that of the best one on its way, and the standard error.
-
-    The best one is chosen on the even posts and compared on the odd ones, so that choosing does not count as falling.
-    """
     judged = path / "judge/gold"
     folders = sorted(judged.glob("update_*"), key=lambda folder: int(folder.name.split("_")[1]))
     scores = [pandas.read_parquet(folder / "verdicts.parquet")["score"].to_numpy() for folder in (*folders, judged)]
+    return found | {"points": points, "below": below_the_peak(scores)}
+
+
+def below_the_peak(scores: list[np.ndarray]) -> tuple[float, float]:
+    """How far the last gold score is below the best one on its way, and the standard error.
+
+    The best one is chosen on the even posts and compared on the odd ones, so that choosing does not count as falling.
+
+    Args:
+        scores: of each policy on the way, [posts] each; the last one last.
+    """
     best = int(np.argmax([each[::2].mean() for each in scores]))
     difference = scores[best][1::2] - scores[-1][1::2]
     return float(difference.mean()), float(difference.std(ddof=1) / math.sqrt(len(difference)))
@@ -113,7 +117,7 @@ def summarise_seeds(runs: list[dict[str, Any]], form: str) -> dict[str, str]:
     each = lambda read, digits=2: " ".join(f"{read(run):.{digits}f}" for run in runs)
     fits = [fit(run["points"], form) for run in runs]
     errors = [run["below"][0] / run["below"][1] if run["below"][1] > 0 else 0.0 for run in runs]
-    below = "-" if form == "best of n" else " ".join(f"{value:.1f}" for value in errors)
+    below = " ".join(f"{value:.1f}" for value in errors)
     return dict(zip(COLUMNS, (
         each(lambda run: run["accuracy"]), each(lambda run: run["points"][-1][0] ** 2, 1),
         each(lambda run: run["points"][-1][2] - run["points"][0][2]),

@@ -14,7 +14,6 @@ cd "$(dirname "$0")/.."
 export PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 SEEDS=${SEEDS:-1 2 3} JOBS=${JOBS:-$(nproc)} ALGORITHMS=${ALGORITHMS:-ppo rloo best_of_n}
 PROXIES=${PROXIES:-500:0 500:0.3 2000:0 2000:0.3 16000:0 16000:0.3}
-export EPISODES=${EPISODES:-6400} LR=${LR:-3e-4} # of PPO and RLOO: twice as many as in make algorithms
 export REPORT=0 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 mkdir -p logs/overoptimization
 
@@ -48,12 +47,12 @@ push() { # SEED PAIRS SHARE ALGORITHM
     local args=(--seed "$1" --base_model "models/$chain/base/small" --sft_model_path "models/$chain/sft"
         --reward_model_path "models/$chain/$name" --query_dataset "data/$chain/sft" --response_length 24
         --run_name "$run" --precision fp32)
-    local training=(--lr "$LR" --weight_decay 0 --max_grad_norm 1 --batch_size 64 --local_micro_batch_size 64
-        --output_dir "models/$chain/${name}_$4" --eval_temperature 0.7 --local_eval_batch_size 128 --eval_freq 10
-        --total_episodes "$EPISODES" --scheduler constant)
-    case $4 in
-        ppo) script=ppo_left_padding training+=(--ppo.kl_coef 0 --print_sample_output_freq 0) ;;
-        rloo) training+=(--kl_coef 0) ;;
+    local training=(--weight_decay 0 --max_grad_norm 1 --batch_size 64 --local_micro_batch_size 64
+        --output_dir "models/$chain/${name}_$4" --eval_temperature 0.7 --local_eval_batch_size 128 --scheduler constant)
+    case $4 in # three times the learning rates of make algorithms, and more episodes
+        ppo) script=ppo_left_padding training+=(--lr 3e-4 --total_episodes 6400 --eval_freq 10 --ppo.kl_coef 0
+            --print_sample_output_freq 0) ;;
+        rloo) training+=(--lr 1e-3 --total_episodes 12800 --eval_freq 10 --kl_coef 0) ;;
         best_of_n) training=(--best_of 64) ;;
     esac
     logged "$run" "$PYTHON" "summarize_from_feedback_details/$script.py" "${args[@]}" "${training[@]}"
