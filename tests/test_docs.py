@@ -599,7 +599,13 @@ def test_speed_in_the_readme_is_that_of_the_benchmark():
     text = section("README.md", "## Speed and memory")
     ratios = {row[0]: row[1].strip("*x") for row in table(section("docs/benchmark.md", "## Time"))}
     names = ("PPO, fp32", "RM, each at its better micro batch", "SFT, each at its better micro batch")
-    assert re.findall(r"([\d.]+) times", text) == [ratios[name] for name in names]
+    assert re.findall(r"([\d.]+) times", text)[:3] == [ratios[name] for name in names]
+    others = [row[1].strip("*x") for row in table(section("docs/benchmark.md", "## Other algorithms"))]
+    shown = re.search(r"of DPO\s+([\d.]+), RLOO ([\d.]+) and GRPO ([\d.]+) times", text).groups()
+    assert list(shown) == [f"{float(others[i]):.1f}" for i in (0, 2, 3)]
+    measured = table((ROOT / "benchmark/results/2026-11-27-amd-epyc/alternatives.md").read_text())
+    assert others == [row[3].strip("*x") for row in measured]
+    assert [row[2] for row in table(section("docs/benchmark.md", "## Other algorithms"))] == [r[8] for r in measured]
     memory = re.search(r"PPO takes ([\d.]+) of TRL's memory", text)[1]
     assert f"PPO {memory}." in section("docs/benchmark.md", "## Memory")
 

@@ -262,7 +262,7 @@ def test_a_stop_changes_nothing(roles, workdir, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["reward", "ppo_left_padding"])
+@pytest.mark.parametrize("stage", ["ppo_left_padding", pytest.param("reward", marks=pytest.mark.torture)])
 def test_the_same_on_two_processes_and_under_deepspeed(world, workdir, tmp_path_factory, stage):
     adapted = LORA | {"lr": 1e-3}
     reward.main(world.reward_args("reward", run_eval=False, **LORA))
@@ -290,7 +290,7 @@ def test_the_same_on_two_processes_and_under_deepspeed(world, workdir, tmp_path_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero", [None, 2, 3])
+@pytest.mark.parametrize("zero", [None, pytest.param(2, marks=pytest.mark.torture), 3])
 def test_bf16(world, workdir, zero):
     """A trunk in bf16: all roles start as the same networks, and what is kept loads as float32."""
     if choose_precision("auto") != "bf16":
