@@ -28,6 +28,7 @@ from summarize_from_feedback_details.common import checkpoints, console, machine
 from summarize_from_feedback_details.common.arguments import RunArgs, command_line, refuse_left_over
 from summarize_from_feedback_details.common.console import Progress, print_table
 from summarize_from_feedback_details.common.files import atomic_folder, refuse_unwritable, write_whole
+from summarize_from_feedback_details.common.run_files import weights_fingerprint
 
 CONTROLS = re.compile(r"[\r\x1b]")
 
@@ -629,3 +630,21 @@ def test_threads_beside_busy_cores_are_told_of(capsys):
         for process in busy:
             process.kill()
             process.wait()
+
+
+def test_the_fingerprint_of_weights_sees_every_large_matrix(tmp_path):
+    """Any byte of a small file; a change of half a percent anywhere in a large one."""
+    small, large = tmp_path / "small", tmp_path / "large"
+    for folder, size in ((small, 500_000), (large, 40_000_000)):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(bytes(size))
+    found = {weights_fingerprint(str(small)), weights_fingerprint(str(large))}
+    written = ((small, (0, 250_001, 499_999), 1), (large, (7_000_000, 20_000_000, 39_700_000), 200_000))
+    for folder, places, width in written:
+        for place in places:
+            with open(folder / "model.safetensors", "r+b") as file:
+                file.seek(place)
+                file.write(b"x" * width)
+            found.add(weights_fingerprint(str(folder)))
+    assert len(found) == 8
+    assert weights_fingerprint("somebody/model") == "somebody/model"
