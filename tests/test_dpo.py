@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,10 @@ import pytest
 import torch
 from conftest import STAGES
 from datasets import load_dataset
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from summarize_from_feedback_details import dpo
+from summarize_from_feedback_details import dpo, reward
 from summarize_from_feedback_details.common import ref_logprobs
 from summarize_from_feedback_details.common.adapters import LoraParams
 from summarize_from_feedback_details.common.comparisons import pair_logprobs, read_comparisons
@@ -173,6 +175,23 @@ def test_log_probabilities_of_the_sft_policy_are_kept(world, workdir, monkeypatc
     assert ref_logprobs.folder_of(args) == Path(f"{world.pairs}_ref_logprobs")
     args.label_dataset = "somebody/comparisons"
     assert ref_logprobs.folder_of(args) == Path("data/somebody/comparisons_ref_logprobs")
+
+
+def test_an_adapter_of_another_policy_is_refused(world, workdir, capsys):
+    """A reward model of `reward.py --lora` scores with the weights of its own SFT policy only."""
+    lora = {"lora": True, "lora_params": LoraParams(rank=4)}
+    reward.main(world.reward_args("rm", run_eval=False, total_episodes=8, **lora))
+    shutil.copytree(world.sft, "other")
+    weights = load_file("other/model.safetensors")
+    weights["gpt_neox.final_layer_norm.bias"] += 0.1
+    save_file(weights, "other/model.safetensors", {"format": "pt"})
+    args = world.dpo_args("model", reward_model_path="rm", sft_model_path="other", **lora)
+    with pytest.raises(SystemExit) as stopped:
+        dpo.main(args)
+    assert (
+        stopped.value.code == 2 and "--reward_model_path: found 'rm/adapter', an adapter on" in capsys.readouterr().err
+    )
+    dpo.main(world.dpo_args("right", reward_model_path="rm", total_episodes=8, **lora))
 
 
 def test_without_a_reward_model(world, workdir):

@@ -85,6 +85,10 @@ def test_responses_to_a_query_stay_in_one_micro_batch(micro, together, rank, wor
     gradient = training.Gradient(accelerator, torch.nn.Linear(1, 1), None, checkpoints)
     found = list(gradient.micro_batches([1, 2, 3, 4, 5, 6, 7, 8], False, together))
     assert [part for part, _ in found] == expected and all(weight == 1 for _, weight in found)
+    # of three pairs the second process has one: it reads the first once more, whole, without weight
+    accelerator, checkpoints.args.local_micro_batch_size = SimpleNamespace(process_index=1, num_processes=2), 2
+    gradient = training.Gradient(accelerator, torch.nn.Linear(1, 1), None, checkpoints)
+    assert list(gradient.micro_batches([1] * 6, False, 2)) == [([2, 3], 1.0), ([0, 1], 0.0)]
 
 
 def test_layouts_by_hand():
