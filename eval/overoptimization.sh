@@ -64,7 +64,7 @@ export -f logged proxy push chain
 START=$SECONDS FAILED=0 RUNS=()
 printf '%s\n' $SEEDS | xargs -P "$JOBS" -L 1 bash -c 'chain "$@"' chain
 proxies=$(for seed in $SEEDS; do for p in $PROXIES; do echo "$seed ${p%:*} ${p#*:}"; done; done)
-xargs -P "$JOBS" -L 1 bash -c 'proxy "$@"' proxy <<<"$proxies"
+xargs -P "$JOBS" -L 1 bash -c 'proxy "$@"' proxy <<<"$proxies" || FAILED=1
 jobs=$(while read -r line; do for algorithm in $ALGORITHMS; do echo "$line $algorithm"; done; done <<<"$proxies")
 xargs -P "$JOBS" -L 1 bash -c 'push "$@"' push <<<"$jobs" || FAILED=1
 echo "trained in $(((SECONDS - START) / 60)) minutes"
