@@ -180,8 +180,9 @@ def latest_run(runs_dir: str, stage: str, **wanted: str) -> dict[str, Any] | Non
     for folder in newest_first(Path(runs_dir)):
         summary, args = find_run(folder) or ({"state": "unreadable"}, {})
         found = "policy optimisation" if optimises_a_policy(summary, args) else summary.get("stage")
-        finished = (found, summary["state"]) == (stage, "finished") and READ_OF_RUN[stage] <= args.keys()
-        if finished and wanted.items() <= args.items():
+        finished = (found, summary["state"]) == (stage, "finished")
+        # best of n has no model of its own
+        if finished and all(args.get(name) for name in READ_OF_RUN[stage]) and wanted.items() <= args.items():
             return args
     return None
 

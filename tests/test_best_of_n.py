@@ -22,6 +22,7 @@ from summarize_from_feedback_details.common.check_inputs import find_tokenizer
 from summarize_from_feedback_details.common.reward_models import load_reward_model, read_rewards
 from summarize_from_feedback_details.common.run_folder import REQUEUE_ME
 from summarize_from_feedback_details.common.sampling import strip_pads
+from visualize_tokens import latest_run
 
 
 def test_the_estimate_is_the_mean_over_all_choices():
@@ -80,6 +81,7 @@ def test_samples_and_scores(world, workdir, capsys):
     assert metrics["objective/scores"] == pytest.approx(scores.max(1).mean())
     assert metrics["objective/kl"] == pytest.approx(np.log(4) - 3 / 4)
     assert json.loads(Path("runs/run/summary.json").read_text())["state"] == "finished"
+    assert latest_run("runs", "policy optimisation") is None  # the token viewer: there is no model to show
     assert "Best of 4" in capsys.readouterr().out and not list(Path("runs/run").glob("samples_*"))
     # fewer samples, other batches: the first ones are the same
     best_of_n.main(world.best_of_n_args("fewer", best_of=2, queries_at_once=5, local_rollout_forward_batch_size=3))
