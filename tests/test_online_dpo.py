@@ -56,6 +56,7 @@ def test_a_tie_prefers_neither(world, workdir):
     found = pandas.read_json("runs/model/metrics.jsonl", lines=True)
     tied = found[found["objective/eos_rate"] == 0]
     assert len(tied) and (tied["objective/ties"] == 1).all() and (tied["train/online_dpo/grad_norm"] == 0).all()
+    assert (tied["train/online_dpo/loss"] == 0).all()
 
 
 def test_it_learns(world, workdir, capsys):

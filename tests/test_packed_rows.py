@@ -43,6 +43,8 @@ def test_shared_layout_by_hand():
     assert inputs["position_ids"][0].tolist() == [0, 1, 2, 2, 3, 0, 1, 2, 0, 0, 0, 1, 2]
     assert inputs["pieces"] == [(2, None), (1, 0), (2, 0), (3, None), (1, None), (1, None), (3, None)]
     assert ends == [1, 1, 5, 7, 8, 11] and firsts == [2, 3, 6, 8, 9, 12]
+    inputs, _, _ = pack_shared([[1], [2]], [[5], [6]], "cpu")  # of the same length, but not the same
+    assert inputs["input_ids"].tolist() == [[1, 5, 2, 6]] and inputs["pieces"] == [(2, None), (2, None)]
 
 
 def test_a_query_that_responses_share_gives_the_same_numbers(world):
