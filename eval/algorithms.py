@@ -159,6 +159,25 @@ def draw(groups: dict[str, list[dict[str, Any]]], path: str) -> None:
     save_figure(figure, path, dpi=110)
 
 
+def write_table(table: pandas.DataFrame, written: Path, documents: tuple[str, ...]) -> None:
+    """Write <written>.csv and .md, and the table into the documents that have its markers; print it.
+
+    Args:
+        table: of texts; its index is the first column.
+    """
+    write_whole(f"{written}.csv", table.to_csv(index_label="run"))
+    lines = [f"| | {' | '.join(table.columns)} |", "|---" * (len(table.columns) + 1) + "|"]
+    lines += [f"| {name} | {' | '.join(row)} |" for name, row in zip(table.index, table.to_numpy())]
+    text = "\n".join(lines) + "\n"
+    write_whole(f"{written}.md", text)
+    for document in filter(Path.is_file, map(Path, documents)):
+        before = document.read_text(encoding="utf-8")
+        after = between_markers(before, f"{written}.md", lambda _: text)
+        if after != before:
+            write_whole(document, after)
+    print(f"{text}table: {written}.md, .csv, figure: {written}.png", flush=True)
+
+
 def main(args: Args) -> pandas.DataFrame:
     """Write table and figure; returns the table."""
     written = Path(args.output_dir, args.name)
@@ -177,20 +196,9 @@ def main(args: Args) -> pandas.DataFrame:
         label = STAGE_NAMES.get(run["stage"], run["stage"]) + (f", lr {run['lr']:g}" if several and run["lr"] else "")
         groups.setdefault(label, []).append(run)
     table = pandas.DataFrame({name: summarise_seeds(found, sft) for name, found in groups.items()}).T
-    table.index.name = "algorithm"
-    write_whole(f"{written}.csv", table.to_csv())
-    lines = [f"| | {' | '.join(table.columns)} |", "|---" * (len(table.columns) + 1) + "|"]
-    lines += [f"| {name} | {' | '.join(row)} |" for name, row in zip(table.index, table.to_numpy())]
-    text = "\n".join(lines) + "\n"
-    write_whole(f"{written}.md", text)
     with drawing():
         draw(groups, f"{written}.png")
-    for document in filter(Path.is_file, map(Path, args.documents)):
-        before = document.read_text(encoding="utf-8")
-        after = between_markers(before, f"{written}.md", lambda _: text)
-        if after != before:
-            write_whole(document, after)
-    print(f"{text}table: {written}.md, .csv, figure: {written}.png", flush=True)
+    write_table(table, written, args.documents)
     return table
 
 

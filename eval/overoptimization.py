@@ -15,14 +15,13 @@ from typing import Any
 
 import numpy as np
 import pandas
-from algorithms import STAGE_NAMES, read_best_of_n, read_trained
-from hello_report import between_markers
+from algorithms import STAGE_NAMES, read_best_of_n, read_trained, write_table
 from scipy import stats
 
 from summarize_from_feedback_details.best_of_n import expected_best
 from summarize_from_feedback_details.common.arguments import command_line, refuse
 from summarize_from_feedback_details.common.figures import drawing, new_figure, save_figure
-from summarize_from_feedback_details.common.files import refuse_uncreatable, write_whole
+from summarize_from_feedback_details.common.files import refuse_uncreatable
 from summarize_from_feedback_details.common.run_files import read_run
 
 NAME = re.compile(r"(.+)_proxy_(\d+)_([\d.]+)_(\w+)")  # of a run: chain, pairs, share of wrong labels, algorithm
@@ -179,19 +178,9 @@ def main(args: Args) -> pandas.DataFrame:
         for (stage, (pairs, share)), runs in sorted(groups.items())
     }
     table = pandas.DataFrame(rows).T
-    write_whole(f"{written}.csv", table.to_csv(index_label="run"))
-    lines = [f"| | {' | '.join(table.columns)} |", "|---" * (len(table.columns) + 1) + "|"]
-    lines += [f"| {name} | {' | '.join(row)} |" for name, row in zip(table.index, table.to_numpy())]
-    text = "\n".join(lines) + "\n"
-    write_whole(f"{written}.md", text)
     with drawing():
         draw(groups, f"{written}.png")
-    for document in filter(Path.is_file, map(Path, args.documents)):
-        before = document.read_text(encoding="utf-8")
-        after = between_markers(before, f"{written}.md", lambda _: text)
-        if after != before:
-            write_whole(document, after)
-    print(f"{text}table: {written}.md, .csv, figure: {written}.png", flush=True)
+    write_table(table, written, args.documents)
     return table
 
 
