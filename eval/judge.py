@@ -9,6 +9,7 @@ Server  OPENAI_API_KEY=... python eval/judge.py --judge openai --model gpt-4o-mi
 Local   python eval/judge.py --judge openai --base_url http://localhost:8000/v1 --model Qwen/Qwen3-8B --run my_ppo
 Reward  python eval/judge.py --judge reward --reward_model models/reward --run my_ppo
 Two     python eval/judge.py --run my_ppo --against my_sft --paired_difference
+Trust   python eval/judge.py --run my_ppo --calibrate data/comparisons
 
 The server is asked about every pair in both orders. A pair is won, or lost, when both answers say so, and a tie when
 they disagree. An answer that cannot be read is asked for again, then counted apart, never guessed. A question that the
@@ -30,6 +31,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas
 from ask_server import THOUGHTS, ask_server, check_server, one_line, server_address
+from calibration import agreements, corrected_win_rate, mean_and_variance, read_pairs
 from rich.table import Table
 from scipy import stats
 from scipy.special import expit
@@ -38,6 +40,7 @@ from summarize_from_feedback_details.common.arguments import command_line, refus
 from summarize_from_feedback_details.common.console import Progress, print_table, quiet_libraries
 from summarize_from_feedback_details.common.files import atomic_folder, refuse_uncreatable, write_json
 from summarize_from_feedback_details.common.machine import on_gpu
+from summarize_from_feedback_details.common.text_metrics import describe_text
 
 HERE = Path(__file__).resolve().parent
 LENGTH_RATIOS = (0.0, 0.5, 0.75, 0.9, 1.1, 1.33, 2.0, math.inf)  # words of the response over words of the reference
@@ -50,6 +53,12 @@ PREFERRED = re.compile(r"""(?ix)
     (?= [^\w\n]*+ (?:\n | \Z) | \W++ preferred)  # last on a line, or said once more
 """)  # possessive (*+, ++): long rows of dots, as models repeat them, are read once
 TEXTS = ("query", "response", "reference")  # columns of a table of responses
+COPYING = ("copied_post", "copied_title", "repetition")  # of a text, see `describe_text`
+# a policy is flagged where the whole 95 % interval is beyond these
+LONGER = 1.5  # times the words of the other side
+COPIES = 0.2  # share of 4-grams from the post or the title, more than the other side has
+REPEATS = 0.05  # share of 4-grams said again, more than the other side has
+ENDS = 0.9  # share of responses that end with EOS, fewer than this
 
 
 @dataclass
@@ -65,7 +74,12 @@ class Args:
     updates: bool = False
     """also judge the tables that a PPO run with --eval_freq wrote on its way"""
     num_rows: int | None = None
-    """first rows of each table only (default: all)"""
+    """first rows of each table, and of --calibrate, only (default: all)"""
+    calibrate: str | None = None
+    """raw comparisons (folder or hub id): how often the judge agrees with the people who chose, on their split --split;
+    win rates of --run are then also given corrected for its errors"""
+    truth: Literal["choice", "gold"] = "choice"
+    """with --calibrate: who is right, the people who chose, or the toy world's annotator without its noise"""
     judge: Literal["gold", "reward", "openai"] = "gold"
     """gold: the toy world's annotator; reward: a reward model; openai: a server that speaks OpenAI's protocol"""
     name: str | None = None
@@ -440,6 +454,33 @@ def agreement(verdicts: pandas.DataFrame, interval: Callable) -> dict[str, Any]:
     }
 
 
+def describe_texts(verdicts: pandas.DataFrame, interval: Callable) -> dict[str, Any]:
+    """Copying and repetition of both sides, and `flags`: in what a policy differs far from the other side."""
+    posts, found, flags = verdicts["query"].to_numpy(), {}, []
+    words = verdicts["response_words"] - LONGER * verdicts["reference_words"]
+    if (interval(words, posts, shares=False)["low"] or 0) > 0:
+        flags.append("long")
+    for name, most in zip(COPYING, (COPIES, COPIES, REPEATS)):
+        sides = {side: verdicts[f"{side}_{name}"] for side in ("response", "reference")}
+        found[name] = {side: interval(values, posts, shares=False) for side, values in sides.items()}
+        if (interval(sides["response"] - sides["reference"], posts, shares=False)["low"] or 0) > most:
+            flags.append(name)
+    if "has_eos" in verdicts:
+        found["eos_rate"] = interval(verdicts["has_eos"], posts)
+        if (found["eos_rate"]["high"] or 1) < ENDS:
+            flags.append("no_end")
+    return found | {"flags": flags}
+
+
+def position_bias(verdicts: pandas.DataFrame, interval: Callable) -> dict[str, Any]:
+    """Of a server's answers that can be read: the share that prefers the summary shown first."""
+    posts = np.tile(verdicts["query"], 2)
+    answers = np.concatenate([verdicts["first_answer"], verdicts["second_answer"]])
+    first = np.array([math.nan if pandas.isna(a) else float(a == "A") for a in answers])
+    unreadable = int(np.isnan(first).sum()) - 2 * int(verdicts["same"].sum())
+    return {"first_position_preferred": interval(first, posts), "unreadable_answers": unreadable}
+
+
 def summarise(verdicts: pandas.DataFrame, args: Args) -> dict[str, Any]:
     """All numbers of a report from one row a post; see docs/judge.md for what each is."""
     posts, outcomes = verdicts["query"].to_numpy(), verdicts["outcome"].to_numpy(float)
@@ -474,16 +515,32 @@ def summarise(verdicts: pandas.DataFrame, args: Args) -> dict[str, Any]:
     if "invented" in verdicts:
         report["invented"] = interval(verdicts["invented"], posts)
         report["reference_invented"] = interval(verdicts["reference_invented"], posts)
-    if "first_answer" in verdicts:  # of the answers that can be read, those that prefer what stands first
-        answers = np.concatenate([verdicts["first_answer"], verdicts["second_answer"]])
-        first = np.array([math.nan if pandas.isna(a) else float(a == "A") for a in answers])
-        report["first_position_preferred"] = interval(first, np.concatenate([posts, posts]))
-        report["unreadable_answers"] = int(np.isnan(first).sum()) - 2 * int(verdicts["same"].sum())
+    report["text"] = describe_texts(verdicts, interval)
+    if "first_answer" in verdicts:
+        report |= position_bias(verdicts, interval)
     if "failure" in verdicts:
         report["failed"] = int(verdicts["failure"].notna().sum())
         report["failures"] = verdicts["failure"].value_counts().head(5).to_dict()  # the most frequent reasons
     if "rm_score" in verdicts:
         report["agreement"] = agreement(verdicts, interval)
+    return report
+
+
+def summarise_calibration(verdicts: pandas.DataFrame, args: Args) -> dict[str, Any]:
+    """A judge's agreement with the truth, in all and by the confidence in it."""
+    interval = lambda rows: mean_interval(rows["agreement"], rows["query"], args.bootstrap, args.seed, shares=True)
+    report = {
+        "comparisons": len(verdicts),
+        "no_verdict": int(verdicts["agreement"].isna().sum()),
+        "agreement": interval(verdicts),
+        "agreement_variance": mean_and_variance(verdicts["agreement"], verdicts["query"])[1],
+        "by_confidence": [
+            {"confidence": int(strength), "comparisons": len(rows), "agreement": interval(rows)}
+            for strength, rows in verdicts.groupby("strength")
+        ],
+    }
+    if "first_answer" in verdicts:
+        report |= position_bias(verdicts, lambda v, p: mean_interval(v, p, args.bootstrap, args.seed, shares=True))
     return report
 
 
@@ -518,10 +575,28 @@ def report_rows(report: dict[str, Any]) -> dict[str, str]:
         rows["its calibration error"] = f"{report['agreement']['expected_calibration_error']:.3f}"
     if "win_rate_difference" in report:
         rows["win rate, difference"] = show(report["win_rate_difference"])
+    if "corrected_win_rate" in report:
+        rows["win rate, corrected for the judge"] = show(report["corrected_win_rate"])
+    for name in COPYING:
+        both = report["text"][name]
+        rows[name.replace("_", " from the ")] = f"{show(both['response'])} (other side {show(both['reference'])})"
+    rows["flagged"] = ", ".join(report["text"]["flags"]) or "nothing"
     return rows
 
 
-def write_report(folder: Path, report: dict[str, Any], verdicts: pandas.DataFrame) -> None:
+def calibration_rows(report: dict[str, Any]) -> dict[str, str]:
+    """What is shown of a calibration: label -> text."""
+    rows = {"comparisons": str(report["comparisons"]), "without a verdict": str(report["no_verdict"])}
+    rows["agreement"] = show(report["agreement"])
+    for part in report["by_confidence"]:
+        label = f"where the confidence is {part['confidence']} of 4"
+        rows[label] = f"{show(part['agreement'])} ({part['comparisons']})"
+    if "first_position_preferred" in report:
+        rows["first one preferred"] = show(report["first_position_preferred"])
+    return rows
+
+
+def write_report(folder: Path, report: dict[str, Any], verdicts: pandas.DataFrame, rows: dict[str, str]) -> None:
     """Write a report's folder as a whole; one that is there and says something else is set aside."""
     if (folder / "report.json").is_file():
         if json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(report)):
@@ -534,15 +609,17 @@ def write_report(folder: Path, report: dict[str, Any], verdicts: pandas.DataFram
     with atomic_folder(str(folder)) as partial:
         write_json(partial / "report.json", report)
         verdicts.to_parquet(partial / "verdicts.parquet")
-        lines = [f"| {label} | {text} |" for label, text in report_rows(report).items()]
+        lines = [f"| {label} | {text} |" for label, text in rows.items()]
         lines = [f"| {report['policy']} | 95 % interval |", "|---|---|", *lines]
         (partial / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def check_args(args: Args) -> None:
     """Refuse what cannot work."""
-    if not args.run:
-        refuse("run", "nothing", "names of runs, or files with query, response, reference")
+    if not args.run and not args.calibrate:
+        refuse("run", "nothing", "names of runs, or files with query, response, reference; or --calibrate")
+    if args.truth == "gold" and not args.calibrate:
+        refuse("truth", "gold without --calibrate", "comparisons of the toy world")
     for name in ("num_rows", "bootstrap", "batch_size", "max_tokens", "concurrency", "timeout", "max_attempts",
                  "max_asks", "max_requests", "first_wait"):  # fmt: skip
         value = getattr(args, name)
@@ -601,7 +678,12 @@ def judge_table(pairs: pandas.DataFrame, judge: Callable) -> pandas.DataFrame:
     """Verdicts on pairs, with what the table knew: lengths in words, scores of the reward model."""
     pairs = pairs.reset_index(drop=True)
     texts = pairs[["query", "response", "reference"]]
-    known = {f"{side}_words": texts[side].map(lambda t: len(t.split())) for side in ("response", "reference")}
+    known = {}
+    for side in ("response", "reference"):
+        found = pandas.DataFrame([describe_text(query, text) for query, text in zip(texts["query"], texts[side])])
+        known |= {f"{side}_{name}": found[name] for name in found}
+    if "has_eos" in pairs:
+        known["has_eos"] = [float(str(ended) != "False") for ended in pairs["has_eos"]]
     if {"score", "reference_score"} <= set(pairs):
         known |= {"rm_score": pairs["score"], "rm_reference_score": pairs["reference_score"]}
     same = [a.strip() == b.strip() for a, b in zip(texts["response"], texts["reference"])]
@@ -623,13 +705,35 @@ def report_folder(policy: str, name: str, args: Args) -> Path:
     return Path(args.runs_dir) / policy / "judge" / name
 
 
+def calibrate(comparisons: pandas.DataFrame, judge: Callable, name: str, folder: Path, args: Args) -> dict[str, Any]:
+    """Judge comparisons whose better side is known; writes and returns the report."""
+    verdicts = judge_table(comparisons, judge).assign(strength=comparisons["strength"])
+    truth = comparisons["truth"]
+    if args.truth == "gold":
+        truth = judge_by_gold(comparisons)["outcome"].replace(0.5, math.nan)  # equally good: nobody is right
+    verdicts["agreement"] = agreements(verdicts["outcome"], truth)
+    label = f"{args.calibrate}, {args.split}, against the {args.truth}"
+    report = {"judge": name, "policy": label, "made_with": asdict(args)}
+    report |= summarise_calibration(verdicts, args)
+    rows = calibration_rows(report)
+    write_report(folder, report, verdicts, rows)
+    shown = Table("", label, title=f"calibration of {name}")
+    for row in rows.items():
+        shown.add_row(*row)
+    print_table(shown)
+    print(f"calibration: {folder}/report.json, report.md, verdicts.parquet")
+    return report
+
+
 def main(args: Args) -> dict[str, dict[str, Any]]:
-    """Judge every policy; returns policy (and update) -> report."""
+    """Judge every policy; returns policy (and update) -> report, and `calibration` -> its report."""
     quiet_libraries()
     check_args(args)
+    comparisons = args.calibrate and read_pairs(args.calibrate, args.split, args.num_rows, args.seed)
     tables = {p: read_table("run", find_table("run", p, args, args.split)) for p in args.run}
     other = read_table("against", find_table("against", args.against, args, args.split)) if args.against else None
     name, judge = make_judge(args)
+    judge_name = name
     if args.against:
         name += f"_against_{short_name(args.against)}"
     jobs = {}  # folder of the report -> (label, rows, pairs, posts of one policy only)
@@ -651,13 +755,21 @@ def main(args: Args) -> dict[str, dict[str, Any]]:
             found = (Path(args.runs_dir) / policy / "tables").glob(f"{args.split}_*.parquet")
             for update, path in sorted((int(p.stem.split("_")[-1]), p) for p in found):
                 add(f"{policy}, update {update}", folder / f"update_{update}", read_table("run", path))
-    reports = {}
+    reports, calibration = {}, None
+    if args.calibrate:
+        folder = Path(args.output_dir or HERE / "reports") / f"calibration_{judge_name}"
+        refuse_uncreatable("output_dir", folder)
+        calibration = reports["calibration"] = calibrate(comparisons, judge, judge_name, folder, args)
     for folder, (label, table, pairs, left_out) in jobs.items():
         verdicts = judge_table(pairs, judge)
         report = {"judge": name, "policy": label, "against": args.against or "references", "made_with": asdict(args)}
         if args.judge == "openai":
             report["server"] = server_address(args)
         report |= summarise(verdicts, args)
+        if calibration:
+            observed = mean_and_variance(verdicts["outcome"], verdicts["query"])
+            trusted = calibration["agreement"]["mean"], calibration["agreement_variance"]
+            report["corrected_win_rate"] = corrected_win_rate(observed, trusted)
         if args.against:
             report["posts_of_one_policy_only"] = left_out
         if args.paired_difference:
@@ -665,12 +777,14 @@ def main(args: Args) -> dict[str, dict[str, Any]]:
             mine, others = (judge_table(posts.merge(t), judge)["outcome"] for t in (table, other))
             difference = (mine - others).to_numpy()
             report["win_rate_difference"] = mean_interval(difference, posts["query"], args.bootstrap, args.seed)
-        write_report(folder, report, verdicts)
+        write_report(folder, report, verdicts, report_rows(report))
         reports[label] = report
-    shown, columns = Table("", *reports, title=f"judged by {name}"), [report_rows(r) for r in reports.values()]
-    for row in dict.fromkeys(row for column in columns for row in column):
-        shown.add_row(row, *(column.get(row, "-") for column in columns))
-    print_table(shown)
+    columns = {label: report_rows(report) for label, report in reports.items() if label != "calibration"}
+    shown = Table("", *columns, title=f"judged by {name}")
+    for row in dict.fromkeys(row for column in columns.values() for row in column):
+        shown.add_row(row, *(column.get(row, "-") for column in columns.values()))
+    if columns:
+        print_table(shown)
     for folder, (label, *_) in jobs.items():
         print(f"{label}: {folder}/report.json, report.md, verdicts.parquet")
     return reports

@@ -33,7 +33,8 @@ from summarize_from_feedback_details.common.run_files import optimises_a_policy,
 
 ROOT = Path(__file__).resolve().parent.parent
 # stage: `ppo` of all that optimises a policy; variant: what tells such runs apart, a KL coefficient or an algorithm
-RUN_COLUMNS = ["run", "stage", "state", "reason", "seed", "size", "parameters", "kl_coef", "variant"]
+# temperature: at which the responses that are judged were sampled
+RUN_COLUMNS = ["run", "stage", "state", "reason", "seed", "size", "parameters", "kl_coef", "variant", "temperature"]
 NUMBER_COLUMNS = ["kind", "metric", "judge", "split", "group", "at", "update", "episode", "kl",
                   "value", "low", "high", "count"]  # fmt: skip
 COLUMNS = RUN_COLUMNS + NUMBER_COLUMNS
@@ -69,7 +70,7 @@ class ReadArgs:
     output_dir: Path = ROOT / "eval/images"
     """folder of the figures and of the numbers behind them"""
     paper: bool = False
-    """also draw the published numbers (`published_results.csv`)"""
+    """also draw the published numbers (`published_results.csv`), in a panel of their own"""
 
 
 def number(value: Any) -> float:
@@ -227,6 +228,7 @@ def tabulate(runs: list[dict[str, Any]], runs_dir: Path) -> pandas.DataFrame:
         except (KeyError, TypeError, ValueError, AttributeError) as error:  # a report or a table of another form
             run |= {"state": "unreadable", "reason": f"{type(error).__name__}: {error}"}
         known = {c: run.get(c) for c in RUN_COLUMNS} | {"seed": number(args.get("seed")), "kl_coef": number(kl_coef)}
+        known["temperature"] = number(args.get("eval_temperature", args.get("temperature")))
         rows += [known | row for row in found or [{"kind": "none"}]]
     return as_table(pandas.DataFrame(rows, columns=COLUMNS))
 
@@ -254,6 +256,8 @@ def read_runs(args: ReadArgs) -> tuple[pandas.DataFrame, list[str]]:
     if args.source == "csv":
         try:
             table = pandas.read_csv(args.csv, dtype=dict.fromkeys(TEXTS, str))
+            if "temperature" not in table:  # of an earlier version
+                table["temperature"] = math.nan
             if "variant" not in table and "kl_coef" in table:  # of an earlier version: PPO alone
                 table["variant"] = table["kl_coef"].map(lambda kl: None if pandas.isna(kl) else f"kl_coef {kl:g}")
             if missing := [name for name in COLUMNS if name not in table]:

@@ -9,8 +9,9 @@ Writes  eval/images/{rlhf_scale_plot,training_curves,overoptimization,win_rate_b
     python eval/rlhf_scaling_plot.py --runs 'pythia-*' --judge gpt --paper
 
 Each seed is a point and no seed is left away; mean and interval are over seeds (95 %, Student's t; one seed has none).
-Runs of different --ppo.kl_coef, or of different algorithms, are never averaged. Runs that cannot be drawn are listed,
-with the reason, on the terminal and in the CSV files.
+Runs of different --ppo.kl_coef, of different algorithms, or sampled at different temperatures are never averaged. Runs
+that cannot be drawn are listed, with the reason, on the terminal and in the CSV files. Published numbers (--paper) have
+a panel of their own.
 """
 
 import math
@@ -26,12 +27,14 @@ from sft_rm_scale import (
     STYLE,
     WIDTH,
     arms,
+    draw_published,
     draw_sizes,
     figure_rows,
     finish,
     not_drawn,
     note_on_others,
     over_seeds,
+    panels,
     pick,
     print_results,
     read_published,
@@ -91,7 +94,17 @@ def series_names(table: pandas.DataFrame) -> dict[str, str]:
 
 
 def stage_name(rows: pandas.DataFrame, names: dict[str, str]) -> list[str]:
-    return ["SFT" if s == "sft" else names.get(variant, "PPO") for s, variant in zip(rows["stage"], rows["variant"])]
+    """The series of each row: what was trained, and at which temperature it was sampled, where there are several."""
+    found = ["SFT" if s == "sft" else names.get(variant, "PPO") for s, variant in zip(rows["stage"], rows["variant"])]
+    if rows["temperature"].nunique() < 2:
+        return found
+    return [f"{name}, T {t:g}" if t == t else name for name, t in zip(found, rows["temperature"])]
+
+
+def in_order(drawn: pandas.DataFrame, table: pandas.DataFrame) -> list[str]:
+    """Names of the series that are drawn: SFT, PPO, other algorithms."""
+    known = ["SFT", "PPO", *series_names(table).values()]
+    return sorted(set(drawn["series"]), key=lambda name: (known.index(name.partition(", T ")[0]), name))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -105,19 +118,20 @@ def pick_judged(table, judge, metric, by_size=True):
 
 
 def draw_win_rates(table, judge, published, places):
+    """Win rate against size; runs whose responses were sampled at different temperatures are series of their own."""
     drawn, others = pick_judged(table, judge, "win_rate")
     means = over_seeds(drawn, ["series", "stage", "size", "kl_coef", "variant"]).assign(metric="win_rate", judge=judge)
-    figure = new_figure(WIDTH, 3.8)
-    axis = figure.subplots()
-    named = dict.fromkeys(("SFT", "PPO", *series_names(table).values()))
-    names = [n for n in named if (drawn["series"] == n).any()] or ["SFT"]
+    figure, (axis,), beside = panels(3.8 if published.empty else 5, 1, 1, published)
+    names = in_order(drawn, table) or ["SFT"]
     series = [(n, drawn[drawn["series"] == n], means[means["series"] == n]) for n in names]
-    draw_sizes(axis, series, published, places, even=0.5)
+    draw_sizes(axis, series, places, even=0.5)
     axis.set_ylim(bottom=0, top=1)
     axis.set_xlabel("parameters")
     axis.set_ylabel("win rate against references" + (f" (judge: {judge})" if judge else ""))
-    source = published["source"].iloc[0] if len(published) else None
-    finish(figure, [note_on_judging(others), note_on_others(others, "rlhf_scale_plot")], source)
+    note = draw_published(beside, published, even=0.5) if beside else ""
+    if beside:
+        beside.set_ylim(bottom=0, top=1)
+    finish(figure, [note_on_judging(others), note_on_others(others, "rlhf_scale_plot"), note])
     rows = figure_rows(drawn, means, others, published)
     return (figure, rows), means.assign(what="win rate, " + means["series"]), others
 
@@ -253,7 +267,7 @@ def draw_lengths(table, judge, places):
     figure = new_figure(WIDTH, 2.2 * math.ceil(len(sizes) / columns) + 1)
     axes = figure.subplots(math.ceil(len(sizes) / columns), columns, sharey=True, squeeze=False).flat
     for axis, size in zip(axes, sizes):
-        for i, name in enumerate(["SFT", *series_names(table).values()]):
+        for i, name in enumerate(in_order(drawn, table)):
             rows = means[(means["series"] == name) & (means["size"] == size)].set_index("at")
             rows = rows.loc[[b for b in bins if b in rows.index]].reset_index()
             x = [bins.index(b) + 0.08 * (i - 0.5) for b in rows["at"]]
@@ -290,13 +304,12 @@ def draw_all(args: Args) -> dict[str, pandas.DataFrame]:
     table, left_out = read_runs(args)
     judge = choose_judge(table, args.judge)
     published = read_published(args.paper, ["rlhf_scale_plot"])
-    places = size_positions(table[table["stage"].isin(["sft", "ppo"])], published)
-    own = size_positions(table[table["stage"].isin(["sft", "ppo"])], published.iloc[:0])
+    places = size_positions(table[table["stage"].isin(["sft", "ppo"])])
     figures, others = {}, [None] * 4
     figures["rlhf_scale_plot"], means, others[0] = draw_win_rates(table, judge, published, places)
-    figures["training_curves"], others[1] = draw_curves(table, own)
-    figures["overoptimization"], others[2] = draw_overoptimization(table, judge, own)
-    figures["win_rate_by_length"], others[3] = draw_lengths(table, judge, own)
+    figures["training_curves"], others[1] = draw_curves(table, places)
+    figures["overoptimization"], others[2] = draw_overoptimization(table, judge, places)
+    figures["win_rate_by_length"], others[3] = draw_lengths(table, judge, places)
     print_results(f"Win rate against references, judge {judge or '(none yet)'}", means, pandas.concat(others), left_out)
     write_all(figures, table, "rlhf_scaling_plot", args.output_dir)
     return {name: rows for name, (_, rows) in figures.items()}

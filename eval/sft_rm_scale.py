@@ -9,7 +9,8 @@ Writes  eval/images/{rouge_score_plot,rm_scale_plot,rm_by_confidence,rm_by_batch
     python eval/sft_rm_scale.py --source wandb --wandb_entity my-team
 
 Each seed is a point; mean and interval are over seeds (95 %, Student's t; one seed has no interval). Runs that cannot
-be drawn are listed, with the reason, on the terminal and in the CSV files.
+be drawn are listed, with the reason, on the terminal and in the CSV files. Published numbers (--paper) have a panel of
+their own, where a line joins only those of the same source, judge, temperature and reference.
 """
 
 import io
@@ -34,8 +35,7 @@ from summarize_from_feedback_details.common.files import write_whole
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe-Ito, without yellow
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)))
-PUBLISHED_COLOUR = "#777777"
-PUBLISHED_MARKERS = {"SFT": "o", "PPO": "s", "TL;DR": "o", "CNN/DM": "s"}  # as our own
+PROTOCOL = ["source", "judge", "temperature", "reference"]  # published numbers are joined where all of these agree
 STYLE = {  # fonts and lines that can be read at the width of an A4 page; fonts embedded in the PDF
     "font.size": 8, "axes.labelsize": 8, "axes.titlesize": 8.5, "figure.titlesize": 7.5, "legend.fontsize": 7.5,
     "legend.title_fontsize": 7.5, "xtick.labelsize": 7.5, "ytick.labelsize": 7.5, "text.color": "0.15",
@@ -110,14 +110,13 @@ def over_seeds(rows: pandas.DataFrame, by: list[str]) -> pandas.DataFrame:
     return pandas.DataFrame(found, columns=[*by, "value", "low", "high", "seeds", "count", "interval"])
 
 
-def size_positions(table: pandas.DataFrame, published: pandas.DataFrame) -> dict[str, float]:
+def size_positions(table: pandas.DataFrame) -> dict[str, float]:
     """Where each size stands on the axis: its policies' parameters, so that all stages of one size share a place."""
     runs = table[table["size"].notna()].drop_duplicates("run")
     places = {}
     for size, group in runs.groupby("size"):
         policies = group[group["stage"] != "reward"]
         places[size] = (policies if len(policies) else group)["parameters"].median()
-    places = dict(published[["size", "parameters"]].itertuples(index=False)) | places
     return dict(sorted(places.items(), key=lambda place: place[1]))
 
 
@@ -126,7 +125,7 @@ def figure_rows(drawn, means, others, published=None) -> pandas.DataFrame:
     parts = {"run": drawn, "mean over seeds": means, "published": published, "not drawn": others}
     parts = [p.assign(what=what) for what, p in parts.items() if p is not None and len(p)]
     rows = pandas.concat([p.dropna(axis=1, how="all") for p in parts]) if parts else pandas.DataFrame(columns=["what"])
-    order = ["what", "series", *COLUMNS, "seeds", "interval", "plus_minus", "source"]
+    order = ["what", "series", *COLUMNS, "seeds", "interval", "plus_minus", "reference", "posts", "source"]
     return rows.reindex(columns=[c for c in order if c in {*rows, "run", "reason", "value", "low", "high"}])
 
 
@@ -148,13 +147,12 @@ def arms(means: pandas.DataFrame) -> np.ndarray:
     return np.nan_to_num(np.array(both, dtype=float)).clip(min=0)
 
 
-def draw_sizes(axis, series: list[tuple], published, places, even: float | None = None) -> None:
+def draw_sizes(axis, series: list[tuple], places, even: float | None = None) -> None:
     """Value against size: for each (label, runs, means) each run a small point, the mean with its interval.
 
     `even`: where a dotted line marks an even chance.
     """
-    axis.set_xscale("log")
-    first = 0 if len(published) else (1 - len(series)) / 2  # beside the published ones, or around the tick
+    first = (1 - len(series)) / 2  # around the tick
     decades = max(np.log10(max(places.values()) / min(places.values())), 0.5) if places else 1
     for i, (label, drawn, means) in enumerate(series):
         x_of = lambda rows, shift: [places[s] * 10 ** (0.03 * decades * (first + i + shift)) for s in rows["size"]]
@@ -166,14 +164,15 @@ def draw_sizes(axis, series: list[tuple], published, places, even: float | None 
             look = {"color": colour, "marker": marker, "ms": 5, "lw": 1.2, "capsize": 2.5, "ls": LINES[i % len(LINES)]}
             label = f"{label} ({seeds_text(means)})"
             axis.errorbar(x_of(means, 0), means["value"], arms(means), label=label, **look)
-    x_of = lambda rows: [places[s] * 10 ** (-0.03 * decades) for s in rows["size"]]
-    for label, rows in published.groupby("series", sort=False):
-        marker = PUBLISHED_MARKERS.get(label, "*")
-        look = {"color": PUBLISHED_COLOUR, "ls": ":", "lw": 1}
-        middle = rows.groupby("size", sort=False)[["value", "plus_minus"]].mean().reset_index()
-        axis.errorbar(x_of(middle), middle["value"], middle["plus_minus"].fillna(0), **look)
-        axis.plot(x_of(rows), rows["value"], marker, color=PUBLISHED_COLOUR, ms=4, mfc="white", mew=0.9)
-        axis.plot([], [], marker=marker, ms=4, mfc="white", label=f"{label}, published", **look)
+    mark_sizes(axis, places, even)
+    if not any(len(drawn) for _, drawn, _ in series):
+        axis.text(0.5, 0.5, "no run to draw", transform=axis.transAxes, ha="center", color="#555555")
+
+
+def mark_sizes(axis, places: dict[str, float], even: float | None) -> None:
+    """A logarithmic axis with the names of the sizes at their places, and a share upwards."""
+    axis.set_xscale("log")
+    decades = max(np.log10(max(places.values()) / min(places.values())), 0.5) if places else 1
     if places:
         names, near = {}, 0.08 * decades * axis.get_gridspec().ncols
         for size, place in places.items():
@@ -187,20 +186,69 @@ def draw_sizes(axis, series: list[tuple], published, places, even: float | None 
         axis.axhline(even, color="#999999", lw=0.8, ls=(0, (1, 2)))
     low, high = axis.get_ylim()
     axis.set_ylim(max(0, low), min(1, high))  # all that is drawn here is a share; of two seeds the interval is wide
-    if not any(len(drawn) for _, drawn, _ in series) and not len(published):
-        axis.text(0.5, 0.5, "no run to draw", transform=axis.transAxes, ha="center", color="#555555")
 
 
-def finish(figure, notes: list[str], source: str | None = None) -> None:
+def draw_published(axis, published: pandas.DataFrame, even: float | None = None) -> str:
+    """Published numbers: a colour a protocol, a marker a series; a line joins numbers of one series and one protocol.
+
+    Returns:
+        the note that says what is not joined; empty where there is one protocol.
+    """
+    places = dict(sorted(published[["size", "parameters"]].itertuples(index=False), key=lambda place: place[1]))
+    markers = dict(zip(dict.fromkeys(published["series"]), (*MARKERS, "<", ">", "p", "h")))
+    protocols = published.groupby(PROTOCOL, sort=False, dropna=False)
+    for i, (protocol, of_protocol) in enumerate(protocols):
+        source, judge, temperature, _ = ("" if pandas.isna(part) else str(part) for part in protocol)
+        parts = [re.split(r" \(|, ", source)[0], judge, f"T {temperature}" if temperature else ""]
+        colour = (*COLOURS, "#882255")[i % 8]
+        axis.plot([], [], "s", color=colour, ms=5, label=", ".join(filter(None, parts)))
+        for name, rows in of_protocol.groupby("series", sort=False):
+            look = {"color": colour, "ls": ":", "lw": 1}
+            middle = rows.groupby("size", sort=False)[["value", "plus_minus"]].mean().reset_index()
+            middle = middle.assign(place=middle["size"].map(places)).sort_values("place")
+            axis.errorbar(middle["place"], middle["value"], middle["plus_minus"].fillna(0), **look)
+            axis.plot([places[s] for s in rows["size"]], rows["value"], markers[name], color=colour, ms=4, mfc="white")
+    for name, marker in markers.items() if len(markers) > 1 else ():
+        axis.plot([], [], marker, color="#444444", ms=4, mfc="white", label=name)
+    mark_sizes(axis, places, even)
+    axis.set_title("published")
+    axis.set_xlabel("parameters")
+    count = len(protocols)
+    return (
+        f"Published numbers of {count} protocols (source, judge, sampling temperature, reference): not comparable, and "
+        "not joined by lines."
+        if count > 1
+        else ""
+    )
+
+
+def panels(height: float, rows: int, columns: int, published: pandas.DataFrame):
+    """A figure with a grid of axes for our own numbers, and one at the right for published ones, where there are any.
+
+    Returns:
+        (figure, axes, axis of the published numbers or None)
+    """
+    figure, more = new_figure(WIDTH, height), int(len(published) > 0)
+    grid = figure.add_gridspec(
+        rows, columns + more, width_ratios=[1.0] * columns + [1.0 if columns == 1 else 1.2] * more
+    )
+    axes = [figure.add_subplot(grid[i, j]) for i in range(rows) for j in range(columns)]
+    return figure, axes, figure.add_subplot(grid[:, columns]) if more else None
+
+
+def finish(figure, notes: list[str]) -> None:
     """One legend below the panels, and the notes above them."""
-    found = {}
+    found, published = {}, {}
     for axis in figure.axes:
-        found |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels())}
+        legend = published if axis.get_title() == "published" else found
+        legend |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels())}
     if found:
-        title = f"grey, published: {source}" if source else None
-        found = dict(sorted(found.items(), key=lambda item: item[0].endswith("published")))
-        ncols = max(1, min(4, 100 // (8 + max(map(len, found)))))
-        figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=ncols, frameon=False, title=title)
+        ncols = 1 if published else max(1, min(4, 100 // (8 + max(map(len, found)))))
+        place = "outside lower left" if published else "outside lower center"
+        figure.legend(found.values(), found.keys(), loc=place, ncols=ncols, frameon=False)
+    if published:
+        figure.legend(published.values(), published.keys(), loc="outside lower right", ncols=1 + (len(published) > 4),
+                      frameon=False, title="published", fontsize=6.5)  # fmt: skip
     if notes := [note for note in notes if note]:
         text = "\n".join(textwrap.fill(note, 110) for note in notes)
         figure.suptitle(text, x=0.01, ha="left", color="#444444")
@@ -255,41 +303,39 @@ def print_results(title: str, means: pandas.DataFrame, others: pandas.DataFrame,
 # ----------------------------------------------------------------------------------------------------------------------
 # the figures
 def draw_rouge(table, published, places):
-    figure = new_figure(WIDTH, 4.6)
     published = published[published["figure"] == "rouge_score_plot"]
+    figure, axes, beside = panels(4.6, 2, 2, published)
     all_drawn, all_others, all_means = [], [], []
-    for axis, metric in zip(figure.subplots(2, 2, sharex=True).flat, ROUGE):
-        title = "ROUGE-" + metric.removeprefix(ROUGE[0][:-1])
+    for axis, metric in zip(axes, ROUGE):
         drawn, others = pick(table, "sft", "final", metric)
         means = over_seeds(drawn, ["size"]).assign(metric=metric, stage="sft")
-        shown = published[published["series"] == f"SFT {title}"].assign(series="SFT")
-        draw_sizes(axis, [("SFT", drawn, means)], shown, places)
-        axis.set_title(title)
+        draw_sizes(axis, [("SFT", drawn, means)], places)
+        axis.set_title("ROUGE-" + metric.removeprefix(ROUGE[0][:-1]))
         axis.set_ylabel("F1 against the reference")
         all_drawn, all_others, all_means = [*all_drawn, drawn], [*all_others, others], [*all_means, means]
-    for axis in figure.axes[2:]:
+    for axis in axes[2:]:
         axis.set_xlabel("parameters")
     drawn, others, means = (pandas.concat(parts) for parts in (all_drawn, all_others, all_means))
-    source = published["source"].iloc[0] if len(published) else None
-    finish(figure, [note_on_others(others, "rouge_score_plot")], source)
+    note = draw_published(beside, published) if beside else ""
+    finish(figure, [note_on_others(others, "rouge_score_plot"), note])
     return (figure, figure_rows(drawn, means, others, published)), means.assign(what=means["metric"]), others
 
 
 def draw_accuracy(table, published, places):
-    figure = new_figure(WIDTH, 3.4)
-    axis, series, all_others = figure.subplots(), [], []
     published = published[published["figure"] == "rm_scale_plot"]
+    figure, (axis,), beside = panels(3.4, 1, 1, published)
+    series, all_others = [], []
     for data, metric in ACCURACY.items():
         drawn, others = pick(table, "reward", "final", metric)
         means = over_seeds(drawn, ["size"]).assign(metric=metric, stage="reward")
         series, all_others = [*series, (data, drawn, means)], [*all_others, others]
-    draw_sizes(axis, series, published, places, even=0.5)
+    draw_sizes(axis, series, places, even=0.5)
     axis.set_xlabel("parameters")
     axis.set_ylabel("accuracy on held-out comparisons")
     drawn, means, others = (pandas.concat([s[1] for s in series]), pandas.concat([s[2] for s in series]),
                             pandas.concat(all_others))  # fmt: skip
-    source = published["source"].iloc[0] if len(published) else None
-    finish(figure, [note_on_others(others, "rm_scale_plot")], source)
+    note = draw_published(beside, published, even=0.5) if beside else ""
+    finish(figure, [note_on_others(others, "rm_scale_plot"), note])
     return (figure, figure_rows(drawn, means, others, published)), means.assign(what=means["metric"]), others
 
 
@@ -359,7 +405,7 @@ def main(args: Args) -> dict[str, pandas.DataFrame]:
 def draw_all(args: Args) -> dict[str, pandas.DataFrame]:
     table, left_out = read_runs(args)
     published = read_published(args.paper, ["rouge_score_plot", "rm_scale_plot"])
-    places = size_positions(table[table["stage"].isin(["sft", "reward"])], published)
+    places = size_positions(table[table["stage"].isin(["sft", "reward"])])
     figures = {}
     figures["rouge_score_plot"], rouge, others = draw_rouge(table, published, places)
     figures["rm_scale_plot"], accuracy, more = draw_accuracy(table, published, places)

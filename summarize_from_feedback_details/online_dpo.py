@@ -55,6 +55,7 @@ from summarize_from_feedback_details.common.rollouts import (
 )
 from summarize_from_feedback_details.common.run_folder import RunFolder
 from summarize_from_feedback_details.common.sampling import strip_pads
+from summarize_from_feedback_details.common.text_metrics import text_metrics
 from summarize_from_feedback_details.common.training import (
     Gradient,
     epoch_order,
@@ -227,6 +228,7 @@ def main(args: Args) -> dict[str, float]:
         # --------------------------------------------------------------------------------------------------------------
         # data, models, optimiser
         train = dataset["train"].with_format("numpy", columns=["query_token"])
+        texts = dataset["train"].select_columns(["query", "reference_response"])
         validation = first_rows(dataset["validation"], args.num_eval_rows)
         order = epoch_order(len(train), args.num_updates * pairs, args.seed).repeat(2)
         torch.manual_seed(args.seed)
@@ -309,6 +311,7 @@ def main(args: Args) -> dict[str, float]:
                 "time/online_dpo/episodes_per_second": args.batch_size / seconds,
                 "memory/online_dpo/peak_gb": memory_gb(device),
             }  # fmt: skip
+            metrics |= text_metrics(texts[order[episodes]], tokens, tokenizer)
             if run.is_main:
                 warn(update, metrics, in_float32)
             if args.run_eval and args.eval_freq and update % args.eval_freq == 0 and update < args.num_updates:

@@ -75,6 +75,7 @@ from summarize_from_feedback_details.common.rollouts import (
 )
 from summarize_from_feedback_details.common.run_folder import RunFolder
 from summarize_from_feedback_details.common.sampling import first_true_indices, strip_pads
+from summarize_from_feedback_details.common.text_metrics import text_metrics
 from summarize_from_feedback_details.common.training import (
     Gradient,
     epoch_order,
@@ -494,6 +495,7 @@ def main(args: Args) -> dict[str, float]:
         # --------------------------------------------------------------------------------------------------------------
         # data
         train = dataset["train"].with_format("numpy", columns=["query_token"])
+        texts = dataset["train"].select_columns(["query", "reference_response"])
         validation = first_rows(dataset["validation"], args.num_eval_rows)
         # Detail: prompts [21] - the SFT queries, reshuffled at each pass
         order = epoch_order(len(train), args.num_updates * args.batch_size, args.seed)
@@ -591,6 +593,7 @@ def main(args: Args) -> dict[str, float]:
                 "time/ppo/sampled_tokens_per_second": int((~experience.padding_mask).sum()) / rollout_seconds,
                 "memory/ppo/peak_gb": memory_gb(device),
             }  # fmt: skip
+            metrics |= text_metrics(texts[order[episodes]], rollout.responses, tokenizer)
             if run.is_main:
                 warn(update, metrics, in_float32)
             if args.run_eval and args.eval_freq and update % args.eval_freq == 0 and update < args.num_updates:

@@ -56,6 +56,7 @@ from summarize_from_feedback_details.common.files import (
     write_json,
 )
 from summarize_from_feedback_details.common.hub import hub_user
+from summarize_from_feedback_details.common.raw_rows import parse_columns, rename_columns
 
 CNNDM_BATCHES = ("batch0_cnndm", "cnndm0", "cnndm2")
 SFT_COLUMNS = ("id", "subreddit", "title", "post", "summary")
@@ -117,6 +118,11 @@ class Args:
     """folder inside the hub's `preference_dataset` ("" for its root)"""
     preference_revision: str = "refs/convert/parquet"
     """revision of the hub's `preference_dataset`: the hub's parquet conversion, since loading scripts no longer run"""
+    columns: tuple[str, ...] = ()
+    """names of columns in rows of another schema, OURS=THEIRS: `post=text summary=tldr`; `query=prompt` where the whole
+    query is written out, as `format_str` has it; `chosen=NAME rejected=NAME` for comparisons"""
+    max_rows: int | None = None
+    """take only the first rows of each split, so many at most, without checking the longest lengths"""
 
     # how to tokenise
     tldr_params: TldrHParams = field(default_factory=TldrHParams)
@@ -399,6 +405,21 @@ def load_raw(argument: str, name: str, data_dir: str = "", revision: str | None 
     return raw
 
 
+def rename_both(args: Args, sft: DatasetDict, comparisons: DatasetDict) -> tuple[DatasetDict, DatasetDict]:
+    """Both datasets with the columns' names of this script, see --columns."""
+    columns, names = parse_columns(args.columns), set()
+    for raw in (sft, comparisons):
+        names.update(name for rows in raw.values() for name in rows.column_names)
+    for ours, theirs in columns.items():
+        if theirs not in names:
+            refuse("columns", f"'{ours}={theirs}', and no such column in either dataset", f"one of {sorted(names)}")
+    form = args.tldr_params.format_str
+    return (
+        rename_columns("sft_dataset", sft, columns, "sft", form),
+        rename_columns("preference_dataset", comparisons, columns, "rm", form),
+    )
+
+
 def check_columns(argument: str, raw: DatasetDict, needed: tuple[str, ...], other: tuple[str, ...], kind: str) -> None:
     """Refuse datasets without the needed columns, and say so when it is the other dataset."""
     for split, rows in raw.items():
@@ -605,6 +626,9 @@ def is_ours(folder: Path) -> bool:
 
 
 def check_args(args: Args) -> None:
+    parse_columns(args.columns)
+    if args.max_rows is not None and args.max_rows < 1:
+        refuse("max_rows", str(args.max_rows), "a number above 0")
     for prefix in ("tldr_params", "cnndm_params"):
         hparams = getattr(args, prefix)
         for name, value in asdict(hparams).items():
@@ -634,8 +658,8 @@ def tokenise(args: Args, kind: str, raw: DatasetDict, encoder: Any, pad_id: int)
     }[kind]
     kept = features(("reference_response",) if kind == "sft" else ("chosen", "rejected"))
     done, measured = DatasetDict(), []
-    if args.debug:
-        raw = DatasetDict({split: rows.select(range(min(DEBUG_ROWS, len(rows)))) for split, rows in raw.items()})
+    if most := DEBUG_ROWS if args.debug else args.max_rows:
+        raw = DatasetDict({split: rows.select(range(min(most, len(rows)))) for split, rows in raw.items()})
     prefixes = {split: "cnndm_params" if split == "validation_cnndm" else "tldr_params" for split in raw}
     posts = {s: posts_of(rows, kind, getattr(args, prefixes[s]).truncate_field) for s, rows in raw.items()}
     trained_on = set(posts.get("train", ())) - {""}
@@ -729,6 +753,8 @@ def main(args: Args) -> dict[str, Any]:
     comparisons = load_raw(
         "preference_dataset", args.preference_dataset, args.preference_config, args.preference_revision
     )
+    if args.columns:
+        sft, comparisons = rename_both(args, sft, comparisons)
     check_sft_rows(args, sft)
     check_comparison_rows(args, comparisons)
 
@@ -744,7 +770,7 @@ def main(args: Args) -> dict[str, Any]:
     print(f"{rows:,} rows tokenised, {rows_per_second:,.0f} rows/s")
 
     # ------------------------------------------------------------------ check, and only then save
-    if args.check_length_correctness and not args.debug:
+    if args.check_length_correctness and not args.debug and args.max_rows is None:
         check_lengths(everything)
     summary = {
         "args": asdict(args),

@@ -142,7 +142,8 @@ def frame(outcomes, **columns):
     n = len(outcomes)
     texts = {"query": [f"q{i}" for i in range(n)], "response": "a", "reference": "b", "same": False}
     words = {"response_words": [2] * n, "reference_words": [2] * n}
-    return pandas.DataFrame({**texts, **words, "outcome": outcomes, **columns})
+    copying = {f"{side}_{name}": 0.0 for side in ("response", "reference") for name in judge.COPYING}
+    return pandas.DataFrame({**texts, **words, **copying, "outcome": outcomes, **columns})
 
 
 def test_report_by_hand():

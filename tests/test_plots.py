@@ -162,7 +162,7 @@ def test_stages_of_one_size_share_a_place(runs):
     assert dict(runs_table["size"]) == {"a_sft": "small", "a_reward": "small", "b_sft": "0.47M", "b_reward": "0.47M",
                                         "c_sft": "2.8b", "c_ppo": "2.8b"}  # fmt: skip
     assert runs_table.loc["a_sft", "parameters"] == 470560 and runs_table.loc["c_sft", "parameters"] == 2.8e9
-    places = sft_rm_scale.size_positions(table, pandas.DataFrame(columns=["size", "parameters"]))
+    places = sft_rm_scale.size_positions(table)
     assert list(places) == ["0.47M", "small", "2.8b"] and places["small"] == 470560
 
 
@@ -253,12 +253,47 @@ def test_published_numbers(runs):
     write_report(write_run(runs, "s", "sft", final=sft_final(0.2)), 0.3)
     rows, _ = draw(rlhf_scaling_plot, runs, paper=True)
     published = rows["rlhf_scale_plot"].query("what == 'published'")
-    one = published.query("series == 'PPO' and size == '1b'")["value"]
+    one = published.query("series == 'PPO' and size == '1b' and judge == 'GPT-3.5-turbo-0125'")["value"]
     assert one.tolist() == [0.539, 0.222, 0.197, 0.618]
-    assert set(published["source"]) == {"Huang et al. 2024 (released figures), judge GPT-3.5-turbo-0125, 4 seeds"}
+    assert "Huang et al. 2024 (released figures), 4 seeds" in set(published["source"])
     rows, _ = draw(sft_rm_scale, runs, paper=True)
     assert rows["rm_scale_plot"].query("series == 'TL;DR'")["value"].tolist() == [0.629, 0.669, 0.689]
     assert not (draw(sft_rm_scale, runs)[0]["rm_scale_plot"]["what"] == "published").any()
+
+
+def lines_of(axis) -> list[set]:
+    """Of each dotted line: the values that it joins."""
+    return [set(line.get_ydata()) for line in axis.lines if line.get_linestyle() == ":" and len(line.get_xdata()) > 1]
+
+
+def test_published_numbers_stand_apart_and_are_joined_within_a_protocol_only(runs, monkeypatch):
+    """A 1B PPO reads 0.46 to 0.63 by judge alone: no line joins what judge, temperature or reference tells apart."""
+    figures = []
+    monkeypatch.setattr(rlhf_scaling_plot, "finish", lambda figure, notes: figures.append((figure, notes)))
+    write_report(write_run(runs, "s", "sft", final=sft_final(0.2)), 0.3)
+    draw(rlhf_scaling_plot, runs, paper=True)
+    (ours, beside), notes = figures[0][0].axes, figures[0][1]
+    assert "published" in beside.get_title() and "not joined" in notes[-1]
+    published = sft_rm_scale.read_published(True, ["rlhf_scale_plot"])
+    for joined in lines_of(beside):
+        of_protocols = [
+            joined <= {*group["value"], *group.groupby("size")["value"].mean()}
+            for _, group in published.groupby([*sft_rm_scale.PROTOCOL, "series"], dropna=False)
+        ]
+        assert any(of_protocols), joined
+    assert {0.434, 0.407, 0.327} in lines_of(beside) and {0.401, 0.787} in lines_of(beside)
+    assert not {0.327, 0.539} & {value for line in ours.lines for value in line.get_ydata()}
+
+
+def test_runs_sampled_at_several_temperatures_are_series_of_their_own(runs):
+    for name, temperature, value in (("a", 0.01, 0.8), ("b", 0.7, 0.6)):
+        path = ppo_run(runs, name)
+        write_report(path, value)
+        args = json.loads((path / "args.json").read_text()) | {"eval_temperature": temperature}
+        (path / "args.json").write_text(json.dumps(args))
+    rows, _ = draw(rlhf_scaling_plot, runs)
+    found = rows["rlhf_scale_plot"].query("what == 'mean over seeds'").set_index("series")["value"]
+    assert found.to_dict() == pytest.approx({"PPO, T 0.01": 0.8, "PPO, T 0.7": 0.6})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
