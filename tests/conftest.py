@@ -1,5 +1,6 @@
 """A tiny toy world, tokenised, with a checkpoint of SFT and one of the reward model, made once; ways to run stages."""
 
+import json
 import os
 import subprocess
 import sys
@@ -176,7 +177,12 @@ def to_flags(args) -> list[str]:
 
 
 def launch_command(stage: str, args, cwd: Path, processes: int = 1, zero: int | None = None):
-    """Command and environment of a stage as a user would run it: plain python, torchrun, or accelerate with DeepSpeed.
+    """Command and environment of a stage as a user would run it, see `command_of`."""
+    return command_of([str(STAGES / f"{stage}.py"), *to_flags(args)], cwd, processes, zero)
+
+
+def command_of(script: list[str], cwd: Path, processes: int, zero: int | None):
+    """Command and environment of a script: plain python, torchrun, or accelerate with DeepSpeed.
 
     zero: ZeRO stage; None without DeepSpeed.
     """
@@ -185,7 +191,6 @@ def launch_command(stage: str, args, cwd: Path, processes: int = 1, zero: int | 
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    script = [str(STAGES / f"{stage}.py"), *to_flags(args)]
     env = os.environ | OFFLINE
     if zero is not None:
         config = cwd / f"zero{zero}_cpu.yaml"
@@ -208,4 +213,26 @@ def launch_command(stage: str, args, cwd: Path, processes: int = 1, zero: int | 
 def launch(stage: str, args, cwd: Path, processes: int = 1, zero: int | None = None, timeout: int = 400):
     """Run a stage to its end, see `launch_command`."""
     command, env = launch_command(stage, args, cwd, processes, zero)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+
+
+# several scripts, one after the other, in the same processes: starting them costs more than they do
+ONE_AFTER_ANOTHER = """
+import json, runpy, sys
+from accelerate.state import AcceleratorState
+from summarize_from_feedback_details.common import arguments
+leave, arguments._leave_group = arguments._leave_group, lambda: None
+for command in json.load(open(sys.argv[1])):
+    sys.argv = command
+    AcceleratorState._reset_state()
+    runpy.run_path(command[0], run_name="__main__")
+leave()
+"""
+
+
+def launch_all(jobs: list[tuple], cwd: Path, processes: int, zero: int | None = None, timeout: int = 400):
+    """Run (stage, args) one after the other, see `launch`."""
+    (cwd / "commands.json").write_text(json.dumps([[str(STAGES / f"{s}.py"), *to_flags(args)] for s, args in jobs]))
+    (cwd / "one_after_another.py").write_text(ONE_AFTER_ANOTHER)
+    command, env = command_of([str(cwd / "one_after_another.py"), "commands.json"], cwd, processes, zero)
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)

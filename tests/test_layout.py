@@ -11,9 +11,10 @@ from pathlib import Path
 import pandas
 import pytest
 import torch
-from conftest import STAGES, launch, launch_command, to_flags
+from conftest import STAGES, launch, launch_all, launch_command, to_flags
 from datasets import Dataset, load_dataset
 from safetensors.torch import load_file
+from test_lora import LORA
 from test_resume import lines, stage_args
 from transformers import (
     AutoModelForCausalLM,
@@ -52,37 +53,84 @@ def arguments(world, stage: str, output_dir):
     return world.ppo_args(output_dir, lr=1e-4, nminibatches=2, local_micro_batch_size=2)
 
 
+def lora_arguments(world, stage: str, output_dir):
+    """With LoRA; PPO's reward model is the adapter that was trained on one process."""
+    adapted = LORA | {"lr": 1e-3, "run_eval": stage != "reward"}
+    if stage == "reward":
+        return world.reward_args(output_dir, **adapted)
+    reward_model = str(output_dir.parent / "lora_reward_one")
+    return world.ppo_args(output_dir, reward_model_path=reward_model, nminibatches=2, **adapted)
+
+
+LAUNCHED = {"two": None, "zero2": 2, "zero3": 3}  # name: ZeRO stage
+
+
+@pytest.fixture(scope="module")
+def launched(world, tmp_path_factory):
+    """A folder with all scripts' runs on two processes, without DeepSpeed, under ZeRO-2 and under ZeRO-3."""
+    folder = tmp_path_factory.mktemp("launched")
+    reward.main(lora_arguments(world, "reward", folder / "lora_reward_one"))
+    for name, zero in LAUNCHED.items():
+        jobs = []
+        for stage in MODULES:
+            args = arguments(world, stage, folder / f"{stage}_{name}")
+            args = replace(args, local_micro_batch_size=args.local_micro_batch_size // 2, world_size=2)
+            jobs.append((stage, replace(args, deepspeed=zero is not None)))
+        for stage in ("reward", "ppo_left_padding"):
+            args = lora_arguments(world, stage, folder / f"lora_{stage}_{name}")
+            args = replace(args, local_micro_batch_size=2, world_size=2, deepspeed=zero is not None)
+            jobs.append((stage, args))
+        done = launch_all(jobs, folder, 2, zero)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        assert done.stdout.count("2 process(es) on cpu") == len(jobs) and "WARNING: update" not in done.stdout
+        assert done.stdout.count("merged in float32") == 2
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", MODULES)
-def test_the_same_on_two_processes_and_under_deepspeed(world, workdir, stage, capsys):
-    MODULES[stage].main(arguments(world, stage, workdir / "one"))
+def test_the_same_on_two_processes_and_under_deepspeed(world, launched, monkeypatch, stage, capsys):
+    monkeypatch.chdir(launched)
+    MODULES[stage].main(arguments(world, stage, launched / f"{stage}_one"))
     assert "WARNING: update" not in capsys.readouterr().out
-    launched = {"two": None, "zero2": 2} | ({"zero3": 3} if stage in ("sft", "reward", "ppo_left_padding") else {})
-    for name, zero in launched.items():
-        args = arguments(world, stage, workdir / name)
-        args = replace(args, local_micro_batch_size=args.local_micro_batch_size // 2, world_size=2)
-        done = launch(stage, replace(args, deepspeed=zero is not None), workdir, 2, zero)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        assert "2 process(es) on cpu" in done.stdout and "WARNING: update" not in done.stdout
-    one = LOAD[stage].from_pretrained("one").state_dict()
-    tables = {n: pandas.read_parquet(f"runs/{n}/tables/validation.parquet") for n in ("one", *launched)}
-    for name in launched:
+    one, *others = (f"{stage}_{name}" for name in ("one", *LAUNCHED))
+    weights = LOAD[stage].from_pretrained(one).state_dict()
+    table = pandas.read_parquet(f"runs/{one}/tables/validation.parquet")
+    metrics = pandas.read_json(f"runs/{one}/metrics.jsonl", lines=True)
+    for name in others:
         other = LOAD[stage].from_pretrained(name).state_dict()
-        assert set(other) == set(one)
-        for key, weight in one.items():
+        assert set(other) == set(weights)
+        for key, weight in weights.items():
             torch.testing.assert_close(
                 other[key], weight, rtol=0, atol=1e-5, msg=lambda m, k=key, n=name: f"{n} {k} {m}"
             )
-        assert len(tables[name]) == len(tables["one"])
+        found = pandas.read_parquet(f"runs/{name}/tables/validation.parquet")
+        assert len(found) == len(table)
         for column in COLUMNS[stage]:
-            assert tables[name][column].tolist() == tables["one"][column].tolist()
-        numbers = tables[name].select_dtypes("float")
-        pandas.testing.assert_frame_equal(numbers, tables["one"][numbers.columns], rtol=1e-5, atol=1e-5)
-    metrics = {n: pandas.read_json(f"runs/{n}/metrics.jsonl", lines=True) for n in ("one", *launched)}
-    for name in launched:
-        for column in metrics["one"]:
+            assert found[column].tolist() == table[column].tolist()
+        numbers = found.select_dtypes("float")
+        pandas.testing.assert_frame_equal(numbers, table[numbers.columns], rtol=1e-5, atol=1e-5)
+        logged = pandas.read_json(f"runs/{name}/metrics.jsonl", lines=True)
+        for column in metrics:
             if not column.startswith(("time/", "memory/")) and not column.endswith("dpo/accuracy"):
-                pandas.testing.assert_series_equal(metrics[name][column], metrics["one"][column], rtol=1e-5, atol=1e-5)
+                pandas.testing.assert_series_equal(logged[column], metrics[column], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["reward", "ppo_left_padding"])
+def test_lora_is_the_same_on_two_processes_and_under_deepspeed(world, launched, monkeypatch, stage):
+    monkeypatch.chdir(launched)
+    if stage != "reward":
+        MODULES[stage].main(lora_arguments(world, stage, launched / f"lora_{stage}_one"))
+    one = load_file(f"lora_{stage}_one/model.safetensors")
+    before = load_file(f"{world.sft}/model.safetensors")
+    assert max(float((one[k] - before[k]).abs().max()) for k in one.keys() & before.keys()) > 1e-4
+    for name in LAUNCHED:
+        for file in ("model.safetensors", "adapter/adapter_model.safetensors"):
+            ours, theirs = (load_file(f"lora_{stage}_{n}/{file}") for n in ("one", name))
+            assert ours.keys() == theirs.keys()
+            for key, weight in ours.items():
+                torch.testing.assert_close(theirs[key], weight, rtol=0, atol=1e-5, msg=lambda m, k=key: f"{k} {m}")
 
 
 @pytest.fixture(scope="module")

@@ -262,34 +262,6 @@ def test_a_stop_changes_nothing(roles, workdir, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["ppo_left_padding", pytest.param("reward", marks=pytest.mark.torture)])
-def test_the_same_on_two_processes_and_under_deepspeed(world, workdir, tmp_path_factory, stage):
-    adapted = LORA | {"lr": 1e-3}
-    reward.main(world.reward_args("reward", run_eval=False, **LORA))
-
-    def arguments(name, **changes):
-        if stage == "reward":
-            return world.reward_args(name, **(adapted | changes))
-        return world.ppo_args(name, reward_model_path="reward", nminibatches=2, **(adapted | changes))
-
-    {"reward": reward, "ppo_left_padding": ppo_left_padding}[stage].main(arguments("one"))
-    one = load_file("one/model.safetensors")
-    before = load_file(f"{world.sft}/model.safetensors")
-    moved = max(float((one[k] - before[k]).abs().max()) for k in one.keys() & before.keys())
-    assert moved > 1e-4
-    for name, zero in (("two", None), ("zero2", 2), ("zero3", 3)):
-        args = arguments(name, local_micro_batch_size=2, world_size=2, deepspeed=zero is not None)
-        done = launch(stage, args, workdir, 2, zero)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        assert "WARNING: update" not in done.stdout and "merged in float32" in done.stdout
-        for file in ("model.safetensors", "adapter/adapter_model.safetensors"):
-            ours, theirs = load_file(f"one/{file}"), load_file(f"{name}/{file}")
-            assert ours.keys() == theirs.keys()
-            for key, weight in ours.items():
-                torch.testing.assert_close(theirs[key], weight, rtol=0, atol=1e-5, msg=lambda m, k=key: f"{k} {m}")
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("zero", [None, pytest.param(2, marks=pytest.mark.torture), 3])
 def test_bf16(world, workdir, zero):
     """A trunk in bf16: all roles start as the same networks, and what is kept loads as float32."""

@@ -15,8 +15,7 @@ from operator import itemgetter
 from typing import Any
 
 import torch
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+import transformers  # whose parts are imported where they are used, and not for --help: half of its time
 
 NAME = "packed"
 
@@ -44,7 +43,7 @@ def packed_attention(
     Returns:
         ([1, tokens, heads, head width], None), as transformers expects.
     """
-    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    sdpa = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS["sdpa"]
     if pieces is None:
         return sdpa(module, query, key, value, attention_mask, **kwargs)
     if query.device.type == "cpu" and query.dtype != torch.float32:
@@ -81,8 +80,9 @@ def use_packed_attention(model: torch.nn.Module) -> bool:
     Tried on a few tokens: two rows of different lengths, and two more that continue a third. A model that reads no
     padded rows either ends the program.
     """
-    ALL_ATTENTION_FUNCTIONS.register(NAME, packed_attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])  # of padded rows
+    transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS.register(NAME, packed_attention)
+    masks = transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
+    masks.register(NAME, masks["sdpa"])  # of padded rows
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans each length anew, for tens of milliseconds
     before, was_training = model.config._attn_implementation, model.training
     model.eval()

@@ -9,10 +9,9 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
+import transformers  # whose parts are imported where they are used, and not for --help: half of its time
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
-from transformers import GenerationConfig, PreTrainedModel, get_scheduler
-from transformers.integrations import unset_hf_deepspeed_config
 
 from summarize_from_feedback_details.common.adapters import (
     FOLDER,
@@ -66,7 +65,7 @@ def launch(args: Any, unit: str) -> Accelerator:
         if plugin.zero_stage == 0:
             refuse("deepspeed", "zero_stage 0", "1, 2 or 3, or a launch without DeepSpeed")
         if plugin.zero_stage == 3:
-            unset_hf_deepspeed_config()  # models are loaded whole; the trained ones are sharded when they are prepared
+            transformers.integrations.unset_hf_deepspeed_config()  # models are loaded whole; the trained ones are sharded when they are prepared
             plugin.deepspeed_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
         if accelerator.mixed_precision == "bf16" and plugin.zero_stage > 1:  # stage 1 would take another optimiser
             # Deviates: many small gradients are added up in float32, not in bf16
@@ -94,13 +93,13 @@ def prepare(accelerator: Accelerator, model: torch.nn.Module, args: Any):
         args: has --optimizer, --scheduler, what belongs to them, and --gradient_checkpointing.
     """
     for network in model.children() if args.gradient_checkpointing else ():
-        if isinstance(network, PreTrainedModel):
+        if isinstance(network, transformers.PreTrainedModel):
             network.gradient_checkpointing_enable({"use_reentrant": False})
     # Detail: optimiser - AdamW, eps 1e-5, lr 3e-6 in all stages; weight decay 0.01 is torch's default
     optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = optimizer_class(trained, lr=args.lr, eps=args.eps, weight_decay=args.weight_decay, fused=True)
-    scheduler = get_scheduler(args.scheduler, optimizer, args.warm_up_steps, args.num_updates)
+    scheduler = transformers.get_scheduler(args.scheduler, optimizer, args.warm_up_steps, args.num_updates)
     model, optimizer = accelerator.prepare(model, optimizer)
     # gradients get their place before activations fragment the memory; DeepSpeed keeps its own
     if accelerator.state.deepspeed_plugin is None:
@@ -310,7 +309,7 @@ def save_model(
     inside = tokenizer.pad_token_id < model.config.vocab_size
     model.config.pad_token_id = tokenizer.pad_token_id if inside else None
     if model.can_generate():  # with the ids of the config, and without the base model's habits of sampling
-        model.generation_config = GenerationConfig.from_model_config(model.config)
+        model.generation_config = transformers.GenerationConfig.from_model_config(model.config)
     if accelerator.is_main_process:
         with run.one_line_for_a_full_disk(), atomic_folder(path, run) as folder:
             model.save_pretrained(folder, state_dict=state)
