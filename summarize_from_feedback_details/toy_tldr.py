@@ -30,12 +30,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers  # whose parts are imported where they are used: the judge reads gold scores, and needs none
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from torch.nn import functional as F
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from summarize_from_feedback_details.common.arguments import command_line, refuse
 from summarize_from_feedback_details.common.files import atomic_folder, refuse_unwritable
@@ -453,7 +453,7 @@ SIZES = {"tiny": (48, 2, 2), "small": (96, 3, 4), "medium": (144, 4, 4), "large"
 """Size -> hidden size, layers, heads."""
 
 
-def train_tokenizer() -> PreTrainedTokenizerFast:
+def train_tokenizer() -> "transformers.PreTrainedTokenizerFast":
     """Byte-level BPE of the grammar, in the class and with the special token (id 0) of the real tokenizer.
 
     Like there, no [PAD] is in it: the stages add it, as the next id. Any text can be encoded;
@@ -478,13 +478,15 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.train_from_iterator(texts, trainer)
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), EOS)
     options = {"add_prefix_space": False, "clean_up_tokenization_spaces": False, "model_max_length": MAX_POSITIONS}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special, **options)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special, **options)
 
 
-def init_model(size: str, tokenizer: PreTrainedTokenizerFast, seed: int) -> GPTNeoXForCausalLM:
+def init_model(
+    size: str, tokenizer: "transformers.PreTrainedTokenizerFast", seed: int
+) -> "transformers.GPTNeoXForCausalLM":
     """A GPT-NeoX with random weights drawn from the seed, float32."""
     hidden, layers, heads = SIZES[size]
-    config = GPTNeoXConfig(
+    config = transformers.GPTNeoXConfig(
         vocab_size=64 * math.ceil((len(tokenizer) + 2) / 64),  # room for the [PAD] that the stages add
         hidden_size=hidden,
         num_hidden_layers=layers,
@@ -495,8 +497,8 @@ def init_model(size: str, tokenizer: PreTrainedTokenizerFast, seed: int) -> GPTN
         bos_token_id=0,
         eos_token_id=0,
     )
-    set_seed(seed)
-    model = GPTNeoXForCausalLM(config)
+    transformers.set_seed(seed)
+    model = transformers.GPTNeoXForCausalLM(config)
     # Words start out as similar to themselves in the head as in the embedding: copying is learned sooner.
     model.get_output_embeddings().weight.data.copy_(model.get_input_embeddings().weight.data)
     return model
@@ -580,7 +582,9 @@ def draw_rows(args: Args) -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def measure(rows: dict[str, list[dict[str, Any]]], tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
+def measure(
+    rows: dict[str, list[dict[str, Any]]], tokenizer: "transformers.PreTrainedTokenizerFast"
+) -> dict[str, float]:
     """What the rows are like: token lengths (EOS included), gold scores of references, ceiling and blind accuracy."""
 
     def longest(texts: list[str]) -> int:

@@ -98,24 +98,24 @@ def test_every_argument_has_a_sentence(script):
                     assert _is_docstring(after), f"{script}: {field.target.id}"
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_importing_does_nothing(script, tmp_path):
-    """No file, no socket, no seed, no command line: only definitions."""
-    module = f"{PACKAGE}.{script.removesuffix('.py')}"
+def test_importing_does_nothing(tmp_path):
+    """No file, no socket, no seed, no command line: only definitions. One process imports all, one after the other."""
+    modules = [f"{PACKAGE}.{script.removesuffix('.py')}" for script in SCRIPTS]
     state = "(random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist())"
     code = (
-        "import os, random, socket, sys\n"
+        "import importlib, os, random, socket, sys\n"
         "def no(*a, **k): raise AssertionError('a socket was opened')\n"
         "socket.socket.connect = socket.create_connection = socket.getaddrinfo = no\n"
         "sys.argv = ['x', '--no-such-argument']\n"
-        f"import {module}\n"  # libraries may draw random numbers when they are first imported
+        f"for module in {modules}: importlib.import_module(module)\n"  # libraries may draw numbers when first imported
         "import numpy, torch\n"
-        "for name in [n for n in sys.modules if n.startswith('summarize_from_feedback')]: del sys.modules[name]\n"
-        "random.seed(1); numpy.random.seed(1); torch.manual_seed(1)\n"
-        f"before = {state}\n"
-        f"import {module}\n"
-        f"assert before == {state}\n"
-        "assert not os.listdir('.')\n"
+        f"for module in {modules}:\n"
+        "    for name in [n for n in sys.modules if n.startswith('summarize_from_feedback')]: del sys.modules[name]\n"
+        "    random.seed(1); numpy.random.seed(1); torch.manual_seed(1)\n"
+        f"    before = {state}\n"
+        "    importlib.import_module(module)\n"
+        f"    assert before == {state}, module\n"
+        "    assert not os.listdir('.'), module\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | OFFLINE, capture_output=True, text=True

@@ -65,7 +65,8 @@ def launch(args: Any, unit: str) -> Accelerator:
         if plugin.zero_stage == 0:
             refuse("deepspeed", "zero_stage 0", "1, 2 or 3, or a launch without DeepSpeed")
         if plugin.zero_stage == 3:
-            transformers.integrations.unset_hf_deepspeed_config()  # models are loaded whole; the trained ones are sharded when they are prepared
+            # models are loaded whole; the trained ones are sharded when they are prepared
+            transformers.integrations.unset_hf_deepspeed_config()
             plugin.deepspeed_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
         if accelerator.mixed_precision == "bf16" and plugin.zero_stage > 1:  # stage 1 would take another optimiser
             # Deviates: many small gradients are added up in float32, not in bf16
