@@ -13,6 +13,9 @@
 #                                                            and PPO; with MODEL all three stages
 #   REPORT=0 ./hello_world.sh                                train only: no judge, figures, page
 #   MODEL=EleutherAI/pythia-1b-deduped ./hello_world.sh      the real thing: real data, the paper's batch sizes
+#   MODEL=HuggingFaceTB/SmolLM2-135M ROWS=2000 ./hello_world.sh   real data cut to so many posts and comparisons, tokenised for
+#                                                            the model, with batches and learning rates for so few
+#   POSTS=my/posts COMPARISONS=my/comparisons ROWS=2000 MODEL=... ./hello_world.sh    the same from folders of raw rows
 #   MICRO=4 PPO_MICRO=8 ROLLOUT=32 MODEL=... ./hello_world.sh    rows of one forward pass on one GPU: SFT and reward
 #                                                            model, PPO training, sampling (PPO, SFT's evaluation)
 #   GPU_GB=40 MODEL=... ./hello_world.sh                     memory that may be used of each GPU (default: what it has)
@@ -96,6 +99,9 @@ stage() {
 
 if [ "$MODEL" = toy ]; then
     # ----------------------------------------------------------------------------------------------------- toy world
+    for name in ROWS POSTS COMPARISONS; do # of real data
+        [ -z "${!name:-}" ] || refuse "$name" "'${!name}' without MODEL" "MODEL as well: a model that reads real posts"
+    done
     SEED=${SEED:-1}
     is_count "$SEED" || refuse SEED "'$SEED'" "a number above 0"
     SIZE=${SIZE:-small}
@@ -107,11 +113,11 @@ if [ "$MODEL" = toy ]; then
         *) refuse SIZE "'$SIZE'" "tiny, small, medium or large" ;;
     esac
     CHAIN=toy_${SIZE}_seed$SEED
-    ROWS=(--n_sft 16000 --n_comparisons 16000)
+    WORLD=(--n_sft 16000 --n_comparisons 16000)
     EPISODES=(19200 16000 3200) EVAL=()
     if [ "$SMOKE" = 1 ]; then
         CHAIN=smoke_seed$SEED
-        ROWS=(--n_sft 600 --n_sft_validation 32 --n_comparisons 400 --n_comparisons_validation 40 --n_cnndm 10)
+        WORLD=(--n_sft 600 --n_sft_validation 32 --n_comparisons 400 --n_comparisons_validation 40 --n_cnndm 10)
         EPISODES=(640 320 128) EVAL=(--num_eval_rows 32)
     fi
     [ "$PRECISION" = fp32 ] || CHAIN=${CHAIN}_$PRECISION
@@ -134,7 +140,7 @@ if [ "$MODEL" = toy ]; then
 
     if [ "$SIZE" = small ] && [ "$PPO_EPISODES" = "${EPISODES[2]}" ]; then "$PYTHON" eval/speed_probe.py --smoke "$SMOKE"; fi
     stage world "$RAW models/$CHAIN/base" "" "$PYTHON" $STAGES/toy_tldr.py --seed "$SEED" --sizes "$SIZE" \
-        --data_dir "$RAW" --models_dir "models/$CHAIN/base" "${ROWS[@]}"
+        --data_dir "$RAW" --models_dir "models/$CHAIN/base" "${WORLD[@]}"
     stage dataset "$DATA" "world" "$PYTHON" $STAGES/tldr_dataset.py --base_model "$BASE" --sft_dataset "$RAW/sft" \
         --preference_dataset "$RAW/comparisons" --output_dir "$DATA" --visuals_dir "dataset_visuals/$CHAIN" --overwrite \
         --tldr_params.length 56 --tldr_params.max_sft_response_length "$RESPONSE" \
@@ -174,6 +180,8 @@ if [ "$MODEL" = toy ]; then
     "$PYTHON" eval/hello_report.py --chains "$CHAIN" --ppo "$PPO" --name "$NAME" --raw_dirs "$RAW"
 else
     # ------------------------------------------------------------------------------------------------- the real thing
+    ROWS=${ROWS:-} POSTS=${POSTS:-} COMPARISONS=${COMPARISONS:-}
+    [ -z "$ROWS$POSTS$COMPARISONS" ] || is_count "$ROWS" || refuse ROWS "'$ROWS'" "a number of posts and comparisons"
     for name in SIZE KL_COEF PPO_EPISODES; do # of the toy world
         [ -z "${!name:-}" ] || refuse "$name" "'${!name}' with MODEL=$MODEL" "nothing: give the stage's own argument"
     done
@@ -187,8 +195,13 @@ else
     source sbatches/rows_of.sh
     read -r MICRO PPO_MICRO ROLLOUT <<<"$(rows_of "$MODEL")"
     for name in MICRO PPO_MICRO ROLLOUT; do is_count "${!name}" || refuse $name "'${!name}'" "a number above 0"; done
-    echo "$MODEL on $PROCESSES process(es), $GPUS GPU(s); the paper's global batches are kept:"
-    for row in "SFT 128 $MICRO" "reward 64 $MICRO" "PPO 512 $PPO_MICRO"; do
+    BATCHES=(128 64 512) WHOSE="the paper's global batches are kept"
+    if [ -n "$ROWS" ]; then
+        CHAIN=${CHAIN}_rows$ROWS BATCHES=(16 32 64) WHOSE="batches for few rows"
+        [ $((PPO_MICRO * PROCESSES)) -le 64 ] || PPO_MICRO=$((64 / PROCESSES))
+    fi
+    echo "$MODEL on $PROCESSES process(es), $GPUS GPU(s); $WHOSE:"
+    for row in "SFT ${BATCHES[0]} $MICRO" "reward ${BATCHES[1]} $MICRO" "PPO ${BATCHES[2]} $PPO_MICRO"; do
         read -r what batch micro <<<"$row"
         [ $((batch % (micro * PROCESSES))) = 0 ] ||
             refuse "$([ "$what" = PPO ] && echo PPO_MICRO || echo MICRO)" "$micro on $PROCESSES processes" \
@@ -212,16 +225,28 @@ else
     fi
     REAL=(--seed "$SEED" --base_model "$MODEL" --precision "$PRECISION" "${ADAPTERS[@]}")
     SFT=models/$CHAIN/sft REWARD=models/$CHAIN/reward PPO=models/$CHAIN/ppo
-    stage sft "runs/${CHAIN}_sft $SFT" "" "${LAUNCH[@]}" $STAGES/sft.py "${DEEPSPEED[@]}" "${REAL[@]}" \
-        --output_dir "$SFT" --run_name "${CHAIN}_sft" --batch_size 128 --local_micro_batch_size "$MICRO" \
-        --local_eval_batch_size "$ROLLOUT" ${FITS[sft]}
-    stage reward "runs/${CHAIN}_reward $REWARD" "sft" "${LAUNCH[@]}" $STAGES/reward.py "${DEEPSPEED[@]}" "${REAL[@]}" \
-        --sft_model_path "$SFT" --output_dir "$REWARD" --run_name "${CHAIN}_reward" --batch_size 64 \
-        --local_micro_batch_size "$MICRO" ${FITS[reward]}
-    stage ppo "runs/${CHAIN}_ppo $PPO" "sft reward" "${LAUNCH[@]}" $STAGES/ppo_left_padding.py "${DEEPSPEED[@]}" \
-        "${REAL[@]}" --sft_model_path "$SFT" --reward_model_path "$REWARD" --output_dir "$PPO" \
-        --run_name "${CHAIN}_ppo" --batch_size 512 --local_micro_batch_size "$PPO_MICRO" \
-        --local_rollout_forward_batch_size "$ROLLOUT" ${FITS[ppo_left_padding]}
+    MADE="" QUERIES=() LABELS=() EPISODES=() RATES=("" "" "")
+    if [ -n "$ROWS" ]; then
+        MADE=dataset DATA=data/$CHAIN
+        stage dataset "$DATA" "" "$PYTHON" $STAGES/tldr_dataset.py --base_model "$MODEL" --output_dir "$DATA" --overwrite \
+            --visuals_dir "dataset_visuals/$CHAIN" --no-check-length-correctness --max_rows "$ROWS" \
+            ${POSTS:+--sft_dataset "$POSTS"} ${COMPARISONS:+--preference_dataset "$COMPARISONS"}
+        QUERIES=(--query_dataset "$DATA/sft") LABELS=(--label_dataset "$DATA/comparisons")
+        EPISODES=(--total_episodes $((ROWS * 857 / 6400 * 64 + 64))) # as often over the posts as the paper's million
+        [ "$LORA" = 1 ] || RATES=("--lr 3e-5" "--lr 1e-5" "--lr 3e-6")
+    fi
+    stage sft "runs/${CHAIN}_sft $SFT" "$MADE" "${LAUNCH[@]}" $STAGES/sft.py "${DEEPSPEED[@]}" "${REAL[@]}" \
+        "${QUERIES[@]}" --output_dir "$SFT" --run_name "${CHAIN}_sft" --batch_size "${BATCHES[0]}" \
+        --local_micro_batch_size "$MICRO" --local_eval_batch_size "$ROLLOUT" ${RATES[0]} ${FITS[sft]}
+    stage reward "runs/${CHAIN}_reward $REWARD" "$MADE sft" "${LAUNCH[@]}" $STAGES/reward.py "${DEEPSPEED[@]}" \
+        "${REAL[@]}" "${QUERIES[@]}" "${LABELS[@]}" --sft_model_path "$SFT" --output_dir "$REWARD" \
+        --run_name "${CHAIN}_reward" --batch_size "${BATCHES[1]}" --local_micro_batch_size "$MICRO" ${RATES[1]} \
+        ${FITS[reward]}
+    stage ppo "runs/${CHAIN}_ppo $PPO" "$MADE sft reward" "${LAUNCH[@]}" $STAGES/ppo_left_padding.py "${DEEPSPEED[@]}" \
+        "${REAL[@]}" "${QUERIES[@]}" "${EPISODES[@]}" --sft_model_path "$SFT" --reward_model_path "$REWARD" \
+        --output_dir "$PPO" --run_name "${CHAIN}_ppo" --batch_size "${BATCHES[2]}" \
+        --local_micro_batch_size "$PPO_MICRO" --local_rollout_forward_batch_size "$ROLLOUT" ${RATES[2]} \
+        ${FITS[ppo_left_padding]}
     [ "$REPORT" = 1 ] || exit 0
     REPORTS=eval/reports/$CHAIN
     "$PYTHON" eval/sft_rm_scale.py --runs "${CHAIN}_*" --output_dir "$REPORTS" --paper

@@ -221,3 +221,11 @@ def test_responses_that_do_not_end_or_repeat_are_flagged():
     report = judge.summarise(verdicts, judge.Args(bootstrap=200))
     assert report["text"]["flags"] == ["long", "repetition", "no_end"]
     assert judge.report_rows(report)["flagged"] == "long, repetition, no_end"
+
+
+def test_copying_is_no_sign_where_the_references_copy_as_much():
+    rows = [toy_tldr.write_post(random.Random(i))[0] for i in range(60)]
+    table = [{"query": toy_tldr.make_query(row), "response": copying(row["post"]),
+              "reference": " ".join(row["post"].split()[-11:])} for row in rows]  # fmt: skip
+    report = judge.summarise(judge.judge_table(pandas.DataFrame(table), judge.judge_by_gold), judge.Args(bootstrap=200))
+    assert report["text"]["copied_post"]["response"]["mean"] == 1.0 and report["text"]["flags"] == []

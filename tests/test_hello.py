@@ -102,6 +102,9 @@ def test_smoke_run_then_another_ppo_killed_on_its_way(copy):
         ({"MODEL": "EleutherAI/pythia-1b-deduped", "MICRO": "7"}, "error: MICRO: found 7 on 1 processes"),
         ({"MODEL": "EleutherAI/pythia-1b-deduped", "PPO_MICRO": "0"}, "error: PPO_MICRO: found '0'"),
         ({"MODEL": "EleutherAI/pythia-1b-deduped", "SIZE": "tiny"}, "error: SIZE: found 'tiny' with MODEL="),
+        ({"MODEL": "EleutherAI/pythia-1b-deduped", "ROWS": "many"}, "error: ROWS: found 'many'"),
+        ({"MODEL": "EleutherAI/pythia-1b-deduped", "POSTS": "x"}, "error: ROWS: found ''"),
+        ({"ROWS": "100"}, "error: ROWS: found '100' without MODEL"),
         ({"MODEL": "EleutherAI/pythia-1b-deduped", "SMOKE": "1"}, "error: SMOKE: found 1 with MODEL="),
     ],
 )
@@ -397,6 +400,25 @@ def test_the_toy_world_on_several_gpus(project, monkeypatch, gpus):
         check_sizes(stage, args[stage], gpus, steps=1)
     assert str(args["world"].data_dir / "sft") == args["dataset"].sft_dataset
     assert f"{args['dataset'].output_dir}/sft" == args["sft"].query_dataset == args["ppo"].query_dataset
+
+
+@pytest.mark.parametrize("gpus", [0, 8])
+def test_the_real_thing_on_few_rows(project, monkeypatch, gpus):
+    """Real rows cut to so many and tokenised for the model; the stages read them, in batches for so few."""
+    more = {"POSTS": "my/posts", "COMPARISONS": "my/pairs"} if gpus else {}
+    done, calls = project.hello(gpus, MODEL="HuggingFaceTB/SmolLM2-135M", ROWS="2000", REPORT="0", GPU_GB="999", **more)
+    assert done.returncode == 0, done.stderr
+    data, sft, rm, ppo = (parse(call, monkeypatch) for call in calls)
+    assert (data.max_rows, data.base_model, data.check_length_correctness) == (2000, sft.base_model, False)
+    assert (data.sft_dataset, data.preference_dataset)[: len(more)] == tuple(more.values())
+    assert sft.query_dataset == rm.query_dataset == ppo.query_dataset == f"{data.output_dir}/sft"
+    assert rm.label_dataset == f"{data.output_dir}/comparisons"
+    assert (sft.batch_size, rm.batch_size, ppo.batch_size) == (16, 32, 64)
+    assert 8.5 * 2000 < ppo.total_episodes < 8.6 * 2000 and ppo.total_episodes % 64 == 0
+    for stage, args in zip(("sft", "reward", "ppo"), (sft, rm, ppo)):
+        batch, processes, steps, rows = read_arithmetic(done.stdout)[stage]
+        assert (batch, rows) == (args.batch_size, args.local_micro_batch_size) and batch == processes * steps * rows
+        check_sizes(stage, args, gpus, steps)
 
 
 # ------------------------------------------------------------------------------------------------- what is run again
