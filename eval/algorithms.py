@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas
 from hello_report import between_markers
-from judge import mean_interval
+from intervals import mean_interval
 
 from summarize_from_feedback_details.best_of_n import expected_best
 from summarize_from_feedback_details.common.arguments import command_line, refuse

@@ -4,11 +4,12 @@ Reads raw comparisons in OpenAI's schema, those of `tldr_dataset.py`. Used by `j
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pandas
-from scipy import stats
+from intervals import mean_and_variance, mean_interval, show
 
 from summarize_from_feedback_details.common.arguments import refuse
 from summarize_from_feedback_details.common.check_inputs import find_rows
@@ -18,8 +19,6 @@ from summarize_from_feedback_details.tldr_dataset import (
     cnndm_defaults,
     split_off_cnndm,
 )
-
-Z = float(stats.norm.ppf(0.975))
 
 
 def read_pairs(path: str, split: str, num_rows: int | None, seed: int) -> pandas.DataFrame:
@@ -63,40 +62,40 @@ def agreements(outcomes: Any, truth: Any) -> np.ndarray:
     return np.where(truth == 1, outcomes, 1 - outcomes)
 
 
-def mean_and_variance(values: Any, posts: Any) -> tuple[float, float]:
-    """Mean of the values that are not NaN, and the variance of this mean; what belongs to a post stays together."""
-    values, posts = np.asarray(values, float), np.asarray(posts)
-    values, posts = values[~np.isnan(values)], posts[~np.isnan(values)]
-    if len(values) == 0:
-        return math.nan, math.nan
-    _, codes = np.unique(posts, return_inverse=True)
-    mean, n = float(values.mean()), codes.max() + 1
-    sums = np.bincount(codes, values - mean)
-    return mean, float((sums**2).sum() / len(values) ** 2 * n / (n - 1)) if n > 1 else math.nan
+def position_bias(verdicts: pandas.DataFrame, interval: Callable) -> dict[str, Any]:
+    """Of a server's answers that can be read: the share that prefers the summary shown first."""
+    posts = np.tile(verdicts["query"], 2)
+    answers = np.concatenate([verdicts["first_answer"], verdicts["second_answer"]])
+    first = np.array([math.nan if pandas.isna(a) else float(a == "A") for a in answers])
+    unreadable = int(np.isnan(first).sum()) - 2 * int(verdicts["same"].sum())
+    return {"first_position_preferred": interval(first, posts), "unreadable_answers": unreadable}
 
 
-def corrected_win_rate(observed: tuple[float, float], agreement: tuple[float, float]) -> dict[str, float | None]:
-    """The win rate that a judge without errors would give (Rogan and Gladen 1978), with a 95 % interval.
+def summarise_calibration(verdicts: pandas.DataFrame, bootstrap: int, seed: int) -> dict[str, Any]:
+    """A judge's agreement with the truth, in all and by the confidence in it."""
+    interval = lambda rows: mean_interval(rows["agreement"], rows["query"], bootstrap, seed, shares=True)
+    report = {
+        "comparisons": len(verdicts),
+        "no_verdict": int(verdicts["agreement"].isna().sum()),
+        "agreement": interval(verdicts),
+        "agreement_variance": mean_and_variance(verdicts["agreement"], verdicts["query"])[1],
+        "by_confidence": [
+            {"confidence": int(strength), "comparisons": len(rows), "agreement": interval(rows)}
+            for strength, rows in verdicts.groupby("strength")
+        ],
+    }
+    if "first_answer" in verdicts:
+        report |= position_bias(verdicts, lambda v, p: mean_interval(v, p, bootstrap, seed, shares=True))
+    return report
 
-    A judge that decides right with probability a, whichever side is better, sees w = p a + (1 - p) (1 - a) wins where
-    p are right. So p = (w + a - 1) / (2 a - 1), a ratio of two estimates; its interval is Fieller's (1954).
 
-    Args:
-        observed: win rate w and its variance.
-        agreement: a and its variance, from other posts.
-
-    Returns:
-        `mean`, `low`, `high`, from 0 to 1; all None where the judge is not clearly better than a coin.
-    """
-    (w, w_variance), (a, a_variance) = observed, agreement
-    top, bottom = w + a - 1, 2 * a - 1
-    top_variance, bottom_variance, covariance = w_variance + a_variance, 4 * a_variance, 2 * a_variance
-    # all p with (top - p bottom)^2 <= Z^2 (variance of top - p bottom): a quadratic in p, an interval where A > 0
-    A = bottom**2 - Z**2 * bottom_variance
-    B = top * bottom - Z**2 * covariance
-    C = top**2 - Z**2 * top_variance
-    if not (A > 0 and bottom > 0):
-        return {"mean": None, "low": None, "high": None}
-    half = math.sqrt(max(0.0, B**2 - A * C))
-    low, mean, high = (min(1.0, max(0.0, p)) for p in ((B - half) / A, top / bottom, (B + half) / A))
-    return {"mean": mean, "low": low, "high": high}
+def calibration_rows(report: dict[str, Any]) -> dict[str, str]:
+    """What is shown of a calibration: label -> text."""
+    rows = {"comparisons": str(report["comparisons"]), "without a verdict": str(report["no_verdict"])}
+    rows["agreement"] = show(report["agreement"])
+    for part in report["by_confidence"]:
+        label = f"where the confidence is {part['confidence']} of 4"
+        rows[label] = f"{show(part['agreement'])} ({part['comparisons']})"
+    if "first_position_preferred" in report:
+        rows["first one preferred"] = show(report["first_position_preferred"])
+    return rows

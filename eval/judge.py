@@ -31,9 +31,15 @@ from typing import Any, Literal
 import numpy as np
 import pandas
 from ask_server import THOUGHTS, ask_server, check_server, one_line, server_address
-from calibration import agreements, corrected_win_rate, mean_and_variance, read_pairs
+from calibration import agreements, calibration_rows, position_bias, read_pairs, summarise_calibration
+from intervals import (
+    corrected_win_rate,
+    length_controlled_win_rate,
+    mean_and_variance,
+    mean_interval,
+    show,
+)
 from rich.table import Table
-from scipy import stats
 from scipy.special import expit
 
 from summarize_from_feedback_details.common.arguments import command_line, refuse
@@ -46,7 +52,6 @@ HERE = Path(__file__).resolve().parent
 LENGTH_RATIOS = (0.0, 0.5, 0.75, 0.9, 1.1, 1.33, 2.0, math.inf)  # words of the response over words of the reference
 CALIBRATION_BINS = 10
 NEAR_EQUAL = 0.1  # lengths that differ by this share of the reference, or less, are nearly equal
-NEAR_EQUAL_LENGTH = 5  # posts needed where the response is not longer, and where it is not shorter
 PREFERRED = re.compile(r"""(?ix)
     (?: \A | (?<=\w) (?= [^\w\n]*+ \n | [^\w.!?;:]*+ [.!?;:] [^\w\s]*+ \s))  # first on a line, or behind a sentence
     \W*+ preferred \W++ (?:summary \W++)? ([ab]) \b
@@ -337,99 +342,6 @@ def outcome_of_answers(first: str | None, second: str | None) -> float:
 # statistics
 
 
-def mean_interval(values, posts, resamples: int, seed: int, shares: bool = False) -> dict[str, float | None]:
-    """Mean and its 95 % bootstrap interval; whole posts are resampled, so that what belongs to a post stays together.
-
-    Where all values are equal, resampling sees no spread: for shares, which may be all 0 or all 1 by chance, the
-    interval is then the exact one of the binomial.
-
-    Args:
-        values: [N] numbers; NaN are left out.
-        posts: [N] which post each belongs to.
-        shares: whether the values are wins, or other things that happen or do not.
-
-    Returns:
-        `mean`, `low`, `high`; None where there is no value, and for the ends where one post has different ones.
-    """
-    values, posts = np.asarray(values, float), np.asarray(posts)
-    values, posts = values[~np.isnan(values)], posts[~np.isnan(values)]
-    if len(values) == 0:
-        return {"mean": None, "low": None, "high": None}
-    _, codes = np.unique(posts, return_inverse=True)
-    sums, counts = np.bincount(codes, values), np.bincount(codes).astype(float)
-    mean = float(values.mean())
-    if np.ptp(values) == 0:
-        if not shares or mean not in (0.0, 1.0):
-            return {"mean": mean, "low": mean, "high": mean}
-        exact = stats.binomtest(int(mean * len(counts)), len(counts)).proportion_ci()
-        return {"mean": mean, "low": float(exact.low), "high": float(exact.high)}
-    if len(counts) == 1:
-        return {"mean": mean, "low": None, "high": None}
-    found = stats.bootstrap(
-        (sums, counts), lambda s, c, axis: s.sum(axis) / c.sum(axis), paired=True, vectorized=True,
-        n_resamples=resamples, method="percentile", batch=max(1, 10**7 // len(sums)), rng=np.random.default_rng(seed),
-    )  # fmt: skip
-    low, high = found.confidence_interval
-    return {"mean": mean, "low": float(low), "high": float(high)}
-
-
-def length_controlled_win_rate(outcomes, length_differences, posts) -> dict[str, float | None]:
-    """Win rate at equal length: logistic regression of the outcome on the difference in length, read at 0.
-
-    Longer summaries win more often, and PPO's are longer. The idea is that of the length-controlled AlpacaEval (Dubois
-    et al. 2024, arXiv 2404.04475), here with two covariates, so that a taste for length may grow or level off:
-    logit P(win) = a + b z + c tanh(2 z), z = difference / its standard deviation. Firth's (1993) estimate stays finite
-    where length alone decides. The 95 % interval of `a` is from the sandwich estimator (HC3), clustered by post.
-
-    The curve is smooth: where many pairs are equal texts, and so ties, it passes above or below what is seen at equal
-    length. The report therefore also has what is seen there (`near_equal_length`).
-
-    Args:
-        outcomes: [N] 1, 0.5 or 0; NaN are left out.
-        length_differences: [N] words of the response minus words of the reference.
-        posts: [N] which post each belongs to.
-
-    Returns:
-        `mean`, `low`, `high` of sigmoid(a), None where lengths or outcomes do not differ, or one side is nearly always
-        the longer one; and `standard_deviation` of the differences in words.
-    """
-    y, x, posts = np.asarray(outcomes, float), np.asarray(length_differences, float), np.asarray(posts)
-    x, posts, y = x[~np.isnan(y)], posts[~np.isnan(y)], y[~np.isnan(y)]
-    _, codes = np.unique(posts, return_inverse=True)
-    n, deviation = len(np.unique(codes)), float(x.std()) if len(x) else 0.0
-    unknown = {"mean": None, "low": None, "high": None, "standard_deviation": deviation}
-    # at equal length there must be something to look at, or the curve would say more than the data
-    if n < 10 or deviation == 0 or np.ptp(y) == 0 or min((x <= 0).sum(), (x >= 0).sum()) < NEAR_EQUAL_LENGTH:
-        return unknown
-    z = x / deviation
-    X = np.stack([np.ones_like(z), z, np.tanh(2 * z)], 1)  # [N, 3]
-    if np.linalg.matrix_rank(X) < 3:  # two lengths only, or three of equal distance: the two covariates are one
-        X = X[:, :2]
-    information = lambda p: X.T @ (np.maximum(p * (1 - p), 1e-12)[:, None] * X)
-    beta, objective = np.zeros(X.shape[1]), -math.inf
-    for _ in range(500):  # Newton's method on the penalised likelihood, steps halved until they gain
-        p = expit(X @ beta)
-        inverse = np.linalg.inv(information(p))
-        leverage = np.maximum(p * (1 - p), 1e-12) * np.einsum("ni,ij,nj->n", X, inverse, X)
-        step = inverse @ (X.T @ (y - p + leverage * (0.5 - p)))  # Firth's score
-        while np.abs(step).max() > 1e-8:
-            p = np.clip(expit(X @ (beta + step)), 1e-12, 1 - 1e-12)
-            gained = (y * np.log(p) + (1 - y) * np.log1p(-p)).sum() + 0.5 * np.linalg.slogdet(information(p))[1]
-            if gained > objective:
-                break
-            step = step / 2
-        else:
-            break
-        beta, objective = beta + step, gained
-    p = expit(X @ beta)
-    residuals = ((y - p) / np.maximum(1 - leverage, 0.01))[:, None] * X
-    by_post = np.stack([np.bincount(codes, column) for column in residuals.T], 1)  # [posts, 3]
-    error = math.sqrt((inverse @ (by_post.T @ by_post) @ inverse)[0, 0])
-    margin = stats.t.ppf(0.975, n - X.shape[1]) * error
-    low, mean, high = (float(expit(beta[0] + m)) for m in (-margin, 0.0, margin))
-    return {"mean": mean, "low": low, "high": high, "standard_deviation": deviation}
-
-
 def agreement(verdicts: pandas.DataFrame, interval: Callable) -> dict[str, Any]:
     """How far the reward model's scores of the table agree with the judge, and whether their sizes mean what they say.
 
@@ -470,15 +382,6 @@ def describe_texts(verdicts: pandas.DataFrame, interval: Callable) -> dict[str, 
         if (found["eos_rate"]["high"] or 1) < ENDS:
             flags.append("no_end")
     return found | {"flags": flags}
-
-
-def position_bias(verdicts: pandas.DataFrame, interval: Callable) -> dict[str, Any]:
-    """Of a server's answers that can be read: the share that prefers the summary shown first."""
-    posts = np.tile(verdicts["query"], 2)
-    answers = np.concatenate([verdicts["first_answer"], verdicts["second_answer"]])
-    first = np.array([math.nan if pandas.isna(a) else float(a == "A") for a in answers])
-    unreadable = int(np.isnan(first).sum()) - 2 * int(verdicts["same"].sum())
-    return {"first_position_preferred": interval(first, posts), "unreadable_answers": unreadable}
 
 
 def summarise(verdicts: pandas.DataFrame, args: Args) -> dict[str, Any]:
@@ -526,33 +429,8 @@ def summarise(verdicts: pandas.DataFrame, args: Args) -> dict[str, Any]:
     return report
 
 
-def summarise_calibration(verdicts: pandas.DataFrame, args: Args) -> dict[str, Any]:
-    """A judge's agreement with the truth, in all and by the confidence in it."""
-    interval = lambda rows: mean_interval(rows["agreement"], rows["query"], args.bootstrap, args.seed, shares=True)
-    report = {
-        "comparisons": len(verdicts),
-        "no_verdict": int(verdicts["agreement"].isna().sum()),
-        "agreement": interval(verdicts),
-        "agreement_variance": mean_and_variance(verdicts["agreement"], verdicts["query"])[1],
-        "by_confidence": [
-            {"confidence": int(strength), "comparisons": len(rows), "agreement": interval(rows)}
-            for strength, rows in verdicts.groupby("strength")
-        ],
-    }
-    if "first_answer" in verdicts:
-        report |= position_bias(verdicts, lambda v, p: mean_interval(v, p, args.bootstrap, args.seed, shares=True))
-    return report
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # reports
-
-
-def show(value: dict[str, float | None]) -> str:
-    """`0.723 [0.690, 0.755]`"""
-    if value["mean"] is None or value["low"] is None:
-        return "-" if value["mean"] is None else f"{value['mean']:.3f} [-]"
-    return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
 
 
 def report_rows(report: dict[str, Any]) -> dict[str, str]:
@@ -581,18 +459,6 @@ def report_rows(report: dict[str, Any]) -> dict[str, str]:
         both = report["text"][name]
         rows[name.replace("_", " from the ")] = f"{show(both['response'])} (other side {show(both['reference'])})"
     rows["flagged"] = ", ".join(report["text"]["flags"]) or "nothing"
-    return rows
-
-
-def calibration_rows(report: dict[str, Any]) -> dict[str, str]:
-    """What is shown of a calibration: label -> text."""
-    rows = {"comparisons": str(report["comparisons"]), "without a verdict": str(report["no_verdict"])}
-    rows["agreement"] = show(report["agreement"])
-    for part in report["by_confidence"]:
-        label = f"where the confidence is {part['confidence']} of 4"
-        rows[label] = f"{show(part['agreement'])} ({part['comparisons']})"
-    if "first_position_preferred" in report:
-        rows["first one preferred"] = show(report["first_position_preferred"])
     return rows
 
 
@@ -714,7 +580,7 @@ def calibrate(comparisons: pandas.DataFrame, judge: Callable, name: str, folder:
     verdicts["agreement"] = agreements(verdicts["outcome"], truth)
     label = f"{args.calibrate}, {args.split}, against the {args.truth}"
     report = {"judge": name, "policy": label, "made_with": asdict(args)}
-    report |= summarise_calibration(verdicts, args)
+    report |= summarise_calibration(verdicts, args.bootstrap, args.seed)
     rows = calibration_rows(report)
     write_report(folder, report, verdicts, rows)
     shown = Table("", label, title=f"calibration of {name}")

@@ -14,9 +14,10 @@ from summarize_from_feedback_details import toy_tldr
 from summarize_from_feedback_details.common.text_metrics import describe_text, text_metrics
 
 sys.path.insert(0, str(ROOT / "eval"))
-import calibration
+import intervals
 import judge
-from calibration import agreements, corrected_win_rate, mean_and_variance
+from calibration import agreements
+from intervals import corrected_win_rate, mean_and_variance
 
 
 def simulated(rng, n: int, share: float, accuracy: float, ties: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
@@ -39,7 +40,7 @@ def test_the_corrected_interval_holds_the_truth(accuracy, true_rate, comparisons
         observed = mean_and_variance(outcome, np.arange(500))
         found = corrected_win_rate(observed, agreement)
         held += found["low"] <= true_rate <= found["high"]
-        naive += abs(observed[0] - true_rate) <= calibration.Z * observed[1] ** 0.5
+        naive += abs(observed[0] - true_rate) <= intervals.Z * observed[1] ** 0.5
     assert 930 <= held <= 970
     assert naive < 500 or true_rate == 0.5  # an even rate stays even, whatever the judge's errors
 
@@ -50,7 +51,7 @@ def test_correction_by_hand():
     assert math.isclose(exact["mean"], 0.7) and math.isclose(exact["low"], 0.7, abs_tol=1e-4)
     assert math.isclose(corrected_win_rate((0.4, 0.001), (1.0, 0.0))["mean"], 0.4)
     plain = corrected_win_rate((0.4, 0.001), (1.0, 0.0))
-    assert math.isclose(plain["high"] - 0.4, calibration.Z * 0.001**0.5)
+    assert math.isclose(plain["high"] - 0.4, intervals.Z * 0.001**0.5)
     # a judge that may be no better than a coin says nothing
     assert set(corrected_win_rate((0.6, 0.001), (0.53, 0.001)).values()) == {None}
     assert set(corrected_win_rate((0.6, 0.001), (0.2, 0.0001)).values()) == {None}

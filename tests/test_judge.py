@@ -30,7 +30,8 @@ from transformers import AutoTokenizer
 sys.path.insert(0, str(ROOT / "eval"))
 import ask_server
 import judge
-from judge import length_controlled_win_rate, mean_interval, outcome_of_answers, read_answer
+from intervals import length_controlled_win_rate, mean_interval
+from judge import outcome_of_answers, read_answer
 
 JUDGE = str(ROOT / "eval/judge.py")
 
