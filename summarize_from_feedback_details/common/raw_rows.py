@@ -59,7 +59,7 @@ def _posts(argument: str, rows: Any, split: str, columns: dict[str, str], format
 def _text(argument: str, row: dict, column: str, where: str) -> str:
     if not isinstance(row[column], str):
         refuse(argument, f"no text in `{column}` of {where}", "a string")
-    return row[column].strip()
+    return row[column].lstrip()
 
 
 def rename_columns(argument: str, raw: Any, columns: dict[str, str], kind: str, format_str: str):
