@@ -12,13 +12,6 @@ import pandas
 from intervals import mean_and_variance, mean_interval, show
 
 from summarize_from_feedback_details.common.arguments import refuse
-from summarize_from_feedback_details.common.check_inputs import find_rows
-from summarize_from_feedback_details.tldr_dataset import (
-    COMPARISON_COLUMNS,
-    TldrHParams,
-    cnndm_defaults,
-    split_off_cnndm,
-)
 
 
 def read_pairs(path: str, split: str, num_rows: int | None, seed: int) -> pandas.DataFrame:
@@ -31,6 +24,14 @@ def read_pairs(path: str, split: str, num_rows: int | None, seed: int) -> pandas
     Raises:
         SystemExit: code 2, where the comparisons cannot be read.
     """
+    from summarize_from_feedback_details.common.check_inputs import find_rows
+    from summarize_from_feedback_details.tldr_dataset import (
+        COMPARISON_COLUMNS,
+        TldrHParams,
+        cnndm_defaults,
+        split_off_cnndm,
+    )
+
     raw = find_rows("calibrate", path, None)
     if split not in raw:
         refuse("calibrate", f"'{path}' without a split '{split}' (it has {', '.join(raw)})", "that --split in it")

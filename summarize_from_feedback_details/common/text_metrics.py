@@ -7,7 +7,6 @@ import re
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 NGRAM = 4  # words
 QUERY = re.compile(r"(?s)\bTITLE: (?P<title>.*?)\n\nPOST: (?P<post>.*)\n\nTL;DR:\s*\Z")
@@ -48,12 +47,12 @@ def describe_text(query: str, response: str) -> dict[str, float]:
     }
 
 
-def text_metrics(rows: Any, tokens: Tensor, tokenizer: Any) -> dict[str, float]:
+def text_metrics(rows: Any, tokens: Any, tokenizer: Any) -> dict[str, float]:
     """Metrics `text/...` of a batch of responses: means, and the length as a multiple of the references'.
 
     Args:
         rows: of the dataset, with the columns `query` and `reference_response`, in the order of the responses.
-        tokens: [B, R] ids of the responses, pads after them.
+        tokens: tensor [B, R] of the ids of the responses, pads after them.
     """
     responses = tokenizer.batch_decode(tokens.tolist(), skip_special_tokens=True)
     found = [describe_text(query, response) for query, response in zip(rows["query"], responses)]
