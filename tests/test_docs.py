@@ -343,6 +343,13 @@ def places(cell: str) -> list[str]:
     return [place for word in ticked(cell) for place in expand(word)]
 
 
+@cache
+def names_of_tests() -> set[str]:
+    """Names of the functions in the test files."""
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "tests").glob("test_*.py")]
+    return {n.name for tree in trees for n in tree.body if isinstance(n, ast.FunctionDef)}
+
+
 DETAILS = {row[0]: row[1:] for row in table(section("docs/details.md", "## Details"))}
 DEPARTURES = table(section("docs/details.md", "## Departures from the original code"))
 
@@ -354,9 +361,7 @@ def test_places_and_tests_of_a_row_exist(row):
     for place in where:
         file, function = place.split(":")
         assert function in top_level(file), place
-    trees = [ast.parse(path.read_text()) for path in (ROOT / "tests").glob("test_*.py")]
-    defined = {n.name for tree in trees for n in tree.body if isinstance(n, ast.FunctionDef)}
-    assert set(tests) <= defined, set(tests) - defined
+    assert set(tests) <= names_of_tests(), set(tests) - names_of_tests()
 
 
 def test_every_detail_of_the_code_has_a_row():
