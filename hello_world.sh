@@ -193,12 +193,13 @@ else
         CHAIN=${CHAIN}_lora ADAPTERS=(--lora --lr 3e-5)
     fi
     source sbatches/rows_of.sh
+    GIVEN=${PPO_MICRO:-}
     read -r MICRO PPO_MICRO ROLLOUT <<<"$(rows_of "$MODEL")"
     for name in MICRO PPO_MICRO ROLLOUT; do is_count "${!name}" || refuse $name "'${!name}'" "a number above 0"; done
     BATCHES=(128 64 512) WHOSE="the paper's global batches are kept"
     if [ -n "$ROWS" ]; then
         CHAIN=${CHAIN}_rows$ROWS BATCHES=(16 32 64) WHOSE="batches for few rows"
-        [ $((PPO_MICRO * PROCESSES)) -le 64 ] || PPO_MICRO=$((64 / PROCESSES))
+        [ -n "$GIVEN" ] || [ $((PPO_MICRO * PROCESSES)) -le 64 ] || PPO_MICRO=$((64 / PROCESSES))
     fi
     echo "$MODEL on $PROCESSES process(es), $GPUS GPU(s); $WHOSE:"
     for row in "SFT ${BATCHES[0]} $MICRO" "reward ${BATCHES[1]} $MICRO" "PPO ${BATCHES[2]} $PPO_MICRO"; do
@@ -232,8 +233,9 @@ else
             --visuals_dir "dataset_visuals/$CHAIN" --no-check-length-correctness --max_rows "$ROWS" \
             ${POSTS:+--sft_dataset "$POSTS"} ${COMPARISONS:+--preference_dataset "$COMPARISONS"}
         QUERIES=(--query_dataset "$DATA/sft") LABELS=(--label_dataset "$DATA/comparisons")
-        EPISODES=(--total_episodes $((ROWS * 857 / 6400 * 64 + 64))) # as often over the posts as the paper's million
-        [ "$LORA" = 1 ] || RATES=("--lr 3e-5" "--lr 1e-5" "--lr 3e-6")
+        EPISODES=(--total_episodes $((ROWS * 857 / 6400 * 64 + 64))) # as often over ROWS posts as the paper's million
+        RATES=("--lr 3e-5" "--lr 1e-5" "--lr 3e-6")
+        [ "$LORA" = 0 ] || RATES=("--lr 3e-4" "--lr 1e-4" "--lr 3e-5")
     fi
     stage sft "runs/${CHAIN}_sft $SFT" "$MADE" "${LAUNCH[@]}" $STAGES/sft.py "${DEEPSPEED[@]}" "${REAL[@]}" \
         "${QUERIES[@]}" --output_dir "$SFT" --run_name "${CHAIN}_sft" --batch_size "${BATCHES[0]}" \
@@ -252,7 +254,7 @@ else
     "$PYTHON" eval/sft_rm_scale.py --runs "${CHAIN}_*" --output_dir "$REPORTS" --paper
     "$PYTHON" eval/rlhf_scaling_plot.py --runs "${CHAIN}_sft" "${CHAIN}_ppo" --output_dir "$REPORTS" --paper
     "$PYTHON" visualize_tokens.py --models "sft=$SFT" "ppo=$PPO" --base_model "$MODEL" --ref_model "$SFT" \
-        --reward_model "$REWARD" --num 20 --html "$REPORTS/tokens.html"
+        --reward_model "$REWARD" "${QUERIES[@]}" --num 20 --html "$REPORTS/tokens.html"
     "$PYTHON" eval/hello_report.py --chains "$CHAIN"
     echo "win rates ask a server, which costs money: OPENAI_API_KEY=... $PYTHON eval/judge.py --judge openai \\"
     echo "    --run ${CHAIN}_sft ${CHAIN}_ppo --max_requests 10000    (or --base_url, docs/judge.md)"

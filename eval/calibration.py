@@ -19,7 +19,7 @@ def read_pairs(path: str, split: str, num_rows: int | None, seed: int) -> pandas
 
     Returns:
         One row a comparison: query, response, reference; truth: 1 where people chose the response, else 0; strength:
-        confidence in that choice, 1 (nearly equal) to 4 (sure), NaN where it is not known.
+        confidence in that choice, 0 (equal) to 4 (sure), NaN where it is not known.
 
     Raises:
         SystemExit: code 2, where the comparisons cannot be read.
@@ -28,29 +28,31 @@ def read_pairs(path: str, split: str, num_rows: int | None, seed: int) -> pandas
     from summarize_from_feedback_details.tldr_dataset import (
         COMPARISON_COLUMNS,
         TldrHParams,
+        check_comparison,
         cnndm_defaults,
         split_off_cnndm,
     )
 
     raw = find_rows("calibrate", path, None)
+    for name, rows in raw.items():
+        missing = [column for column in COMPARISON_COLUMNS if column not in rows.column_names]
+        if missing:
+            found = f"no column {', '.join(missing)} in the split '{name}' of '{path}'"
+            refuse("calibrate", found, "raw comparisons in OpenAI's schema")
+    raw = split_off_cnndm(raw)
     if split not in raw:
-        refuse("calibrate", f"'{path}' without a split '{split}' (it has {', '.join(raw)})", "that --split in it")
-    missing = [name for name in COMPARISON_COLUMNS if name not in raw[split].column_names]
-    if missing:
-        found = f"no column {', '.join(missing)} in the split '{split}' of '{path}'"
-        refuse("calibrate", found, "raw comparisons in OpenAI's schema")
-    found = split_off_cnndm(raw)
-    if split not in found:
-        refuse("calibrate", f"'{path}' without comparisons of posts in its split '{split}'", "some besides CNN/DM")
-    form = (cnndm_defaults() if split == "validation_cnndm" else TldrHParams()).format_str
-    rows = found[split].select(range(min(len(found[split]), num_rows or len(found[split]))))
+        refuse("calibrate_split", f"'{split}', which '{path}' does not have", f"one of {', '.join(raw)}")
+    hparams = cnndm_defaults() if split == "validation_cnndm" else TldrHParams()
+    rows = raw[split].select(range(min(len(raw[split]), num_rows or len(raw[split]))))
     swapped = np.random.default_rng(seed).random(len(rows)) < 0.5
     pairs = []
-    for row, swap in zip(rows, swapped):
+    for i, (row, swap) in enumerate(zip(rows, swapped)):
+        check_comparison("calibrate", f"row {i} (counted from 0) of the split '{split}'", row, hparams)
         texts = [summary["text"] for summary in row["summaries"]]
         confidence = (row["extra"] or {}).get("confidence")
         pairs.append({
-            "query": form.format(**row["info"]), "response": texts[int(swap)], "reference": texts[1 - int(swap)],
+            "query": hparams.format_str.format(**row["info"]),
+            "response": texts[int(swap)], "reference": texts[1 - int(swap)],
             "truth": float(row["choice"] == int(swap)),
             "strength": math.nan if confidence is None else float(abs(confidence - 5)),
         })  # fmt: skip
@@ -58,9 +60,9 @@ def read_pairs(path: str, split: str, num_rows: int | None, seed: int) -> pandas
 
 
 def agreements(outcomes: Any, truth: Any) -> np.ndarray:
-    """1 where the judge decides as the truth, 0 where against it, 0.5 at a tie, NaN where it gave no verdict: [N]."""
+    """1 where the judge decides as the truth, 0 where against it, 0.5 at its tie, NaN without verdict or truth: [N]."""
     outcomes, truth = np.asarray(outcomes, float), np.asarray(truth, float)
-    return np.where(truth == 1, outcomes, 1 - outcomes)
+    return np.where(np.isnan(truth), math.nan, np.where(truth == 1, outcomes, 1 - outcomes))
 
 
 def position_bias(verdicts: pandas.DataFrame, interval: Callable) -> dict[str, Any]:
@@ -75,11 +77,12 @@ def position_bias(verdicts: pandas.DataFrame, interval: Callable) -> dict[str, A
 def summarise_calibration(verdicts: pandas.DataFrame, bootstrap: int, seed: int) -> dict[str, Any]:
     """A judge's agreement with the truth, in all and by the confidence in it."""
     interval = lambda rows: mean_interval(rows["agreement"], rows["query"], bootstrap, seed, shares=True)
+    _, variance = mean_and_variance(verdicts["agreement"], verdicts["query"])
     report = {
         "comparisons": len(verdicts),
         "no_verdict": int(verdicts["agreement"].isna().sum()),
         "agreement": interval(verdicts),
-        "agreement_variance": mean_and_variance(verdicts["agreement"], verdicts["query"])[1],
+        "agreement_variance": variance if math.isfinite(variance) else None,
         "by_confidence": [
             {"confidence": int(strength), "comparisons": len(rows), "agreement": interval(rows)}
             for strength, rows in verdicts.groupby("strength")

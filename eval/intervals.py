@@ -105,13 +105,19 @@ def length_controlled_win_rate(outcomes, length_differences, posts) -> dict[str,
 
 
 def mean_and_variance(values: Any, posts: Any) -> tuple[float, float]:
-    """Mean of the values that are not NaN, and the variance of this mean; what belongs to a post stays together."""
+    """Mean of the values that are not NaN, and the variance of this mean; what belongs to a post stays together.
+
+    Where all are 0, or all are 1, the values show no spread: the variance is then that of Agresti and Coull's estimate.
+    """
     values, posts = np.asarray(values, float), np.asarray(posts)
     values, posts = values[~np.isnan(values)], posts[~np.isnan(values)]
     if len(values) == 0:
         return math.nan, math.nan
     _, codes = np.unique(posts, return_inverse=True)
     mean, n = float(values.mean()), codes.max() + 1
+    if mean in (0.0, 1.0) and np.ptp(values) == 0:
+        p = (n * mean + 2) / (n + 4)
+        return mean, p * (1 - p) / (n + 4)
     sums = np.bincount(codes, values - mean)
     return mean, float((sums**2).sum() / len(values) ** 2 * n / (n - 1)) if n > 1 else math.nan
 
@@ -127,8 +133,12 @@ def corrected_win_rate(observed: tuple[float, float], agreement: tuple[float, fl
         agreement: a and its variance, from other posts.
 
     Returns:
-        `mean`, `low`, `high`, from 0 to 1; all None where the judge is not clearly better than a coin.
+        `mean`, `low`, `high`, from 0 to 1; all None where the judge is not clearly better than a coin, or too few
+        verdicts tell what it is.
     """
+    unknown = {"mean": None, "low": None, "high": None}
+    if any(number is None or not math.isfinite(number) for number in (*observed, *agreement)):
+        return unknown
     (w, w_variance), (a, a_variance) = observed, agreement
     top, bottom = w + a - 1, 2 * a - 1
     top_variance, bottom_variance, covariance = w_variance + a_variance, 4 * a_variance, 2 * a_variance
@@ -137,7 +147,7 @@ def corrected_win_rate(observed: tuple[float, float], agreement: tuple[float, fl
     B = top * bottom - Z**2 * covariance
     C = top**2 - Z**2 * top_variance
     if not (A > 0 and bottom > 0):
-        return {"mean": None, "low": None, "high": None}
+        return unknown
     half = math.sqrt(max(0.0, B**2 - A * C))
     low, mean, high = (min(1.0, max(0.0, p)) for p in ((B - half) / A, top / bottom, (B + half) / A))
     return {"mean": mean, "low": low, "high": high}

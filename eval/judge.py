@@ -81,8 +81,10 @@ class Args:
     num_rows: int | None = None
     """first rows of each table, and of --calibrate, only (default: all)"""
     calibrate: str | None = None
-    """raw comparisons (folder or hub id): how often the judge agrees with the people who chose, on their split --split;
-    win rates of --run are then also given corrected for its errors"""
+    """raw comparisons (folder or hub id): how often the judge agrees with the people who chose; win rates of --run are
+    then also given corrected for its errors"""
+    calibrate_split: str = "validation"
+    """split of --calibrate: validation, or validation_cnndm for the comparisons of articles"""
     truth: Literal["choice", "gold"] = "choice"
     """with --calibrate: who is right, the people who chose, or the toy world's annotator without its noise"""
     judge: Literal["gold", "reward", "openai"] = "gold"
@@ -244,7 +246,8 @@ def judge_by_gold(pairs: pandas.DataFrame) -> pandas.DataFrame:
     """The toy world's annotator, without its noise. The post is read from the query."""
     from summarize_from_feedback_details.toy_tldr import gold_score, read_facts
 
-    posts = [query.partition("\n\nPOST: ")[2].rpartition("\n\nTL;DR:")[0] for query in pairs["query"]]
+    texts = [query.partition("\n\nPOST: ")[2] or query.removeprefix("Article:\n") for query in pairs["query"]]
+    posts = [text.rpartition("\n\nTL;DR:")[0] for text in texts]
     for query, post in zip(pairs["query"], posts):
         if not read_facts(post):
             refuse("judge", f"gold, and a post that is not of the toy world: {query[:40]!r}", "reward or openai")
@@ -578,7 +581,7 @@ def calibrate(comparisons: pandas.DataFrame, judge: Callable, name: str, folder:
     if args.truth == "gold":
         truth = judge_by_gold(comparisons)["outcome"].replace(0.5, math.nan)  # equally good: nobody is right
     verdicts["agreement"] = agreements(verdicts["outcome"], truth)
-    label = f"{args.calibrate}, {args.split}, against the {args.truth}"
+    label = f"{args.calibrate}, {args.calibrate_split}, against the {args.truth}"
     report = {"judge": name, "policy": label, "made_with": asdict(args)}
     report |= summarise_calibration(verdicts, args.bootstrap, args.seed)
     rows = calibration_rows(report)
@@ -595,7 +598,7 @@ def main(args: Args) -> dict[str, dict[str, Any]]:
     """Judge every policy; returns policy (and update) -> report, and `calibration` -> its report."""
     quiet_libraries()
     check_args(args)
-    comparisons = args.calibrate and read_pairs(args.calibrate, args.split, args.num_rows, args.seed)
+    comparisons = args.calibrate and read_pairs(args.calibrate, args.calibrate_split, args.num_rows, args.seed)
     tables = {p: read_table("run", find_table("run", p, args, args.split)) for p in args.run}
     other = read_table("against", find_table("against", args.against, args, args.split)) if args.against else None
     name, judge = make_judge(args)

@@ -27,6 +27,7 @@ from sft_rm_scale import (
     STYLE,
     WIDTH,
     arms,
+    at_temperatures,
     draw_published,
     draw_sizes,
     figure_rows,
@@ -96,9 +97,7 @@ def series_names(table: pandas.DataFrame) -> dict[str, str]:
 def stage_name(rows: pandas.DataFrame, names: dict[str, str]) -> list[str]:
     """The series of each row: what was trained, and at which temperature it was sampled, where there are several."""
     found = ["SFT" if s == "sft" else names.get(variant, "PPO") for s, variant in zip(rows["stage"], rows["variant"])]
-    if rows["temperature"].nunique() < 2:
-        return found
-    return [f"{name}, T {t:g}" if t == t else name for name, t in zip(found, rows["temperature"])]
+    return at_temperatures(found, rows["temperature"])
 
 
 def in_order(drawn: pandas.DataFrame, table: pandas.DataFrame) -> list[str]:

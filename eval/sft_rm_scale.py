@@ -110,6 +110,13 @@ def over_seeds(rows: pandas.DataFrame, by: list[str]) -> pandas.DataFrame:
     return pandas.DataFrame(found, columns=[*by, "value", "low", "high", "seeds", "count", "interval"])
 
 
+def at_temperatures(names: list[str], temperatures: pandas.Series) -> list[str]:
+    """Names of series, with the temperature that responses were sampled at where there are several of them."""
+    if temperatures.nunique() < 2:
+        return names
+    return [f"{name}, T {t:g}" if t == t else name for name, t in zip(names, temperatures)]
+
+
 def size_positions(table: pandas.DataFrame) -> dict[str, float]:
     """Where each size stands on the axis: its policies' parameters, so that all stages of one size share a place."""
     runs = table[table["size"].notna()].drop_duplicates("run")
@@ -308,8 +315,10 @@ def draw_rouge(table, published, places):
     all_drawn, all_others, all_means = [], [], []
     for axis, metric in zip(axes, ROUGE):
         drawn, others = pick(table, "sft", "final", metric)
-        means = over_seeds(drawn, ["size"]).assign(metric=metric, stage="sft")
-        draw_sizes(axis, [("SFT", drawn, means)], places)
+        drawn["series"] = at_temperatures(["SFT"] * len(drawn), drawn["temperature"])
+        means = over_seeds(drawn, ["series", "size"]).assign(metric=metric, stage="sft")
+        names = sorted(set(drawn["series"])) or ["SFT"]
+        draw_sizes(axis, [(n, drawn[drawn["series"] == n], means[means["series"] == n]) for n in names], places)
         axis.set_title("ROUGE-" + metric.removeprefix(ROUGE[0][:-1]))
         axis.set_ylabel("F1 against the reference")
         all_drawn, all_others, all_means = [*all_drawn, drawn], [*all_others, others], [*all_means, means]

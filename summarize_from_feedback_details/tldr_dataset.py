@@ -405,6 +405,17 @@ def load_raw(argument: str, name: str, data_dir: str = "", revision: str | None 
     return raw
 
 
+def cut(raw: DatasetDict, most: int) -> DatasetDict:
+    """The first rows of each split; of comparisons the first of posts and the first of CNN/DM articles."""
+    found = DatasetDict()
+    for split, rows in raw.items():
+        batches = rows["batch"][:] if "batch" in rows.column_names else [""] * len(rows)
+        articles = np.isin(np.array(batches, dtype=object), CNNDM_BATCHES)
+        kept = np.sort(np.concatenate([np.flatnonzero(~articles)[:most], np.flatnonzero(articles)[:most]]))
+        found[split] = rows.select(kept)
+    return found
+
+
 def rename_both(args: Args, sft: DatasetDict, comparisons: DatasetDict) -> tuple[DatasetDict, DatasetDict]:
     """Both datasets with the columns' names of this script, see --columns."""
     columns, names = parse_columns(args.columns), set()
@@ -428,7 +439,7 @@ def check_columns(argument: str, raw: DatasetDict, needed: tuple[str, ...], othe
             swapped = all(name in rows.column_names for name in other)
             hint = " (these look like the rows of the other dataset)" if swapped else ""
             found = f"no column {', '.join(missing)} in the split '{split}'{hint}"
-            refuse(argument, found, f"{kind}: {', '.join(needed)}")
+            refuse(argument, found, f"{kind}: {', '.join(needed)}; --columns tells other names")
 
 
 def check_text(argument: str, where: str, row: dict | None, names: list[str]) -> None:
@@ -461,27 +472,31 @@ def check_sft_rows(args: Args, raw: DatasetDict) -> None:
                 refuse("sft_dataset", f"an empty or blank `summary` in {where}", "a text, or --allow_empty")
 
 
+def check_comparison(argument: str, where: str, row: dict, hparams: TaskQueryHParams) -> None:
+    """Refuse a raw comparison that cannot be used."""
+    check_text(argument, f"`info` of {where}", row["info"], fields_of(hparams))
+    if not isinstance(row["summaries"], list) or len(row["summaries"]) != 2:
+        found = f"{len(row['summaries'])} summaries" if isinstance(row["summaries"], list) else "no list"
+        refuse(argument, f"{found} in `summaries` of {where}", "two")
+    for summary in row["summaries"]:
+        check_text(argument, f"`summaries` of {where}", summary, ["text", "policy"])
+    if row["choice"] not in (0, 1):
+        refuse(argument, f"choice {row['choice']!r} in {where}", "0 or 1")
+    if not isinstance(row["extra"], dict | None):
+        refuse(argument, f"{type(row['extra']).__name__} in `extra` of {where}", "an object, or none")
+    # Detail: confidence - 1..9 on a line from the first summary to the second; absent in some batches
+    confidence = (row["extra"] or {}).get("confidence")
+    if confidence is not None and confidence not in range(1, 10):
+        refuse(argument, f"confidence {confidence!r} in {where}", "1 to 9, or none")
+
+
 def check_comparison_rows(args: Args, raw: DatasetDict) -> None:
     name = "preference_dataset"
     check_columns(name, raw, COMPARISON_COLUMNS, SFT_COLUMNS, "comparisons")
     for split, rows in raw.items():
         for where, row in each_row(rows, COMPARISON_COLUMNS, split):
             check_text(name, where, row, ["batch"])
-            hparams = args.cnndm_params if row["batch"] in CNNDM_BATCHES else args.tldr_params
-            check_text(name, f"`info` of {where}", row["info"], fields_of(hparams))
-            if not isinstance(row["summaries"], list) or len(row["summaries"]) != 2:
-                found = f"{len(row['summaries'])} summaries" if isinstance(row["summaries"], list) else "no list"
-                refuse(name, f"{found} in `summaries` of {where}", "two")
-            for summary in row["summaries"]:
-                check_text(name, f"`summaries` of {where}", summary, ["text", "policy"])
-            if row["choice"] not in (0, 1):
-                refuse(name, f"choice {row['choice']!r} in {where}", "0 or 1")
-            if not isinstance(row["extra"], dict | None):
-                refuse(name, f"{type(row['extra']).__name__} in `extra` of {where}", "an object, or none")
-            # Detail: confidence - 1..9 on a line from the first summary to the second; absent in some batches
-            confidence = (row["extra"] or {}).get("confidence")
-            if confidence is not None and confidence not in range(1, 10):
-                refuse(name, f"confidence {confidence!r} in {where}", "1 to 9, or none")
+            check_comparison(name, where, row, args.cnndm_params if row["batch"] in CNNDM_BATCHES else args.tldr_params)
         # last: one 0.5 makes fractions of all choices, and is itself what to name
         if not pa.types.is_integer(rows.data.schema.field("choice").type):
             refuse(name, f"choice {rows[0]['choice']!r} in row 0 of the split '{split}'", "0 or 1")
@@ -658,8 +673,6 @@ def tokenise(args: Args, kind: str, raw: DatasetDict, encoder: Any, pad_id: int)
     }[kind]
     kept = features(("reference_response",) if kind == "sft" else ("chosen", "rejected"))
     done, measured = DatasetDict(), []
-    if most := DEBUG_ROWS if args.debug else args.max_rows:
-        raw = DatasetDict({split: rows.select(range(min(most, len(rows)))) for split, rows in raw.items()})
     prefixes = {split: "cnndm_params" if split == "validation_cnndm" else "tldr_params" for split in raw}
     posts = {s: posts_of(rows, kind, getattr(args, prefixes[s]).truncate_field) for s, rows in raw.items()}
     trained_on = set(posts.get("train", ())) - {""}
@@ -753,6 +766,8 @@ def main(args: Args) -> dict[str, Any]:
     comparisons = load_raw(
         "preference_dataset", args.preference_dataset, args.preference_config, args.preference_revision
     )
+    if most := DEBUG_ROWS if args.debug else args.max_rows:
+        sft, comparisons = cut(sft, most), cut(comparisons, most)
     if args.columns:
         sft, comparisons = rename_both(args, sft, comparisons)
     check_sft_rows(args, sft)

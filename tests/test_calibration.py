@@ -55,12 +55,20 @@ def test_correction_by_hand():
     # a judge that may be no better than a coin says nothing
     assert set(corrected_win_rate((0.6, 0.001), (0.53, 0.001)).values()) == {None}
     assert set(corrected_win_rate((0.6, 0.001), (0.2, 0.0001)).values()) == {None}
+    # nor one of which nothing is known, nor a policy without a verdict, nor one post
+    nothing, one = mean_and_variance([math.nan], ["q"]), mean_and_variance([0.5], ["q"])
+    for observed, agreement in (((0.6, 0.001), (None, None)), (nothing, (0.9, 0.001)), (one, (0.9, 0.001))):
+        assert set(corrected_win_rate(observed, agreement).values()) == {None}
+    # three of three say less than that the judge is never wrong
+    few = corrected_win_rate((0.6, 0.001), mean_and_variance([1, 1, 1], [1, 2, 3]))
+    assert few["mean"] is None or few["high"] - few["low"] > 0.2
 
 
 def test_agreement_and_variance_by_hand():
     assert agreements([1, 0, 0.5, math.nan], [1, 1, 0, 1]).tolist()[:3] == [1, 0, 0.5]
     mean, variance = mean_and_variance([1, 0, 1, 1, math.nan], [1, 2, 3, 4, 5])
     assert mean == 0.75 and math.isclose(variance, 0.75 * 0.25 / 3)
+    assert math.isnan(agreements([1.0], [math.nan])[0]) and math.isnan(agreements([math.nan], [1.0])[0])
     # the same verdict twice on each post says no more than once
     again = mean_and_variance([1, 0, 1, 1] * 2, [1, 2, 3, 4] * 2)
     assert again == (mean, pytest.approx(variance))
@@ -92,8 +100,10 @@ def test_the_annotator_is_calibrated_on_its_own_comparisons(comparisons, tmp_pat
     assert (tmp_path / "out/calibration_gold/report.md").is_file()
     by_gold = judge.main(judge.Args(**args | {"truth": "gold"}))["calibration"]
     assert by_gold["agreement"]["mean"] == 1.0
-    articles = judge.main(judge.Args(**args | {"split": "train", "num_rows": 5}))["calibration"]
+    articles = judge.main(judge.Args(**args | {"calibrate_split": "validation_cnndm", "num_rows": 5}))["calibration"]
     assert articles["comparisons"] == 5
+    table = pandas.read_parquet(tmp_path / "out/calibration_gold/verdicts.parquet")
+    assert table["query"].str.startswith("Article:").all()
 
 
 def test_win_rates_are_corrected_for_the_judges_errors(comparisons, tmp_path, monkeypatch):
@@ -126,7 +136,7 @@ def test_win_rates_are_corrected_for_the_judges_errors(comparisons, tmp_path, mo
     "change, message",
     [
         ({"calibrate": "nowhere/x/y"}, "--calibrate: found 'nowhere/x/y', which does not exist"),
-        ({"split": "test"}, "without a split 'test' (it has train, validation); expected that --split in it"),
+        ({"calibrate_split": "test"}, "--calibrate_split: found 'test', which '"),
         ({"calibrate": None, "truth": "gold"}, "--run: found nothing"),
         ({"calibrate": None, "truth": "gold", "run": ("x",)}, "--truth: found gold without --calibrate"),
     ],
@@ -138,6 +148,42 @@ def test_bad_input(comparisons, tmp_path, capsys, change, message):
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and message in said and said.count("\n") == 1, said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"choice": 2}, "choice 2 in row 3 (counted from 0) of the split 'validation'; expected 0 or 1"),
+        ({"summaries": []}, "0 summaries in `summaries` of row 3"),
+        ({"info": {"id": "x", "post": "a", "title": None, "subreddit": "b"}}, "no text in `title` of `info` of row 3"),
+        ({"extra": {"confidence": 11}}, "confidence 11 in row 3"),
+    ],
+)
+def test_comparisons_that_cannot_be_used(tmp_path, capsys, change, message):
+    rows = toy_tldr.draw_comparisons(random.Random(0), 6, "valid", toy_tldr.VALIDATION_BATCHES)
+    (tmp_path / "rows").mkdir()
+    text = "".join(json.dumps(row | change if i == 3 else row) + "\n" for i, row in enumerate(rows))
+    (tmp_path / "rows/validation.jsonl").write_text(text)
+    with pytest.raises(SystemExit) as stopped:
+        judge.main(judge.Args(calibrate=str(tmp_path / "rows"), output_dir=str(tmp_path / "out")))
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and f"--calibrate: found {message}" in said and said.count("\n") == 1, said
+
+
+def test_a_judge_without_verdicts_is_reported_as_such(comparisons, tmp_path, monkeypatch):
+    """Nothing is corrected then, and the same again is the same report."""
+    silent = lambda pairs: pandas.DataFrame({"outcome": [math.nan] * len(pairs)})
+    monkeypatch.setattr(judge, "make_judge", lambda args: ("silent", silent))
+    row, facts, decoys = toy_tldr.write_post(random.Random(0))
+    pandas.DataFrame([{"query": toy_tldr.make_query(row), "response": "a", "reference": "b"}]).to_csv(
+        tmp_path / "p.csv"
+    )
+    args = judge.Args(run=(str(tmp_path / "p.csv"),), calibrate=str(comparisons[0]), output_dir=str(tmp_path / "out"),
+                      num_rows=4, bootstrap=50)  # fmt: skip
+    for _ in range(2):
+        report = judge.main(args)[str(tmp_path / "p.csv")]
+        assert set(report["corrected_win_rate"].values()) == {None}
+    assert not list((tmp_path / "out").glob("*.old-*"))
 
 
 def test_comparisons_of_another_schema(tmp_path, capsys):

@@ -402,18 +402,21 @@ def test_the_toy_world_on_several_gpus(project, monkeypatch, gpus):
     assert f"{args['dataset'].output_dir}/sft" == args["sft"].query_dataset == args["ppo"].query_dataset
 
 
-@pytest.mark.parametrize("gpus", [0, 8])
-def test_the_real_thing_on_few_rows(project, monkeypatch, gpus):
+@pytest.mark.parametrize("gpus, size, micro", [(0, "135m", 16), (8, "135m", 8), (8, "2.8b", 4)])
+def test_the_real_thing_on_few_rows(project, monkeypatch, gpus, size, micro):
     """Real rows cut to so many and tokenised for the model; the stages read them, in batches for so few."""
     more = {"POSTS": "my/posts", "COMPARISONS": "my/pairs"} if gpus else {}
-    done, calls = project.hello(gpus, MODEL="HuggingFaceTB/SmolLM2-135M", ROWS="2000", REPORT="0", GPU_GB="999", **more)
+    lora = {"LORA": "1"} if size == "2.8b" else {}
+    model = f"EleutherAI/pythia-{size}" if gpus else "HuggingFaceTB/SmolLM2-135M"
+    done, calls = project.hello(gpus, MODEL=model, ROWS="2000", REPORT="0", GPU_GB="999", **more, **lora)
     assert done.returncode == 0, done.stderr
     data, sft, rm, ppo = (parse(call, monkeypatch) for call in calls)
     assert (data.max_rows, data.base_model, data.check_length_correctness) == (2000, sft.base_model, False)
     assert (data.sft_dataset, data.preference_dataset)[: len(more)] == tuple(more.values())
     assert sft.query_dataset == rm.query_dataset == ppo.query_dataset == f"{data.output_dir}/sft"
     assert rm.label_dataset == f"{data.output_dir}/comparisons"
-    assert (sft.batch_size, rm.batch_size, ppo.batch_size) == (16, 32, 64)
+    assert (sft.batch_size, rm.batch_size, ppo.batch_size) == (16, 32, 64) and ppo.local_micro_batch_size == micro
+    assert [args.lr for args in (sft, rm, ppo)] == ([3e-4, 1e-4, 3e-5] if lora else [3e-5, 1e-5, 3e-6])
     assert 8.5 * 2000 < ppo.total_episodes < 8.6 * 2000 and ppo.total_episodes % 64 == 0
     for stage, args in zip(("sft", "reward", "ppo"), (sft, rm, ppo)):
         batch, processes, steps, rows = read_arithmetic(done.stdout)[stage]

@@ -1,5 +1,6 @@
 """One process, two plain processes, and DeepSpeed ZeRO-2 and 3 on two: the same responses and the same weights."""
 
+import contextlib
 import json
 import runpy
 import shutil
@@ -69,7 +70,8 @@ LAUNCHED = {"two": None, "zero2": 2, "zero3": 3}  # name: ZeRO stage
 def launched(world, tmp_path_factory):
     """A folder with all scripts' runs on two processes, without DeepSpeed, under ZeRO-2 and under ZeRO-3."""
     folder = tmp_path_factory.mktemp("launched")
-    reward.main(lora_arguments(world, "reward", folder / "lora_reward_one"))
+    with contextlib.chdir(folder):
+        reward.main(lora_arguments(world, "reward", folder / "lora_reward_one"))
     for name, zero in LAUNCHED.items():
         jobs = []
         for stage in MODULES:

@@ -294,6 +294,13 @@ def test_runs_sampled_at_several_temperatures_are_series_of_their_own(runs):
     rows, _ = draw(rlhf_scaling_plot, runs)
     found = rows["rlhf_scale_plot"].query("what == 'mean over seeds'").set_index("series")["value"]
     assert found.to_dict() == pytest.approx({"PPO, T 0.01": 0.8, "PPO, T 0.7": 0.6})
+    for name, temperature, value in (("c", 0.01, 0.3), ("d", 0.7, 0.2)):
+        path = write_run(runs, name, "sft", final=sft_final(value))
+        args = json.loads((path / "args.json").read_text()) | {"temperature": temperature}
+        (path / "args.json").write_text(json.dumps(args))
+    rows, _ = draw(sft_rm_scale, runs)
+    found = means_of(rows["rouge_score_plot"], metric="validation/sft/rouge/rougeL").set_index("series")["value"]
+    assert found.to_dict() == pytest.approx({"SFT, T 0.01": 0.3, "SFT, T 0.7": 0.2})
 
 
 # ----------------------------------------------------------------------------------------------------------------------

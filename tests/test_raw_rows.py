@@ -94,6 +94,9 @@ def test_posts_and_summaries_under_other_names_and_nothing_else(world, raw, tmp_
         (("post=text",), "--sft_dataset: found no column summary in the split 'train' (it has text, tldr)"),
         (("summary=tldr",), "--sft_dataset: found nothing for post, subreddit, title of the query"),
         (("post=text", "summary=tldr"), "--sft_dataset: found nothing for subreddit, title of the query"),
+        (("post=text", "post=tldr"), "--columns: found 'post=text' and 'post=tldr'; expected one name"),
+        (("chosen=text", "rejected=text"), "--columns: found 'text' for both chosen and rejected; expected two"),
+        (("query=text", "title=text"), "--columns: found query and title; expected query, which holds the others"),
         (("query=text", "summary=tldr"), "--sft_dataset: found another form in `text` of row 0 (counted from 0)"),
     ],
 )

@@ -20,11 +20,19 @@ def parse_columns(given: tuple[str, ...]) -> dict[str, str]:
     Raises:
         SystemExit: code 2, for anything but OURS=THEIRS.
     """
-    columns = dict(pair.partition("=")[::2] for pair in given)
-    for ours, theirs in columns.items():
+    columns: dict[str, str] = {}
+    for pair in given:
+        ours, _, theirs = pair.partition("=")
         if ours not in TARGETS or not theirs:
             expected = f"OURS=THEIRS, with OURS one of {', '.join(TARGETS)}"
-            refuse("columns", f"'{ours}{'=' if theirs else ''}{theirs}'", expected)
+            refuse("columns", f"'{pair}'", expected)
+        if ours in columns:
+            refuse("columns", f"'{ours}={columns[ours]}' and '{pair}'", "one name for each column")
+        columns[ours] = theirs
+    if "chosen" in columns and columns["chosen"] == columns.get("rejected"):
+        refuse("columns", f"'{columns['chosen']}' for both chosen and rejected", "two columns")
+    if "query" in columns and (twice := [name for name in FIELDS[1:] if name in columns]):
+        refuse("columns", f"query and {', '.join(twice)}", "query, which holds the others, or these")
     return columns
 
 
@@ -34,8 +42,10 @@ def read_query(text: str, format_str: str) -> dict[str, str] | None:
     >>> read_query("TITLE: a\\n\\nPOST: b", "TITLE: {title}\\n\\nPOST: {post}")
     {'title': 'a', 'post': 'b'}
     """
-    parts = string.Formatter().parse(format_str.strip())
-    pattern = "".join(re.escape(before) + (f"(?P<{name}>.*?)" if name else "") for before, name, _, _ in parts)
+    parts, pattern, seen = string.Formatter().parse(format_str.strip()), "", set()
+    for before, name, _, _ in parts:
+        pattern += re.escape(before) + (f"(?P={name})" if name in seen else f"(?P<{name}>.*?)" if name else "")
+        seen.add(name)
     found = re.fullmatch(pattern, text.strip(), re.DOTALL)
     return found and found.groupdict()
 
@@ -47,10 +57,10 @@ def _posts(argument: str, rows: Any, split: str, columns: dict[str, str], format
     for i, row in enumerate(rows.select_columns(sorted({*there.values()})) if there else [{}] * len(rows)):
         post = {"id": f"{split}-{i}"} | {name: row[column] for name, column in there.items() if name != "query"}
         if "query" in columns and "query" in there:
-            text = row[there["query"]]
-            fields = read_query(text, format_str) if isinstance(text, str) else None
+            where = f"row {i} (counted from 0) of the split '{split}'"
+            fields = read_query(_text(argument, row, there["query"], where), format_str)
             if fields is None:
-                found = f"another form in `{there['query']}` of row {i} (counted from 0) of the split '{split}'"
+                found = f"another form in `{there['query']}` of {where}"
                 refuse(argument, found, f"{format_str!r}; or post={there['query']} and --tldr_params.format_str")
             post |= fields
         yield post
