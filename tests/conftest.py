@@ -171,6 +171,8 @@ def to_flags(args) -> list[str]:
             flags += [flag.replace("--", prefix, 1) if flag.startswith("--") else flag for flag in to_flags(value)]
         elif isinstance(value, bool):
             flags.append(f"--{'' if value else 'no-'}{f.name}")
+        elif isinstance(value, tuple):
+            flags += [f"--{f.name}", *map(str, value)] if value else []
         elif value is not None:
             flags += [f"--{f.name}", str(value)]
     return flags
