@@ -236,9 +236,7 @@ def panels(height: float, rows: int, columns: int, published: pandas.DataFrame):
         (figure, axes, axis of the published numbers or None)
     """
     figure, more = new_figure(WIDTH, height), int(len(published) > 0)
-    grid = figure.add_gridspec(
-        rows, columns + more, width_ratios=[1.0] * columns + [1.0 if columns == 1 else 1.2] * more
-    )
+    grid = figure.add_gridspec(rows, columns + more)
     axes = [figure.add_subplot(grid[i, j]) for i in range(rows) for j in range(columns)]
     return figure, axes, figure.add_subplot(grid[:, columns]) if more else None
 

@@ -92,7 +92,7 @@ def rename_columns(argument: str, raw: Any, columns: dict[str, str], kind: str, 
     done = {}
     for split, rows in raw.items():
         theirs = {name: columns.get(name, name) for name in texts}
-        if not any(columns.get(name) in rows.column_names for name in TARGETS if name in columns):
+        if not set(columns.values()) & set(rows.column_names):
             done[split] = rows
             continue
         if missing := [column for column in theirs.values() if column not in rows.column_names]:
