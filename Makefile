@@ -1,14 +1,14 @@
 # Two commands are all that a fresh machine with Python 3.11 needs:
 #   make hello    installs into .venv and runs the whole pipeline on the toy world
 #   make test     installs into .venv and runs the tests
-# Longer, and not needed: make toy-seeds, make scaling, make algorithms, make overoptimization, make torture,
-# make slurm-test, make bench
+# Longer, and not needed: make toy-seeds, make scaling, make real, make algorithms, make overoptimization,
+# make torture, make slurm-test, make bench
 PYTHON ?= python3.11
 PY := .venv/bin/python
 # processes that share the test files between them, a thread each: make test WORKERS=4
 WORKERS ?= 2
 
-.PHONY: hello test lint format toy-seeds scaling algorithms overoptimization torture slurm-test bench
+.PHONY: hello test lint format toy-seeds scaling real algorithms overoptimization torture slurm-test bench
 
 hello: .venv/installed
 	./hello_world.sh
@@ -21,7 +21,7 @@ test: .venv/installed
 # each stage killed at random moments, 20 trials, and started again: the same bits (20 to 40 minutes)
 torture: .venv/installed
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_torture.py tests/test_resume.py
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m torture tests/test_lora.py tests/test_get_smollm2.py
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m torture tests/test_lora.py tests/test_layout.py tests/test_get_smollm2.py
 
 # the job scripts on a real Slurm of one machine (root, and Debian's packages; 10 to 20 minutes)
 slurm-test: .venv/installed
@@ -35,9 +35,13 @@ toy-seeds: .venv/installed
 	    --raw_dirs $(foreach seed,1 2 3,data/toy_small_seed$(seed)$(SUFFIX)_raw) \
 	    --name toy_seeds$(SUFFIX) --output_dir docs/images
 
-# the scaling study of docs/results.md: 3 sizes x 3 seeds and a sweep over the KL coefficient; goes on after a stop
+# the scaling study: 4 sizes x 3 seeds on the harder toy world; goes on after a stop; SWEEP=1: learning rates, on seed 4
 scaling: .venv/installed
 	eval/scaling.sh
+
+# real posts and a pretrained model of 135M parameters: make real POSTS=my/posts COMPARISONS=my/comparisons
+real: .venv/installed
+	eval/real.sh
 
 # PPO, RLOO, GRPO, online DPO, DPO and best of n on the toy world, seeds 1 to 3; SWEEP=1: their learning rates, on seed 4
 algorithms: .venv/installed

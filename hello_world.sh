@@ -5,12 +5,13 @@
 #   SEED=2 ./hello_world.sh                                  another seed
 #   SMOKE=1 ./hello_world.sh                                 all stages in about a minute, learning nothing
 #   FRESH=1 ./hello_world.sh                                 do not reuse finished stages
-#   SIZE=medium ./hello_world.sh                             another size of the toy model: tiny, small, medium, large
+#   SIZE=medium ./hello_world.sh                             another size of the toy model: nano, tiny, small, medium, large
+#   HARD=1 SIZE=medium ./hello_world.sh                      a harder toy world, where the model's size matters
 #   KL_COEF=0.2 PPO_EPISODES=4800 ./hello_world.sh           another PPO run beside the first one
 #   PRECISION=bf16 ./hello_world.sh                         the toy stages in bf16 (default: fp32), beside those in fp32;
 #                                                            with MODEL the default is auto: bf16 where it is native
 #   LORA=1 ./hello_world.sh                                  adapters on one trunk (docs/lora.md): the toy world's reward model
-#                                                            and PPO; with MODEL all three stages
+#                                                            and PPO; with MODEL all three stages (LORA_RANK=8: of that rank)
 #   REPORT=0 ./hello_world.sh                                train only: no judge, figures, page
 #   MODEL=EleutherAI/pythia-1b-deduped ./hello_world.sh      the real thing: real data, the paper's batch sizes
 #   MODEL=HuggingFaceTB/SmolLM2-135M ROWS=2000 ./hello_world.sh   real data cut to so many posts and comparisons, tokenised for
@@ -26,16 +27,21 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
-MODEL=${MODEL:-toy} SMOKE=${SMOKE:-0} FRESH=${FRESH:-0} REPORT=${REPORT:-1} LORA=${LORA:-0}
+MODEL=${MODEL:-toy} SMOKE=${SMOKE:-0} FRESH=${FRESH:-0} REPORT=${REPORT:-1} LORA=${LORA:-0} HARD=${HARD:-0}
 PRECISION=${PRECISION:-$([ "$MODEL" = toy ] && echo fp32 || echo auto)}
 STAGES=summarize_from_feedback_details
 export TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}
 
 refuse() { echo "error: $1: found $2; expected $3" >&2; exit 2; }
 is_count() { [[ $1 =~ ^[1-9][0-9]*$ ]]; }
+is_batch() { is_count "$1" && [ "$1" -ge 64 ]; } # of PPO's episodes
 is_count "${GPU_GB:-80}" || refuse GPU_GB "'$GPU_GB'" "a number above 0"
 [[ $PRECISION =~ ^(fp32|bf16|auto)$ ]] || refuse PRECISION "'$PRECISION'" "fp32, bf16 or auto"
-for flag in SMOKE FRESH REPORT LORA; do [[ ${!flag} =~ ^[01]$ ]] || refuse "$flag" "'${!flag}'" "0 or 1"; done
+LORA_RANK=${LORA_RANK:-}
+[ -z "$LORA_RANK" ] || { is_count "$LORA_RANK" && [ "$LORA" = 1 ]; } ||
+    refuse LORA_RANK "'$LORA_RANK'" "a number above 0, with LORA=1"
+LORA_NAME=_lora${LORA_RANK:+_rank$LORA_RANK} LORA_ARGS=(--lora ${LORA_RANK:+--lora.rank "$LORA_RANK"})
+for flag in SMOKE FRESH REPORT LORA HARD; do [[ ${!flag} =~ ^[01]$ ]] || refuse "$flag" "'${!flag}'" "0 or 1"; done
 
 # ----------------------------------------------------------------------------------------------------------- machine
 FOUND=$("$PYTHON" -c 'import torch
@@ -51,10 +57,8 @@ if [ "$GPUS" -gt 1 ]; then
     LAUNCH=("$PYTHON" -m accelerate.commands.launch --config_file deepspeed.yaml --num_processes "$GPUS")
     DEEPSPEED=(--deepspeed)
 else
-    LAUNCH=("$PYTHON" -m accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no
-        --dynamo_backend no)
-    [ "$GPUS" = 0 ] && LAUNCH+=(--cpu)
-    DEEPSPEED=()
+    LAUNCH=("$PYTHON") DEEPSPEED=()
+    [ "$GPUS" -gt 0 ] || export ACCELERATE_USE_CPU=true # accelerate knows further devices
 fi
 PROCESSES=$((GPUS > 1 ? GPUS : 1))
 
@@ -105,28 +109,39 @@ if [ "$MODEL" = toy ]; then
     SEED=${SEED:-1}
     is_count "$SEED" || refuse SEED "'$SEED'" "a number above 0"
     SIZE=${SIZE:-small}
-    # PPO's learning rate falls with the width of the model (at 3e-4 the medium one loses what SFT learned)
+    # learning rates of SFT, the reward model (none: SFT's) and PPO: they fall with the width of the model
     case $SIZE in
-        tiny | small) PPO_LR=3e-4 ;;
-        medium) PPO_LR=1e-4 ;;
-        large) PPO_LR=7e-5 ;;
-        *) refuse SIZE "'$SIZE'" "tiny, small, medium or large" ;;
+        nano | tiny | small) RATES=(3e-3 "" 3e-4) ;;
+        medium) RATES=(3e-3 "" 1e-4) ;;
+        large) RATES=(3e-3 "" 7e-5) ;;
+        *) refuse SIZE "'$SIZE'" "nano, tiny, small, medium or large" ;;
     esac
-    CHAIN=toy_${SIZE}_seed$SEED
+    CHAIN=toy_${SIZE}_seed$SEED LENGTHS=(56 80 128 160) # tokens: query, with a response; of CNN/DM
+    EPISODES=(19200 16000 3200) EVAL=() # rows of SFT, pairs of the reward model, episodes of PPO
     WORLD=(--n_sft 16000 --n_comparisons 16000)
-    EPISODES=(19200 16000 3200) EVAL=()
+    if [ "$HARD" = 1 ]; then
+        CHAIN=hard_${SIZE}_seed$SEED LENGTHS=(104 128 160 192) WORLD+=(--world hard)
+        case $SIZE in # chosen on seed 4: SWEEP=1 make scaling
+            nano) RATES=(6e-3 6e-3 6e-4) ;;
+            tiny) RATES=(2e-3 2e-3 2e-4) ;;
+            small) RATES=(1e-3 1e-3 1e-4) ;;
+            medium) RATES=(6e-4 6e-4 6e-5) ;;
+            large) refuse SIZE "'large' with HARD=1" "nano, tiny, small or medium" ;;
+        esac
+        EPISODES=(14400 16000 1920)
+    fi
     if [ "$SMOKE" = 1 ]; then
-        CHAIN=smoke_seed$SEED
-        WORLD=(--n_sft 600 --n_sft_validation 32 --n_comparisons 400 --n_comparisons_validation 40 --n_cnndm 10)
+        CHAIN=smoke$([ "$HARD" = 0 ] || echo _hard)_seed$SEED
+        WORLD+=(--n_sft 600 --n_sft_validation 32 --n_comparisons 400 --n_comparisons_validation 40 --n_cnndm 10)
         EPISODES=(640 320 128) EVAL=(--num_eval_rows 32)
     fi
     [ "$PRECISION" = fp32 ] || CHAIN=${CHAIN}_$PRECISION
     ADAPTERS=()
     if [ "$LORA" = 1 ]; then # its base model is random: SFT, which trains the trunk, stays whole
-        CHAIN=${CHAIN}_lora ADAPTERS=(--lora) PPO_LR=1e-3
+        CHAIN=$CHAIN$LORA_NAME ADAPTERS=("${LORA_ARGS[@]}") RATES[2]=1e-3
     fi
     PPO_EPISODES=${PPO_EPISODES:-${EPISODES[2]}}
-    is_count "$PPO_EPISODES" || refuse PPO_EPISODES "'$PPO_EPISODES'" "a number above 0"
+    is_batch "$PPO_EPISODES" || refuse PPO_EPISODES "'$PPO_EPISODES'" "a number of at least 64"
     [[ ${KL_COEF:-0} =~ ^[0-9]*\.?[0-9]+$ ]] || refuse KL_COEF "'$KL_COEF'" "a number of at least 0"
     PPO=ppo
     [ -z "${KL_COEF:-}" ] || PPO=kl${KL_COEF}_ppo
@@ -135,18 +150,18 @@ if [ "$MODEL" = toy ]; then
     for batch in $BATCH $PPO_BATCH; do
         [ $((batch % PROCESSES)) = 0 ] || refuse "number of GPUs" "$PROCESSES" "a divisor of the batch size $batch"
     done
-    TOY=(--lr 3e-3 --warm_up_steps 20 --eps 1e-8 --weight_decay 0 --max_grad_norm 1 --precision "$PRECISION"
+    TOY=(--lr "${RATES[0]}" --warm_up_steps 20 --eps 1e-8 --weight_decay 0 --max_grad_norm 1 --precision "$PRECISION"
         --local_eval_batch_size 128 --print_sample_output_freq 0)
 
-    if [ "$SIZE" = small ] && [ "$PPO_EPISODES" = "${EPISODES[2]}" ]; then "$PYTHON" eval/speed_probe.py --smoke "$SMOKE"; fi
+    if [ "$SIZE$HARD" = small0 ] && [ "$PPO_EPISODES" = "${EPISODES[2]}" ]; then "$PYTHON" eval/speed_probe.py --smoke "$SMOKE"; fi
     stage world "$RAW models/$CHAIN/base" "" "$PYTHON" $STAGES/toy_tldr.py --seed "$SEED" --sizes "$SIZE" \
         --data_dir "$RAW" --models_dir "models/$CHAIN/base" "${WORLD[@]}"
     stage dataset "$DATA" "world" "$PYTHON" $STAGES/tldr_dataset.py --base_model "$BASE" --sft_dataset "$RAW/sft" \
         --preference_dataset "$RAW/comparisons" --output_dir "$DATA" --visuals_dir "dataset_visuals/$CHAIN" --overwrite \
-        --tldr_params.length 56 --tldr_params.max_sft_response_length "$RESPONSE" \
-        --tldr_params.max_sft_query_response_length 80 --tldr_params.max_rm_response_length 32 \
-        --tldr_params.max_rm_query_response_length 80 --cnndm_params.length 128 \
-        --cnndm_params.max_rm_response_length 32 --cnndm_params.max_rm_query_response_length 160 \
+        --tldr_params.length "${LENGTHS[0]}" --tldr_params.max_sft_response_length "$RESPONSE" \
+        --tldr_params.max_sft_query_response_length "${LENGTHS[1]}" --tldr_params.max_rm_response_length 32 \
+        --tldr_params.max_rm_query_response_length "${LENGTHS[1]}" --cnndm_params.length "${LENGTHS[2]}" \
+        --cnndm_params.max_rm_response_length 32 --cnndm_params.max_rm_query_response_length "${LENGTHS[3]}" \
         --no-check_length_correctness
     stage sft "runs/${CHAIN}_sft models/$CHAIN/sft" "dataset" "${LAUNCH[@]}" $STAGES/sft.py "${DEEPSPEED[@]}" \
         --seed "$SEED" --base_model "$BASE" --query_dataset "$DATA/sft" --output_dir "models/$CHAIN/sft" \
@@ -157,13 +172,15 @@ if [ "$MODEL" = toy ]; then
         "${DEEPSPEED[@]}" --seed "$SEED" --base_model "$BASE" --sft_model_path "models/$CHAIN/sft" \
         --label_dataset "$DATA/comparisons" --query_dataset "$DATA/sft" --output_dir "models/$CHAIN/reward" \
         --run_name "${CHAIN}_reward" "${TOY[@]}" "${EVAL[@]}" "${ADAPTERS[@]}" --num_normalization_rows 2048 \
-        --total_episodes "${EPISODES[1]}" --batch_size $BATCH --local_micro_batch_size $((BATCH / PROCESSES))
+        --total_episodes "${EPISODES[1]}" --batch_size $BATCH --local_micro_batch_size $((BATCH / PROCESSES)) \
+        ${RATES[1]:+--lr ${RATES[1]}}
     stage "$PPO" "runs/${CHAIN}_$PPO models/$CHAIN/$PPO models/$CHAIN/${PPO}_value" "dataset sft reward" \
         "${LAUNCH[@]}" $STAGES/ppo_left_padding.py \
         "${DEEPSPEED[@]}" --seed "$SEED" --base_model "$BASE" --sft_model_path "models/$CHAIN/sft" \
         --reward_model_path "models/$CHAIN/reward" --query_dataset "$DATA/sft" --output_dir "models/$CHAIN/$PPO" \
         --value_output_dir "models/$CHAIN/${PPO}_value" --run_name "${CHAIN}_$PPO" "${TOY[@]}" "${EVAL[@]}" \
-        "${ADAPTERS[@]}" --lr $PPO_LR --eps 1e-5 --warm_up_steps 0 --response_length "$RESPONSE" --total_episodes "$PPO_EPISODES" \
+        "${ADAPTERS[@]}" --lr "${RATES[2]}" --eps 1e-5 --warm_up_steps 0 --response_length "$RESPONSE" \
+        --total_episodes "$PPO_EPISODES" \
         --batch_size $PPO_BATCH --local_micro_batch_size $((PPO_BATCH / PROCESSES)) --eval_freq 10 \
         --ppo.kl_coef "${KL_COEF:-0.05}"
     [ "$REPORT" = 1 ] || exit 0
@@ -182,7 +199,9 @@ else
     # ------------------------------------------------------------------------------------------------- the real thing
     ROWS=${ROWS:-} POSTS=${POSTS:-} COMPARISONS=${COMPARISONS:-}
     [ -z "$ROWS$POSTS$COMPARISONS" ] || is_count "$ROWS" || refuse ROWS "'$ROWS'" "a number of posts and comparisons"
-    for name in SIZE KL_COEF PPO_EPISODES; do # of the toy world
+    is_batch "${PPO_EPISODES:-64}" || refuse PPO_EPISODES "'$PPO_EPISODES'" "a number of at least 64"
+    [ "$HARD" = 0 ] || refuse HARD "1 with MODEL=$MODEL" "0: the harder world is a toy world"
+    for name in SIZE KL_COEF $([ -n "$ROWS" ] || echo PPO_EPISODES); do # of the toy world
         [ -z "${!name:-}" ] || refuse "$name" "'${!name}' with MODEL=$MODEL" "nothing: give the stage's own argument"
     done
     [ "$SMOKE" = 0 ] || refuse SMOKE "1 with MODEL=$MODEL" "0: the smoke run is the toy world's"
@@ -190,7 +209,7 @@ else
     is_count "$SEED" || refuse SEED "'$SEED'" "a number above 0"
     CHAIN=$(basename "$MODEL")_seed$SEED ADAPTERS=()
     if [ "$LORA" = 1 ]; then # ten times the paper's learning rate, which is that of whole networks
-        CHAIN=${CHAIN}_lora ADAPTERS=(--lora --lr 3e-5)
+        CHAIN=$CHAIN$LORA_NAME ADAPTERS=("${LORA_ARGS[@]}" --lr 3e-5)
     fi
     source sbatches/rows_of.sh
     GIVEN=${PPO_MICRO:-}
@@ -233,7 +252,8 @@ else
             --visuals_dir "dataset_visuals/$CHAIN" --no-check-length-correctness --max_rows "$ROWS" \
             ${POSTS:+--sft_dataset "$POSTS"} ${COMPARISONS:+--preference_dataset "$COMPARISONS"}
         QUERIES=(--query_dataset "$DATA/sft") LABELS=(--label_dataset "$DATA/comparisons")
-        EPISODES=(--total_episodes $((ROWS * 857 / 6400 * 64 + 64))) # as often over ROWS posts as the paper's million
+        # by default as often over ROWS posts as the paper's million over its own
+        EPISODES=(--total_episodes "${PPO_EPISODES:-$((ROWS * 857 / 6400 * 64 + 64))}")
         RATES=("--lr 3e-5" "--lr 1e-5" "--lr 3e-6")
         [ "$LORA" = 0 ] || RATES=("--lr 3e-4" "--lr 1e-4" "--lr 3e-5")
     fi

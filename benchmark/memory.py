@@ -189,12 +189,17 @@ def read_config(file: str) -> dict:
 
 
 def read_launch(launch: str) -> dict | str:
-    """What accelerate's arguments say of a layout, or why nothing is checked (empty: not everything is on a GPU)."""
+    """What accelerate's arguments say of a layout, or why nothing is checked (empty: not everything is on a GPU).
+
+    Words without any argument are Python itself: one process.
+    """
     from huggingface_hub.constants import HF_HOME
 
     unknown = "not known how it is launched, so nothing is checked"
     words = re.sub(r"(--[\w-]+)=", r"\1 ", launch).split()
     options = {name[2:].replace("-", "_"): value for name, value in zip(words, [*words[1:], ""]) if name[:2] == "--"}
+    if words and not options:
+        return {"width": 4}
     if "cpu" in options:
         return ""
     # without a file accelerate reads the user's default

@@ -175,7 +175,7 @@ def write_table(table: pandas.DataFrame, written: Path, documents: tuple[str, ..
         after = between_markers(before, f"{written}.md", lambda _: text)
         if after != before:
             write_whole(document, after)
-    print(f"{text}table: {written}.md, .csv, figure: {written}.png", flush=True)
+    print(f"{text}table: {written}.md, {written}.csv", flush=True)
 
 
 def main(args: Args) -> pandas.DataFrame:
@@ -199,6 +199,7 @@ def main(args: Args) -> pandas.DataFrame:
     with drawing():
         draw(groups, f"{written}.png")
     write_table(table, written, args.documents)
+    print(f"figure: {written}.png", flush=True)
     return table
 
 

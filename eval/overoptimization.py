@@ -181,6 +181,7 @@ def main(args: Args) -> pandas.DataFrame:
     with drawing():
         draw(groups, f"{written}.png")
     write_table(table, written, args.documents)
+    print(f"figure: {written}.png", flush=True)
     return table
 
 

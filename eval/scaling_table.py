@@ -1,4 +1,4 @@
-"""The table of `make scaling`: what each size of the toy model reached, on each seed.
+"""The table of `make scaling`: what each size of the toy model reached, and what the largest gained over the smallest.
 
 Reads   the numbers that `sft_rm_scale.py` and `rlhf_scaling_plot.py` have written beside their figures
 Writes  <images>/scaling_table.md, and the same table into the documents that show it
@@ -10,14 +10,19 @@ from pathlib import Path
 import pandas
 from hello_report import between_markers
 from read_runs import rounded
+from scipy import stats
 
 from summarize_from_feedback_details.common.arguments import command_line, refuse
 from summarize_from_feedback_details.common.files import write_whole
 
-MEANS = {  # of the seeds
-    "SFT ROUGE-L": "validation/sft/rouge/rougeL",
-    "reward model accuracy, TL;DR": "eval/rm/validation/accuracy",
-    "reward model accuracy, CNN/DM": "eval/rm/validation_cnndm/accuracy",
+SHOWN = {  # name -> (stage, metric)
+    "SFT: ROUGE-L": ("sft", "validation/sft/rouge/rougeL"),
+    "reward model: accuracy": ("reward", "eval/rm/validation/accuracy"),
+    "reward model: accuracy, CNN/DM": ("reward", "eval/rm/validation_cnndm/accuracy"),
+    "SFT: gold score": ("sft", "mean_score"),
+    "PPO: gold score": ("ppo", "mean_score"),
+    "SFT: gold win rate": ("sft", "win_rate"),
+    "PPO: gold win rate": ("ppo", "win_rate"),
 }
 
 
@@ -29,28 +34,34 @@ class Args:
     """document that shows the table, between `<!-- TABLE -->` and `<!-- /TABLE -->`, where TABLE is its path"""
 
 
+def over_seeds(values: pandas.Series) -> str:
+    """Mean and 95 % interval (Student's t) of one value a seed; of one seed the value alone."""
+    if len(values) < 2:
+        return f"{values.mean():.3f}"
+    low, high = stats.t.interval(0.95, len(values) - 1, values.mean(), stats.sem(values))
+    return f"{values.mean():.3f} ({low:.3f} to {high:.3f})"
+
+
 def scaling_table(finals: pandas.DataFrame, judged: pandas.DataFrame) -> str:
-    """The table in Markdown, sizes from left to right.
+    """The table in Markdown, sizes from left to right; the last column compares the ends seed by seed.
 
     Args:
         finals: rows of `read_runs.COLUMNS`, of SFT and reward models.
         judged: such rows, of judged policies.
     """
     finals = finals[finals["kind"] == "final"]
-    wins = judged[(judged["kind"] == "judge") & (judged["metric"] == "win_rate") & (judged["judge"] == "gold")]
-    wins = wins[wins["update"].isna()].sort_values("seed")
+    judged = judged[(judged["kind"] == "judge") & (judged["judge"] == "gold") & judged["update"].isna()]
+    numbers = pandas.concat([finals, judged])
     sizes = finals[finals["stage"] == "sft"].groupby("size")["parameters"].min().sort_values()
-    seeds = finals["seed"].nunique()
-    rows = [["", *(f"{size}, {rounded(parameters)}" for size, parameters in sizes.items())]]
-    for name, metric in MEANS.items():
-        values = finals[finals["metric"] == metric].groupby("size")["value"].mean()
-        rows.append([f"{name}, mean of {seeds} seeds", *(f"{values[size]:.3f}" for size in sizes.index)])
-    for stage in ("sft", "ppo"):
-        of = [wins[(wins["stage"] == stage) & (wins["size"] == size)]["value"] for size in sizes.index]
-        rows.append(
-            [f"{stage.upper()} win rate, each seed", *(" ".join(map("{:.3f}".format, values)) for values in of)]
-        )
-    lines = [f"| {' | '.join(row)} |".replace("|  |", "| |") for row in rows]
+    seeds, ends = finals["seed"].nunique(), (sizes.index[-1], sizes.index[0])
+    rows = [[f"mean of {seeds} seeds (95 % interval)", *(f"{size}, {rounded(n)}" for size, n in sizes.items())]]
+    rows[0].append(" minus ".join(ends))
+    for name, (stage, metric) in SHOWN.items():
+        found = numbers[(numbers["stage"] == stage) & (numbers["metric"] == metric)]
+        of = found.pivot(index="seed", columns="size", values="value")
+        rows.append([name, *(over_seeds(of[size].dropna()) for size in sizes.index)])
+        rows[-1].append(over_seeds((of[ends[0]] - of[ends[1]]).dropna()))
+    lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]) + "\n"
 
 

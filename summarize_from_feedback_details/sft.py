@@ -245,14 +245,18 @@ def evaluate_policy(
     return dict(zip(names, map(list, zip(*(row[1:] for row in gather_rows(found))))))
 
 
-def rouge_means(predictions: list[str], references: list[str]) -> dict[str, float]:
-    """ROUGE-1/2/L/Lsum F-measures, mean over all rows."""
+def rouge_scores(predictions: list[str], references: list[str]) -> dict[str, list[float]]:
+    """ROUGE-1/2/L/Lsum F-measures of each row."""
     import evaluate  # here, since it imports the pipelines of transformers: two seconds, and --help does without
 
-    # Deviates: the original took the mean of per-batch values
     rouge = evaluate.load(str(Path(__file__).parent / "rouge"), keep_in_memory=True)
-    scores = rouge.compute(predictions=predictions, references=references)
-    return {name: float(np.mean(values)) for name, values in scores.items()}
+    return rouge.compute(predictions=predictions, references=references)
+
+
+def rouge_means(predictions: list[str], references: list[str]) -> dict[str, float]:
+    """The mean of `rouge_scores` over all rows."""
+    # Deviates: the original took the mean of per-batch values
+    return {name: float(np.mean(values)) for name, values in rouge_scores(predictions, references).items()}
 
 
 def report(split: str, rows: dict[str, list]) -> dict[str, float]:
@@ -324,6 +328,7 @@ def main(args: Args) -> dict[str, float]:
             before = {}
             for split, rows in splits.items():
                 base = evaluate_policy(accelerator, model, rows, tokenizer, args, f"base model, {split}")
+                run.table(f"base_{split}", base)
                 shuffled = rouge_means(base["reference"][1:] + base["reference"][:1], base["reference"])
                 before |= {f"{split}/shuffled_references/rouge/{k}": v for k, v in shuffled.items()}
                 before |= {k.replace("/sft/", "/base/"): v for k, v in report(split, base).items()}

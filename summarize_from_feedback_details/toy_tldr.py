@@ -23,10 +23,10 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -40,30 +40,9 @@ from torch.nn import functional as F
 from summarize_from_feedback_details.common.arguments import command_line, refuse
 from summarize_from_feedback_details.common.files import atomic_folder, refuse_unwritable
 
-# ----------------------------------------------------------------------------------------------------------- lengths
-# Tokens, EOS included: what to pass to `tldr_dataset.py` and to the stages. Every row fits; `main` checks it.
-QUERY_LENGTH = 56  # TL;DR queries (mean 33)
-RESPONSE_LENGTH = 24  # reference summaries, and what a policy may generate (mean 10)
-SFT_QUERY_RESPONSE_LENGTH = 80
-RM_RESPONSE_LENGTH = 32  # either summary of a comparison
-RM_QUERY_RESPONSE_LENGTH = 80
-CNNDM_QUERY_LENGTH = 128
-CNNDM_RM_RESPONSE_LENGTH = 32
-CNNDM_RM_QUERY_RESPONSE_LENGTH = 160
-LENGTHS = {
-    "query": QUERY_LENGTH,
-    "sft_response": RESPONSE_LENGTH,
-    "sft_query_response": SFT_QUERY_RESPONSE_LENGTH,
-    "rm_response": RM_RESPONSE_LENGTH,
-    "rm_query_response": RM_QUERY_RESPONSE_LENGTH,
-    "cnndm_query": CNNDM_QUERY_LENGTH,
-    "cnndm_rm_response": CNNDM_RM_RESPONSE_LENGTH,
-    "cnndm_rm_query_response": CNNDM_RM_QUERY_RESPONSE_LENGTH,
-}
 MAX_POSITIONS = 256
 EOS = "<|endoftext|>"
 MANIFEST = "toy_tldr.json"  # in each folder written: the arguments it was made with
-WORLD = 2  # to be raised when grammar, writers or annotator change: rows of another world are not reused
 
 # ----------------------------------------------------------------------------------------------------------- grammar
 SUBREDDITS = {
@@ -106,7 +85,74 @@ CLOSERS = ["any tips?", "thanks all."]
 
 PLACE_SHARE = 0.85  # of posts that say where it happened
 DECOY_SLOTS = ("who", "deed", "thing", "place", "plan")
-DECOY_COUNTS = (0, 1)  # a post has so many decoys, each equally often
+
+
+@dataclass(frozen=True)
+class World:
+    """What posts are made of: sentences, in lists from which each is drawn equally often, and how long rows get."""
+
+    version: int | str  # to be changed with grammar, writers or annotator: rows of another version are not reused
+    core: list[str]
+    place: list[str]
+    plan: list[str]
+    decoys: dict[str, list[str]]
+    decoy_counts: tuple[int, ...]  # a post has so many decoys, each equally often
+    decoy_share: float  # of the wrong facts of summaries: the decoy, which the post may mention; others it never has
+    lengths: dict[str, int]  # tokens, EOS included, of which `tldr_dataset.py` and the stages are told; every row fits
+    near_misses: tuple[str, ...] = ()  # stories that did not happen: up to two in a post
+    core_anywhere: bool = False  # what happened is told anywhere, not in the first two sentences
+
+
+EASY = World(
+    version=2,
+    core=CORE, place=PLACE, plan=PLAN, decoys=DECOYS, decoy_counts=(0, 1), decoy_share=0.2,
+    lengths={
+        "query": 56,  # TL;DR queries (mean 33)
+        "sft_response": 24,  # reference summaries, and what a policy may generate (mean 10)
+        "sft_query_response": 80,
+        "rm_response": 32,  # either summary of a comparison
+        "rm_query_response": 80,
+        "cnndm_query": 128,
+        "cnndm_rm_response": 32,
+        "cnndm_rm_query_response": 160,
+    },
+)  # fmt: skip
+# Where the size of a model matters: facts stand among stories that did not happen and corrections, some in words
+# that are rare. {not_who} is a value that the sentence denies.
+HARD = World(
+    version="hard 1",
+    core=[
+        *CORE * 3, "guess what, my {who} {deed} my {thing}.", "it turns out my {who} {deed} my {thing}.",
+        "my {thing}? my {who} {deed} it.", "my {who}, not my {not_who}, {deed} my {thing}.",
+        "my {who} {deed} my {thing}, not my {not_thing}.", "so my {not_who}, no, my {who} {deed} my {thing}.",
+    ],
+    place=[
+        *PLACE * 3, "it happened at the {place}.", "not at the {not_place}, at the {place}.",
+        "this was at the {not_place}. no, make that the {place}.",
+    ],
+    plan=[
+        *PLAN * 3, "should i {not_plan}? no, should i {plan}?", "i would like to {plan}, not {not_plan}.",
+        "so do i {plan}?",
+    ],
+    decoys={
+        "who": [*DECOYS["who"], "my {who} was asleep."],
+        "deed": [*DECOYS["deed"], "it was not {deed}."],
+        "thing": [*DECOYS["thing"], "my {thing} is fine."],
+        "place": [*DECOYS["place"], "we were never at the {place}.", "the {place} was shut."],
+        "plan": [*DECOYS["plan"], "i will not {plan}.", "my pal would {plan}."],
+    },
+    decoy_counts=(2, 3, 4), decoy_share=0.6, core_anywhere=True,
+    near_misses=(
+        "i dreamt my {who} {deed} my {thing}.", "in a film my {who} {deed} my {thing}.",
+        "what if my {who} {deed} my {thing}?", "my {who} never {deed} my {thing}.",
+        "my pal said his {who} {deed} his {thing}.",
+    ),
+    lengths=EASY.lengths | {
+        "query": 104, "sft_query_response": 128, "rm_query_response": 128, "cnndm_query": 160,
+        "cnndm_rm_query_response": 192,
+    },
+)  # fmt: skip
+WORLDS = {"easy": EASY, "hard": HARD}
 
 
 @dataclass(frozen=True)
@@ -118,7 +164,7 @@ class Writer:
     plan: float = 0.9  # the plan is mentioned, if not terse
     terse: float = 0.3  # place and plan are both left out
     wrong: float = 0.04  # a fact is replaced by a wrong one
-    decoy: float = 0.2  # what is wrong is the decoy, which the post may mention, not a word that it never has
+    decoy: float = EASY.decoy_share  # what is wrong is the decoy
     wordy: float = 0.08  # there is an opener; there is a closer
     repeat: float = 0.0  # the last fact is said twice
     scramble: float = 0.0  # the words are out of order
@@ -148,30 +194,40 @@ def fill(text: str, rng: random.Random, facts: dict[str, str]) -> str:
     return re.sub(r"{(\w+)}", lambda m: rng.choice(FILLERS[m[1]]) if m[1] in FILLERS else facts[m[1]], text)
 
 
-def write_post(rng: random.Random) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
+def other_values(rng: random.Random, facts: dict[str, str]) -> dict[str, str]:
+    """Draw a value for each slot that is not the fact."""
+    return {slot: rng.choice([v for v in values if v != facts[slot]]) for slot, values in VALUES.items()}
+
+
+def write_post(rng: random.Random, world: World = EASY) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
     """Draw a post. Returns its row (subreddit, title, post), its facts and its decoys (slot -> value)."""
     subreddit = rng.choice(list(SUBREDDITS))
     facts = {slot: rng.choice(values) for slot, values in VALUES.items()}
     facts["who"] = rng.choice(SUBREDDITS[subreddit])
-    decoys = {slot: rng.choice([v for v in values if v != facts[slot]]) for slot, values in VALUES.items()}
+    decoys = other_values(rng, facts)
     title = fill(rng.choice(TITLES), rng, facts)
-    core, plan = fill(rng.choice(CORE), rng, facts), fill(rng.choice(PLAN), rng, facts)
-    rest = [fill(rng.choice(DECOYS[slot]), rng, decoys) for slot in rng.sample(DECOY_SLOTS, rng.choice(DECOY_COUNTS))]
+    denying = facts | {f"not_{slot}": value for slot, value in decoys.items()}
+    core, plan = fill(rng.choice(world.core), rng, denying), fill(rng.choice(world.plan), rng, denying)
+    slots = rng.sample(DECOY_SLOTS, rng.choice(world.decoy_counts))
+    rest = [fill(rng.choice(world.decoys[slot]), rng, decoys) for slot in slots]
+    if world.near_misses:
+        missed = rng.sample(world.near_misses, rng.choice((0, 1, 2)))
+        rest += [fill(text, rng, other_values(rng, facts)) for text in missed]
     if rng.random() < PLACE_SHARE:
-        rest.append(fill(rng.choice(PLACE), rng, facts))
+        rest.append(fill(rng.choice(world.place), rng, denying))
     else:
         del facts["place"]
     if rng.random() < 0.5:
         rest.append(fill(rng.choice(NEUTRAL), rng, facts))
     rng.shuffle(rest)
     rest.insert(rng.choice([len(rest), rng.randrange(len(rest) + 1)]), plan)
-    rest.insert(rng.choice([0, 0, 1]), core)
+    rest.insert(rng.choice(range(len(rest) + 1) if world.core_anywhere else [0, 0, 1]), core)
     return {"subreddit": subreddit, "title": title, "post": " ".join(rest)}, facts, decoys
 
 
-def write_article(rng: random.Random) -> tuple[str, dict[str, str], dict[str, str]]:
+def write_article(rng: random.Random, world: World = EASY) -> tuple[str, dict[str, str], dict[str, str]]:
     """Draw a CNN/DM-like article: a post in the middle of news. Returns its text, facts and decoys."""
-    row, facts, decoys = write_post(rng)
+    row, facts, decoys = write_post(rng, world)
     before, after = ([fill(rng.choice(NEWS), rng, facts) for _ in range(rng.randint(2, 5))] for _ in range(2))
     return " ".join([*before, row["post"], *after]), facts, decoys
 
@@ -247,7 +303,8 @@ def read_facts(post: str) -> dict[str, str]:
 
 @cache
 def _fact_patterns() -> list[re.Pattern]:
-    named = [re.sub(r"\\{(\w+)\\}", r"(?P<\1>\\w+)", re.escape(text)) for text in CORE + PLACE + PLAN]
+    facts = [*HARD.core, *HARD.place, *HARD.plan]  # the easy world's are among them; what corrects comes last
+    named = [re.sub(r"\\{(\w+)\\}", r"(?P<\1>\\w+)", re.escape(text)) for text in dict.fromkeys(facts)]
     return [re.compile(rf"(?:^|(?<=[.?!] )){text}") for text in named]
 
 
@@ -325,36 +382,41 @@ WORKERS = {f"w_{i:02d}": noise for i, noise in enumerate([0.2, 0.25, 0.3, 0.3, 0
 """Worker -> noise of the perceived difference, gold units."""
 
 
-def draw_sft_rows(rng: random.Random, n: int, prefix: str) -> list[dict[str, str]]:
+def draw_sft_rows(rng: random.Random, n: int, prefix: str, world: World = EASY) -> list[dict[str, str]]:
     """Draw n SFT rows: posts with reference summaries."""
-    rows = []
+    rows, writer = [], replace(REFERENCE, decoy=world.decoy_share)
     for i in range(n):
-        row, facts, decoys = write_post(rng)
-        rows.append({"id": f"{prefix}{i:06d}", **row, "summary": write_summary(rng, facts, decoys, REFERENCE)})
+        row, facts, decoys = write_post(rng, world)
+        rows.append({"id": f"{prefix}{i:06d}", **row, "summary": write_summary(rng, facts, decoys, writer)})
     return rows
 
 
-def draw_comparisons(rng: random.Random, n: int, prefix: str, batches: list[str]) -> list[dict[str, Any]]:
+def draw_comparisons(
+    rng: random.Random, n: int, prefix: str, batches: list[str], world: World = EASY
+) -> list[dict[str, Any]]:
     """Draw n comparisons of two summaries of one post (of one article where the batch is a CNN/DM one)."""
-    return [draw_comparison(rng, f"{prefix}{i:06d}", rng.choice(batches)) for i in range(n)]
+    return [draw_comparison(rng, f"{prefix}{i:06d}", rng.choice(batches), world) for i in range(n)]
 
 
-def draw_comparison(rng: random.Random, id: str, batch: str) -> dict[str, Any]:
+def draw_comparison(rng: random.Random, id: str, batch: str, world: World = EASY) -> dict[str, Any]:
     """Draw a post, two differing summaries of it, and a worker who chooses the seemingly better one."""
     info: dict[str, str | None] = dict.fromkeys(INFO_FIELDS) | {"id": id}
     if batch in CNNDM_BATCHES:
-        info["article"], facts, decoys = write_article(rng)
+        info["article"], facts, decoys = write_article(rng, world)
     else:
-        row, facts, decoys = write_post(rng)
+        row, facts, decoys = write_post(rng, world)
         info |= row
     texts, policies = ["", ""], ["", ""]
+    write = lambda rng, writer, wrong_rng=None: write_summary(
+        rng, facts, decoys, replace(writer, decoy=world.decoy_share), wrong_rng
+    )
     while texts[0] == texts[1]:
         if rng.random() < EDIT_SHARE:
             policies, words = list(EDITED), rng.random()
-            texts = [write_summary(random.Random(words), facts, decoys, w, wrong_rng=rng) for w in EDIT_WRITERS]
+            texts = [write(random.Random(words), writer, rng) for writer in EDIT_WRITERS]
         else:
             policies = rng.sample(list(WRITERS), 2)
-            texts = [write_summary(rng, facts, decoys, WRITERS[policy]) for policy in policies]
+            texts = [write(rng, WRITERS[policy]) for policy in policies]
     if rng.random() < 0.5:
         texts, policies = texts[::-1], policies[::-1]
     worker = rng.choice(list(WORKERS))
@@ -449,11 +511,11 @@ def blind_accuracy(
 
 
 # ---------------------------------------------------------------------------------------------- tokenizer and models
-SIZES = {"tiny": (48, 2, 2), "small": (96, 3, 4), "medium": (144, 4, 4), "large": (192, 6, 6)}
+SIZES = {"nano": (16, 2, 2), "tiny": (48, 2, 2), "small": (96, 3, 4), "medium": (144, 4, 4), "large": (192, 6, 6)}
 """Size -> hidden size, layers, heads."""
 
 
-def train_tokenizer() -> "transformers.PreTrainedTokenizerFast":
+def train_tokenizer(world: World = EASY) -> "transformers.PreTrainedTokenizerFast":
     """Byte-level BPE of the grammar, in the class and with the special token (id 0) of the real tokenizer.
 
     Like there, no [PAD] is in it: the stages add it, as the next id. Any text can be encoded;
@@ -467,10 +529,11 @@ def train_tokenizer() -> "transformers.PreTrainedTokenizerFast":
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
-    texts = [f"{make_query(row)} {row['summary']}" for row in draw_sft_rows(rng, 3000, "")]
-    texts += [make_query({"article": write_article(rng)[0]}) for _ in range(200)]
-    templates = [*CORE, *PLACE, *PLAN, *NEUTRAL, *NEWS, *OPENERS, *CLOSERS, *sum(DECOYS.values(), [])]
-    words = sorted({*SLOT_OF, *sum(FILLERS.values(), []), *re.findall(r"\w+", " ".join(templates))})
+    texts = [f"{make_query(row)} {row['summary']}" for row in draw_sft_rows(rng, 3000, "", world)]
+    texts += [make_query({"article": write_article(rng, world)[0]}) for _ in range(200)]
+    templates = [*world.core, *world.place, *world.plan, *world.near_misses, *sum(world.decoys.values(), [])]
+    templates = " ".join([*templates, *NEUTRAL, *NEWS, *OPENERS, *CLOSERS]).replace("{not_", "{")
+    words = sorted({*SLOT_OF, *sum(FILLERS.values(), []), *re.findall(r"\w+", templates)})
     texts += [f" {word}" for word in words] * 30
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     options = {"vocab_size": 4000, "min_frequency": 20, "show_progress": False}
@@ -509,6 +572,8 @@ def init_model(
 class Args:
     seed: int = 1
     """draws the rows and the initial weights"""
+    world: Literal["easy", "hard"] = "easy"
+    """easy: one decoy at most; hard: facts among decoys, corrections and stories that did not happen"""
     data_dir: Path = Path("data/toy")
     """folder for sft/ and comparisons/"""
     models_dir: Path = Path("models/toy")
@@ -569,16 +634,24 @@ def replaced_folder(folder: Path, manifest: dict[str, Any]) -> Iterator[Path]:
 def draw_rows(args: Args) -> dict[str, list[dict[str, Any]]]:
     """All rows of a seed: file (without .jsonl, under the data folder) -> rows."""
 
+    world = WORLDS[args.world]
+
     def rng(name: str) -> random.Random:  # one generator for each file: more rows in one change nothing in another
         return random.Random(f"{args.seed} {name}")
 
-    validation = draw_comparisons(rng("validation"), args.n_comparisons_validation, "valid", VALIDATION_BATCHES)
+    def sft(split: str, n: int, prefix: str) -> list[dict[str, Any]]:
+        return draw_sft_rows(rng(f"sft/{split}"), n, prefix, world)
+
+    def comparisons(name: str, n: int, prefix: str, batches: list[str]) -> list[dict[str, Any]]:
+        return draw_comparisons(rng(name), n, prefix, batches, world)
+
+    validation = comparisons("validation", args.n_comparisons_validation, "valid", VALIDATION_BATCHES)
     return {
-        "sft/train": draw_sft_rows(rng("sft/train"), args.n_sft, "train"),
-        "sft/validation": draw_sft_rows(rng("sft/validation"), args.n_sft_validation, "valid"),
-        "sft/test": draw_sft_rows(rng("sft/test"), args.n_sft_validation, "test"),
-        "comparisons/train": draw_comparisons(rng("comparisons/train"), args.n_comparisons, "train", TRAIN_BATCHES),
-        "comparisons/validation": validation + draw_comparisons(rng("cnndm"), args.n_cnndm, "cnndm", CNNDM_BATCHES),
+        "sft/train": sft("train", args.n_sft, "train"),
+        "sft/validation": sft("validation", args.n_sft_validation, "valid"),
+        "sft/test": sft("test", args.n_sft_validation, "test"),
+        "comparisons/train": comparisons("comparisons/train", args.n_comparisons, "train", TRAIN_BATCHES),
+        "comparisons/validation": validation + comparisons("cnndm", args.n_cnndm, "cnndm", CNNDM_BATCHES),
     }
 
 
@@ -626,17 +699,17 @@ def main(args: Args) -> dict[str, Any]:
     """Write what is not there yet. Returns the numbers of the closing table."""
     check(args)
     # ------------------------------------------------------------------------------------------- what is there already
-    own = ("data_dir", "models_dir", "sizes", "overwrite")
-    data_made_with = {"world": WORLD, **{k: v for k, v in asdict(args).items() if k not in own}}
+    own, world = ("world", "data_dir", "models_dir", "sizes", "overwrite"), WORLDS[args.world]
+    data_made_with = {"world": world.version, **{k: v for k, v in asdict(args).items() if k not in own}}
     have_data = is_there(args.data_dir, "data_dir", data_made_with, args.overwrite)
-    models = {size: {"world": WORLD, "seed": args.seed, "size": size} for size in args.sizes}
+    models = {size: {"world": world.version, "seed": args.seed, "size": size} for size in args.sizes}
     have = {s: is_there(args.models_dir / s, "models_dir", made, args.overwrite) for s, made in models.items()}
     # -------------------------------------------------------------------------------------------------- rows and models
-    tokenizer = None if have_data and all(have.values()) else train_tokenizer()
+    tokenizer = None if have_data and all(have.values()) else train_tokenizer(world)
     if not have_data:
         rows = draw_rows(args)
         measured = measure(rows, tokenizer)
-        for name, limit in LENGTHS.items():
+        for name, limit in world.lengths.items():
             assert measured[f"tokens/{name}"] <= limit, f"{name}: {measured[f'tokens/{name}']} tokens > {limit}"
         measured = {f"rows/{name}": len(file_rows) for name, file_rows in rows.items()} | measured
         with replaced_folder(args.data_dir, {"made_with": data_made_with, "measured": measured}) as folder:
@@ -657,9 +730,9 @@ def main(args: Args) -> dict[str, Any]:
             (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     # ---------------------------------------------------------------------------------------------------- closing table
     result = json.loads((args.data_dir / MANIFEST).read_text())["measured"]
-    table = Table("", "value", "limit", title=f"toy TL;DR, seed {args.seed}")
+    table = Table("", "value", "limit", title=f"toy TL;DR, {args.world}, seed {args.seed}")
     for name, value in result.items():
-        table.add_row(name, f"{value:,}", str(LENGTHS.get(name.removeprefix("tokens/"), "")))
+        table.add_row(name, f"{value:,}", str(world.lengths.get(name.removeprefix("tokens/"), "")))
     for size in args.sizes:
         parameters = json.loads((args.models_dir / size / MANIFEST).read_text())["parameters"]
         result[f"parameters/{size}"] = parameters

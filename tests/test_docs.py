@@ -4,7 +4,9 @@ are those of the committed reports."""
 import ast
 import importlib
 import itertools
+import math
 import re
+import statistics
 import subprocess
 import tomllib
 from dataclasses import fields, is_dataclass
@@ -306,7 +308,10 @@ def test_settings_of_hello_world_exist():
     script = (ROOT / "hello_world.sh").read_text() + (ROOT / "sbatches/rows_of.sh").read_text()
     find = lambda text: set(re.findall(r"\b([A-Z_]+)=", text))
     named = find("\n".join(row[0] for row in table(section("docs/running.md", "## Settings of hello_world.sh"))))
-    toy, real = {"SIZE", "KL_COEF", "PPO_EPISODES"}, {"LORA", "MODEL", "MICRO", "PPO_MICRO", "ROLLOUT", "GPU_GB"}
+    toy, real = (
+        {"SIZE", "HARD", "KL_COEF", "PPO_EPISODES"},
+        {"LORA", "LORA_RANK", "MODEL", "MICRO", "PPO_MICRO", "ROLLOUT", "GPU_GB"},
+    )
     rows = {"ROWS", "POSTS", "COMPARISONS"}
     assert {"SEED", "SMOKE", "FRESH", "REPORT", "PRECISION"} | toy | real | rows == named
     assert all(f"${{{name}:-" in script for name in named)
@@ -529,21 +534,20 @@ def test_numbers_of_the_scaling_study_are_those_of_its_figures():
     marker = "eval/images/scaling_table.md"
     assert f"<!-- {marker} -->\n{written}<!-- /{marker} -->" in DOCUMENTS["docs/results.md"]
     assert '"$PYTHON" eval/scaling_table.py' in (ROOT / "eval/scaling.sh").read_text()
-    rows = table(section("docs/results.md", "## The scaling study on the toy world"))
-    finals = pandas.read_csv(ROOT / "eval/images/sft_rm_scale.csv").query("kind == 'final'")
-    judged = pandas.read_csv(ROOT / "eval/images/rlhf_scaling_plot.csv").query(
-        "kind == 'judge' and metric == 'win_rate'"
-    )
-    judged = judged[judged["update"].isna() & (judged["judge"] == "gold")].sort_values("seed")
-    names = ("validation/sft/rouge/rougeL", "eval/rm/validation/accuracy", "eval/rm/validation_cnndm/accuracy")
-    for column, size in enumerate(("tiny", "small", "medium"), start=1):
-        each = [finals[(finals["metric"] == name) & (finals["size"] == size)]["value"] for name in names]
-        expected = [f"{values.mean():.3f}" for values in each]
-        for stage in ("sft", "ppo"):
-            found = judged[(judged["stage"] == stage) & (judged["size"] == size)]["value"]
-            expected.append(" ".join(f"{value:.3f}" for value in found))
-            assert len(found) == 3
-        assert [row[column] for row in rows] == expected, size
+    rows = {row[0]: row[1:] for row in table(section("docs/results.md", "## The scaling study on the toy world"))}
+    finals = pandas.read_csv(images / "sft_rm_scale.csv").query("kind == 'final'")
+    judged = pandas.read_csv(images / "rlhf_scaling_plot.csv").query("kind == 'judge' and judge == 'gold'")
+    numbers = pandas.concat([finals, judged[judged["update"].isna()]])
+    for name, (stage, metric) in scaling_table.SHOWN.items():
+        each = {size: {} for size in ("nano", "tiny", "small", "medium")}
+        for row in numbers[(numbers["stage"] == stage) & (numbers["metric"] == metric)].itertuples():
+            each[row.size][row.seed] = row.value
+        values = [[of[seed] for seed in (1, 2, 3)] for of in each.values()]  # three seeds of each size
+        values.append([last - first for first, last in zip(values[0], values[-1])])
+        for cell, three in zip(rows[name], values, strict=True):
+            half = 4.302653 * statistics.stdev(three) / math.sqrt(3)  # Student's t, 2 degrees of freedom, 95 %
+            mean = statistics.fmean(three)
+            assert cell == f"{mean:.3f} ({mean - half:.3f} to {mean + half:.3f})", (name, three)
 
 
 def test_the_documents_are_as_make_toy_seeds_writes_them():

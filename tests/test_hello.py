@@ -17,6 +17,7 @@ import tyro
 from accelerate.commands.launch import launch_command_parser
 from conftest import OFFLINE, ROOT
 
+from summarize_from_feedback_details import toy_tldr
 from summarize_from_feedback_details.common.arguments import derive_sizes
 
 
@@ -63,9 +64,10 @@ def test_smoke_run_then_another_ppo_killed_on_its_way(copy):
     for side in ("sft", "ppo"):
         assert numbers[f"{side}/win_rate_low"] <= numbers[f"{side}/win_rate"] <= numbers[f"{side}/win_rate_high"]
     assert (copy / "runs/smoke_seed1_ppo/judge/gold_against_smoke_seed1_sft/report.json").exists()
+    assert numbers["ppo/win_rate_gain_low"] <= numbers["ppo/win_rate_gain"] <= numbers["ppo/win_rate_gain_high"]
     weights = (copy / "models/smoke_seed1/ppo/model.safetensors").read_bytes()
 
-    # another PPO run beside the first one, killed in the middle and started again, with its own report
+    # another PPO run beside the first one, killed in the middle and started again
     killed, until = start(copy, SMOKE="1", KL_COEF="0.2"), time.monotonic() + 200
     while time.monotonic() < until and killed.poll() is None:
         if (copy / "runs/smoke_seed1_kl0.2_ppo/metrics.jsonl").exists():
@@ -74,13 +76,10 @@ def test_smoke_run_then_another_ppo_killed_on_its_way(copy):
     os.killpg(killed.pid, signal.SIGKILL)
     said = killed.communicate()[0]
     assert said.count("reused") == 4 and said.count("== kl0.2_ppo") == 1, said
-    other = hello(copy, SMOKE="1", KL_COEF="0.2")
+    other = hello(copy, SMOKE="1", KL_COEF="0.2", REPORT="0")
     assert other.returncode == 0, other.stderr[-3000:]
     assert other.stdout.count("reused") == 4 and "== kl0.2_ppo: was interrupted, goes on" in other.stdout
-    assert "run runs/smoke_seed1_kl0.2_ppo" in other.stdout
     assert not [p for top in ("runs", "models/smoke_seed1") for p in (copy / top).glob("*.old-*")]
-    report = pandas.read_csv(copy / "eval/reports/smoke_seed1_kl0.2_ppo.csv", index_col="metric")["smoke_seed1"]
-    assert report["ppo/win_rate_gain_low"] <= report["ppo/win_rate_gain"] <= report["ppo/win_rate_gain_high"]
     assert (copy / "models/smoke_seed1/ppo/model.safetensors").read_bytes() == weights
     umask = os.umask(0o022)
     os.umask(umask)
@@ -96,14 +95,25 @@ def test_smoke_run_then_another_ppo_killed_on_its_way(copy):
     [
         ({"SEED": "x"}, "error: SEED: found 'x'; expected a number above 0"),
         ({"ACCELERATE_USE_CPU": "maybe"}, "error: ACCELERATE_USE_CPU: found 'maybe' in the environment"),
-        ({"SIZE": "huge"}, "error: SIZE: found 'huge'; expected tiny, small, medium or large"),
+        ({"SIZE": "huge"}, "error: SIZE: found 'huge'; expected nano, tiny, small, medium or large"),
         ({"KL_COEF": "-1"}, "error: KL_COEF: found '-1'"),
+        ({"LORA_RANK": "8"}, "error: LORA_RANK: found '8'; expected a number above 0, with LORA=1"),
+        ({"LORA_RANK": "x", "LORA": "1"}, "error: LORA_RANK: found 'x'"),
+        ({"HARD": "1", "SIZE": "large"}, "error: SIZE: found 'large' with HARD=1"),
+        ({"PPO_EPISODES": "63"}, "error: PPO_EPISODES: found '63'; expected a number of at least 64"),
+        ({"HARD": "2"}, "error: HARD: found '2'; expected 0 or 1"),
+        ({"MODEL": "EleutherAI/pythia-1b-deduped", "HARD": "1"}, "error: HARD: found 1 with MODEL="),
         ({"SMOKE": "yes"}, "error: SMOKE: found 'yes'; expected 0 or 1"),
         ({"MODEL": "EleutherAI/pythia-1b-deduped", "MICRO": "7"}, "error: MICRO: found 7 on 1 processes"),
         ({"MODEL": "EleutherAI/pythia-1b-deduped", "PPO_MICRO": "0"}, "error: PPO_MICRO: found '0'"),
         ({"MODEL": "EleutherAI/pythia-1b-deduped", "SIZE": "tiny"}, "error: SIZE: found 'tiny' with MODEL="),
         ({"MODEL": "EleutherAI/pythia-1b-deduped", "ROWS": "many"}, "error: ROWS: found 'many'"),
         ({"MODEL": "EleutherAI/pythia-1b-deduped", "POSTS": "x"}, "error: ROWS: found ''"),
+        (
+            {"MODEL": "EleutherAI/pythia-1b-deduped", "PPO_EPISODES": "64"},
+            "error: PPO_EPISODES: found '64' with MODEL=",
+        ),
+        ({"MODEL": "x", "ROWS": "9", "PPO_EPISODES": "few"}, "error: PPO_EPISODES: found 'few'"),
         ({"ROWS": "100"}, "error: ROWS: found '100' without MODEL"),
         ({"MODEL": "EleutherAI/pythia-1b-deduped", "SMOKE": "1"}, "error: SMOKE: found 1 with MODEL="),
     ],
@@ -215,15 +225,22 @@ def parse(call: list[str], monkeypatch):
 
 
 def check_launch(call: list[str], gpus: int) -> None:
-    """The words before the stage's own: what accelerate is asked for, in words that it knows."""
-    launcher = "-m accelerate.commands.launch"
-    one = f"{launcher} --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
-    many = f"{launcher} --config_file deepspeed.yaml --num_processes {gpus}"
-    assert " ".join(call[: call.index(script_of(call))]) == {0: f"{one} --cpu", 1: one}.get(gpus, many)
+    """The words before the stage's own: for several processes, what accelerate is asked for, in words that it knows."""
+    before = call[: call.index(script_of(call))]
+    if gpus < 2:
+        assert not before
+        return
+    assert before == [
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        "deepspeed.yaml",
+        "--num_processes",
+        f"{gpus}",
+    ]
     known = launch_command_parser().parse_args(call[2:])
-    assert known.training_script == script_of(call) and known.num_processes == max(1, gpus)
-    assert known.config_file == ("deepspeed.yaml" if gpus > 1 else None) and known.cpu == (gpus == 0)
-    assert (ROOT / "deepspeed.yaml").exists()
+    assert known.training_script == script_of(call) and known.num_processes == gpus and not known.cpu
+    assert known.config_file == "deepspeed.yaml" and (ROOT / "deepspeed.yaml").exists()
 
 
 def check_sizes(stage: str, args, gpus: int, steps: int) -> None:
@@ -367,6 +384,11 @@ def test_adapters(project, monkeypatch):
     sft, reward, ppo = (parse(call, monkeypatch) for call in calls[3:])
     assert (sft.lora, reward.lora, ppo.lora) == (False, True, True) and ppo.lr == 1e-3
     assert sft.output_dir == reward.sft_model_path == ppo.sft_model_path == "models/toy_small_seed1_lora/sft"
+    done, calls = project.hello(0, LORA_RANK="8", **lora)
+    assert done.returncode == 0, done.stderr
+    sft, reward, ppo = (parse(call, monkeypatch) for call in calls[3:])
+    assert reward.lora_params.rank == ppo.lora_params.rank == 8
+    assert sft.output_dir == "models/toy_small_seed1_lora_rank8/sft"
 
 
 @pytest.mark.parametrize("bytes_of", [[], [85_017_755_648], [80e9, 40e9, 60e9]])
@@ -405,19 +427,22 @@ def test_the_toy_world_on_several_gpus(project, monkeypatch, gpus):
 @pytest.mark.parametrize("gpus, size, micro", [(0, "135m", 16), (8, "135m", 8), (8, "2.8b", 4)])
 def test_the_real_thing_on_few_rows(project, monkeypatch, gpus, size, micro):
     """Real rows cut to so many and tokenised for the model; the stages read them, in batches for so few."""
-    more = {"POSTS": "my/posts", "COMPARISONS": "my/pairs"} if gpus else {}
+    more = {"POSTS": "my/posts", "COMPARISONS": "my/pairs"} if gpus else {"PPO_EPISODES": "320"}
     lora = {"LORA": "1"} if size == "2.8b" else {}
     model = f"EleutherAI/pythia-{size}" if gpus else "HuggingFaceTB/SmolLM2-135M"
     done, calls = project.hello(gpus, MODEL=model, ROWS="2000", REPORT="0", GPU_GB="999", **more, **lora)
     assert done.returncode == 0, done.stderr
     data, sft, rm, ppo = (parse(call, monkeypatch) for call in calls)
     assert (data.max_rows, data.base_model, data.check_length_correctness) == (2000, sft.base_model, False)
-    assert (data.sft_dataset, data.preference_dataset)[: len(more)] == tuple(more.values())
+    assert not gpus or (data.sft_dataset, data.preference_dataset) == tuple(more.values())
     assert sft.query_dataset == rm.query_dataset == ppo.query_dataset == f"{data.output_dir}/sft"
     assert rm.label_dataset == f"{data.output_dir}/comparisons"
     assert (sft.batch_size, rm.batch_size, ppo.batch_size) == (16, 32, 64) and ppo.local_micro_batch_size == micro
     assert [args.lr for args in (sft, rm, ppo)] == ([3e-4, 1e-4, 3e-5] if lora else [3e-5, 1e-5, 3e-6])
-    assert 8.5 * 2000 < ppo.total_episodes < 8.6 * 2000 and ppo.total_episodes % 64 == 0
+    if gpus:
+        assert 8.5 * 2000 < ppo.total_episodes < 8.6 * 2000 and ppo.total_episodes % 64 == 0
+    else:
+        assert ppo.total_episodes == 320
     for stage, args in zip(("sft", "reward", "ppo"), (sft, rm, ppo)):
         batch, processes, steps, rows = read_arithmetic(done.stdout)[stage]
         assert (batch, rows) == (args.batch_size, args.local_micro_batch_size) and batch == processes * steps * rows
@@ -479,7 +504,7 @@ def test_fresh_of_the_real_thing(project):
         ("EPISODES=(19200 16000 3200)", "EPISODES=(19200 16000 6400)", ["ppo"]),
         ("--num_normalization_rows 2048", "--num_normalization_rows 100", ["reward", "ppo"]),
         ("--num_train_epochs 2", "--num_train_epochs 1", ["sft", "reward", "ppo"]),
-        ("--tldr_params.length 56", "--tldr_params.length 50", ["dataset", "sft", "reward", "ppo"]),
+        ("LENGTHS=(56 ", "LENGTHS=(50 ", ["dataset", "sft", "reward", "ppo"]),
         ("--n_sft 16000", "--n_sft 15000", list(STAGES)),
     ],
     ids=["ppo", "reward", "sft", "dataset", "world"],
@@ -516,6 +541,51 @@ def test_a_setting_runs_what_depends_on_it(project, change, run):
         assert set(second) == set(first) | outputs_of("ppo", "kl0.2_ppo")
     if "SEED" in change:
         assert set(second) == set(first) | {path.replace("seed1", "seed2") for path in first}
+
+
+def test_another_kl_coefficient_has_a_report_of_its_own(project):
+    done, calls = project.hello(KL_COEF="0.2")
+    assert done.returncode == 0, done.stderr
+    run = name = "toy_small_seed1_kl0.2_ppo"
+    reports = {script_of(call): call for call in calls if script_of(call) not in map("{}.py".format, STAGES)}
+    judged, report = reports["eval/judge.py"], reports["eval/hello_report.py"]
+    assert run in judged and report[report.index("--ppo") + 1] == "kl0.2_ppo"
+    assert report[report.index("--name") + 1] == name
+    assert f"eval/reports/{name}/tokens.html" in reports["visualize_tokens.py"]
+
+
+def test_the_hard_world_has_chains_of_its_own(project, monkeypatch):
+    """Its rows, its lengths, a learning rate for each size and stage; the easy one's are as they were."""
+    found = {}
+    for hard in "01":
+        done, calls = project.hello(REPORT="0", HARD=hard, SIZE="nano")
+        assert done.returncode == 0, done.stderr
+        found[hard] = {stage: parse(call, monkeypatch) for stage, call in zip(STAGES, calls)}
+    easy, harder = found["0"], found["1"]
+    assert (easy["world"].world, harder["world"].world) == ("easy", "hard")
+    assert str(harder["world"].data_dir) == "data/hard_nano_seed1_raw"
+    for stage in ("sft", "reward", "ppo"):
+        assert harder[stage].run_name == f"hard_nano_seed1_{stage}"
+    trained = ("sft", "reward", "ppo")
+    assert [easy[stage].lr for stage in trained] == [3e-3, 3e-3, 3e-4]
+    rates = [[harder[stage].lr for stage in trained]]
+    for size in ("tiny", "small", "medium"):
+        done, calls = project.hello(REPORT="0", HARD="1", SIZE=size)
+        assert done.returncode == 0, done.stderr
+        rates.append([parse(call, monkeypatch).lr for call in calls[2:]])
+    assert all(wide < narrow for both in zip(rates, rates[1:]) for narrow, wide in zip(*both))  # they fall with width
+    for world, args in ((toy_tldr.EASY, easy["dataset"]), (toy_tldr.HARD, harder["dataset"])):
+        given = {
+            "query": args.tldr_params.length,
+            "sft_response": args.tldr_params.max_sft_response_length,
+            "sft_query_response": args.tldr_params.max_sft_query_response_length,
+            "rm_response": args.tldr_params.max_rm_response_length,
+            "rm_query_response": args.tldr_params.max_rm_query_response_length,
+            "cnndm_query": args.cnndm_params.length,
+            "cnndm_rm_response": args.cnndm_params.max_rm_response_length,
+            "cnndm_rm_query_response": args.cnndm_params.max_rm_query_response_length,
+        }
+        assert given == world.lengths
 
 
 def test_an_interrupted_stage_goes_on_unless_its_arguments_changed(project):

@@ -151,7 +151,7 @@ def long_rows(world, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero", [None, 2, 3])
+@pytest.mark.parametrize("zero", [None, pytest.param(2, marks=pytest.mark.torture), 3])
 def test_bf16(world, workdir, long_rows, zero):
     """The code path of GPUs, small: bf16 weights with float32 masters under DeepSpeed, autocast without.
 
@@ -205,7 +205,7 @@ print("norm", norm)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero", [2, 3])
+@pytest.mark.parametrize("zero", [2, pytest.param(3, marks=pytest.mark.torture)])
 def test_many_gradients_are_added_up_in_float32(world, workdir, zero):
     """300 gradients of 1 are 300; in bf16 they would stay at 256, where the next number is 258."""
     Path("adds_up.py").write_text(ADDS_UP)

@@ -262,7 +262,7 @@ def test_a_stop_changes_nothing(roles, workdir, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero", [None, pytest.param(2, marks=pytest.mark.torture), 3])
+@pytest.mark.parametrize("zero", [None, *(pytest.param(zero, marks=pytest.mark.torture) for zero in (2, 3))])
 def test_bf16(world, workdir, zero):
     """A trunk in bf16: all roles start as the same networks, and what is kept loads as float32."""
     if choose_precision("auto") != "bf16":

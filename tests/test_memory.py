@@ -145,6 +145,7 @@ def launches(tmp_path, monkeypatch):
         ("--cpu --mixed_precision no", "", ""),
         ("--num_processes 1", "", PLAIN),
         ("python -m accelerate.commands.launch --num_processes 1 --num_machines 1 --dynamo_backend no", "", PLAIN),
+        ("some/python", "", PLAIN),
         ("--config_file x.yaml", "distributed_type: NO", PLAIN),
         ("--config_file x.yaml", "distributed_type: MULTI_GPU", PLAIN),
         # more than is read here
@@ -170,6 +171,7 @@ def test_without_a_config_file_accelerates_own_is_read(launches, ending):
     settings = {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 3}, "mixed_precision": "bf16"}
     own.write_text(json.dumps(settings))
     assert memory.read_launch("--num_processes 8") == {"zero": 3, "width": 2, "sums": 4}
+    assert memory.read_launch("") == {"zero": 3, "width": 2, "sums": 4} and memory.read_launch("python") == PLAIN
     assert memory.read_launch("--cpu") == ""
     (launches / "x.yaml").write_text("distributed_type: MULTI_GPU")
     assert memory.read_launch("--config_file x.yaml") == PLAIN

@@ -133,6 +133,10 @@ def test_main_learns_and_writes_a_standard_checkpoint(world, workdir, capsys):
     assert [line["train/sft/episode"] for line in lines if "train/sft/episode" in line][-1] == 100
     tables = pandas.read_parquet("runs/policy/tables/validation.parquet")
     assert list(tables)[:3] == ["query", "response", "reference"] and len(tables) == 20
+    base = pandas.read_parquet("runs/policy/tables/base_validation.parquet")  # of the same posts
+    assert list(base["query"]) == list(tables["query"]) and list(base["response"]) != list(tables["response"])
+    found = rouge_means(list(base["response"]), list(base["reference"]))
+    assert found["rougeL"] == pytest.approx(lines[0]["validation/base/rouge/rougeL"])
     out = capsys.readouterr().out
     assert "references, shuffled" in out and "base model" in out and "runs/policy/tables/test.parquet" in out
     # plain classes read it

@@ -1,6 +1,6 @@
 """SIGKILL at random moments: the same command again, and the bits are those of a run that nothing stopped.
 
-`make torture` runs all trials (TRIALS of each stage) and prints a table; `make test` the first one of PPO.
+`make torture` runs all trials (TRIALS of each stage) and prints a table; `make test` kills a run in test_reinforce.py.
 """
 
 import functools
@@ -58,14 +58,10 @@ def phase(cwd: Path, stage: str) -> str:
     return "training" if (run / "metrics.jsonl").exists() else "starting"
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 @pytest.mark.parametrize(
     "stage, trial",
-    [
-        pytest.param(stage, trial, marks=[] if (stage, trial) == ("ppo_left_padding", 0) else pytest.mark.torture)
-        for stage in STAGE_NAMES
-        for trial in range(TRIALS)
-    ],
+    [(stage, trial) for stage in STAGE_NAMES for trial in range(TRIALS)],
 )
 def test_sigkill(world, workdir, whole, stage, trial):
     folder, begin, end = whole(stage)

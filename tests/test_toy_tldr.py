@@ -37,6 +37,13 @@ def world(tmp_path_factory):
     return folder, result
 
 
+@pytest.fixture(scope="module")
+def hard(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hard")
+    result = toy_tldr.main(tiny_args(folder, world="hard"))
+    return folder, result
+
+
 def all_bytes(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
@@ -74,21 +81,40 @@ def test_gold_reads_texts_only():
     assert gold_score("this post has no facts", "it is bad.")["coverage"] == 0
 
 
-def test_facts_are_read_as_drawn():
+@pytest.mark.parametrize("world", toy_tldr.WORLDS.values(), ids=toy_tldr.WORLDS)
+def test_facts_are_read_as_drawn(world):
     rng = random.Random(5)
-    for _ in range(500):
-        row, facts, _ = toy_tldr.write_post(rng)
-        assert toy_tldr.read_facts(row["post"]) == facts
-        article, facts, _ = toy_tldr.write_article(rng)
-        assert toy_tldr.read_facts(article) == facts
+    for _ in range(1000):
+        row, facts, _ = toy_tldr.write_post(rng, world)
+        assert toy_tldr.read_facts(row["post"]) == facts, row["post"]
+        article, facts, _ = toy_tldr.write_article(rng, world)
+        assert toy_tldr.read_facts(article) == facts, article
 
 
-def test_no_value_stands_elsewhere_in_the_grammar():
+@pytest.mark.parametrize("world", toy_tldr.WORLDS.values(), ids=toy_tldr.WORLDS)
+def test_no_value_stands_elsewhere_in_the_grammar(world):
     values = [value for words in toy_tldr.VALUES.values() for value in words]
     assert len(values) == len(set(values))
-    texts = toy_tldr.TITLES + toy_tldr.CORE + toy_tldr.PLACE + toy_tldr.PLAN + toy_tldr.NEUTRAL + toy_tldr.NEWS
-    texts += toy_tldr.OPENERS + toy_tldr.CLOSERS + sum(toy_tldr.DECOYS.values(), [])
+    texts = [*world.core, *world.place, *world.plan, *world.near_misses, *sum(world.decoys.values(), [])]
+    texts += toy_tldr.TITLES + toy_tldr.NEUTRAL + toy_tldr.NEWS + toy_tldr.OPENERS + toy_tldr.CLOSERS
     assert not set(values) & {word for text in texts for word in toy_tldr.split_words(text)}
+
+
+@pytest.mark.parametrize(
+    "post, facts",
+    [
+        ("i dreamt my vet sold my lamp. so my boss lost my bike. i will not lie. should i quit?",
+         {"who": "boss", "deed": "lost", "thing": "bike", "plan": "quit"}),
+        ("so my vet, no, my boss lost my bike. this was at the gym. no, make that the zoo.",
+         {"who": "boss", "deed": "lost", "thing": "bike", "place": "zoo"}),
+        ("my bike? my boss lost it. should i lie? no, should i quit? my vet never sold my lamp. the gym was shut.",
+         {"who": "boss", "deed": "lost", "thing": "bike", "plan": "quit"}),
+        ("my boss, not my vet, lost my bike. not at the gym, at the zoo. i would like to quit, not lie.",
+         {"who": "boss", "deed": "lost", "thing": "bike", "place": "zoo", "plan": "quit"}),
+    ],
+)  # fmt: skip
+def test_facts_of_the_hard_world(post, facts):
+    assert toy_tldr.read_facts(post) == facts
 
 
 def test_preference_probability():
@@ -164,6 +190,27 @@ def test_confidence_is_informative(world):
     assert agreement[0] + 0.1 < agreement[1]
 
 
+def test_the_hard_world_is_another_one(world, hard):
+    """Its rows have stories that did not happen, and lengths, a tokenizer and a version of its own."""
+    easy_rows, rows = (read(folder / "data" / "sft" / "train.jsonl") for folder, _ in (world, hard))
+    asserted = lambda row: sum(word in toy_tldr.SLOT_OF for word in toy_tldr.split_words(row["post"]))
+    assert mean(map(asserted, easy_rows)) < 6 and mean(map(asserted, rows)) > 9
+    missed = [any(text.split("{")[0] in row["post"] for text in toy_tldr.HARD.near_misses[:3]) for row in rows]
+    assert 0.3 < mean(missed) < 0.8
+    tokenizer = AutoTokenizer.from_pretrained(hard[0] / "models" / "small")
+    assert all(len(tokenizer(f" {value}")["input_ids"]) == 1 for value in toy_tldr.SLOT_OF)
+    made = [json.loads((folder / "data" / toy_tldr.MANIFEST).read_text())["made_with"] for folder, _ in (world, hard)]
+    assert made[0].keys() == made[1].keys() and made[0] | {"world": "hard 1"} == made[1]
+    assert 0.45 < hard[1]["rm/blind"] < 0.65 and hard[1]["rm/ceiling"] > 0.9
+
+
+def test_worlds_are_not_mixed(world, capsys):
+    with pytest.raises(SystemExit) as stop:
+        toy_tldr.main(tiny_args(world[0], world="hard"))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "--data_dir:" in error and "world 2" in error
+
+
 def test_seed_decides_everything(world, tmp_path):
     folder, result = world
     assert toy_tldr.main(tiny_args(tmp_path / "again")) == result
@@ -214,20 +261,22 @@ def test_tokenizer_and_model_load(world):
     assert model(ids).logits.shape == (1, ids.shape[1], model.config.vocab_size)
 
 
-def test_three_sizes_grow():
+def test_sizes_grow():
     tokenizer = toy_tldr.train_tokenizer()
     sizes = [sum(p.numel() for p in toy_tldr.init_model(s, tokenizer, 1).parameters()) for s in toy_tldr.SIZES]
-    assert len(sizes) >= 3 and sizes == sorted(sizes) and sizes[-1] > 4 * sizes[0]
+    assert sizes == sorted(sizes) and sizes[list(toy_tldr.SIZES).index("medium")] > 30 * sizes[0]
 
 
-def test_lengths_fit(world):
-    _, result = world
+@pytest.mark.parametrize("name", toy_tldr.WORLDS)
+def test_lengths_fit(name, world, hard):
+    _, result = {"easy": world, "hard": hard}[name]
+    limits = toy_tldr.WORLDS[name].lengths
     lengths = {name.removeprefix("tokens/"): n for name, n in result.items() if name.startswith("tokens/")}
-    assert lengths.keys() == toy_tldr.LENGTHS.keys()
-    for name, longest in lengths.items():
-        assert 0.5 * toy_tldr.LENGTHS[name] < longest <= toy_tldr.LENGTHS[name]
-    assert toy_tldr.CNNDM_RM_QUERY_RESPONSE_LENGTH <= toy_tldr.MAX_POSITIONS
-    assert toy_tldr.QUERY_LENGTH + toy_tldr.RESPONSE_LENGTH <= toy_tldr.SFT_QUERY_RESPONSE_LENGTH
+    assert lengths.keys() == limits.keys()
+    for what, longest in lengths.items():
+        assert 0.5 * limits[what] < longest <= limits[what]
+    assert limits["cnndm_rm_query_response"] <= toy_tldr.MAX_POSITIONS
+    assert limits["query"] + limits["sft_response"] <= limits["sft_query_response"]
 
 
 # ------------------------------------------------------------------------------------------------- what can be reached

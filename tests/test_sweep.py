@@ -1,0 +1,45 @@
+"""Learning rates beside each other: a run repeated at another rate, with nothing else changed."""
+
+import json
+from pathlib import Path
+
+import pandas
+import pytest
+import sweep
+from conftest import launch, to_flags
+
+from summarize_from_feedback_details import ppo_left_padding
+
+
+def test_flags_are_those_that_were_typed(world):
+    args = world.ppo_args("models/p", lr=3e-5, num_ppo_epochs=2)
+    args.ppo.kl_coef = 0.2
+    typed = json.loads(json.dumps(ppo_left_padding.asdict(args), default=str))
+    flags = sweep.as_flags(typed)
+    assert "--ppo.kl_coef" in flags and flags[flags.index("--lr") + 1] == "3e-05"
+    named = [flag for flag in to_flags(args) if flag.startswith("--")]
+    assert set(named) <= set(flags)
+
+
+def test_a_run_at_another_rate(world, workdir, capsys):
+    done = launch("sft", world.sft_args("models/first", lr=1e-3, run_name="first"), workdir)
+    assert done.returncode == 0, done.stderr[-2000:]
+    arguments = sweep.Args(runs=("first",), scales=(3.0,), output_dir="out", documents=())
+    table = sweep.main(arguments)
+    assert list(table["lr"]) == ["0.001", "0.003"] and list(table.index) == ["first", "first_lr0.003"]
+    first, other = (json.loads(Path("runs", name, "args.json").read_text()) for name in table.index)
+    assert {name for name in first if first[name] != other[name]} == {"lr", "run_name", "output_dir"}
+    assert other["output_dir"] == "models/first_lr0.003" and Path(other["output_dir"], "model.safetensors").exists()
+    finals = [json.loads(Path("runs", name, "summary.json").read_text())["metrics"] for name in table.index]
+    assert list(table["reached"]) == [final["validation/sft/rouge/rougeL"] for final in finals]
+    assert finals[0]["validation/sft/loss"] != finals[1]["validation/sft/loss"]
+    written = pandas.read_csv("out/sweep.csv", index_col="run")
+    assert list(written.index) == list(table.index) and Path("out/sweep.md").exists()
+    before = Path("runs/first_lr0.003/metrics.jsonl").stat().st_mtime_ns
+    assert sweep.main(arguments).equals(table)  # nothing is trained twice
+    assert Path("runs/first_lr0.003/metrics.jsonl").stat().st_mtime_ns == before
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        sweep.main(sweep.Args(runs=("none",), output_dir="out"))
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.startswith("error: --runs: found 'none'") and said.count("\n") == 1
