@@ -1,6 +1,7 @@
 """Learning rates beside each other: a run repeated at another rate, with nothing else changed."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas
@@ -8,17 +9,15 @@ import pytest
 import sweep
 from conftest import launch, to_flags
 
-from summarize_from_feedback_details import ppo_left_padding
-
 
 def test_flags_are_those_that_were_typed(world):
-    args = world.ppo_args("models/p", lr=3e-5, num_ppo_epochs=2)
-    args.ppo.kl_coef = 0.2
-    typed = json.loads(json.dumps(ppo_left_padding.asdict(args), default=str))
-    flags = sweep.as_flags(typed)
-    assert "--ppo.kl_coef" in flags and flags[flags.index("--lr") + 1] == "3e-05"
-    named = [flag for flag in to_flags(args) if flag.startswith("--")]
-    assert set(named) <= set(flags)
+    args = world.ppo_args("models/p", lr=3e-5, lora=True)
+    args.ppo.kl_coef, args.lora_params.rank = 0.2, 8
+    flags = sweep.as_flags(json.loads(json.dumps(asdict(args), default=str)))
+    assert flags == to_flags(args)  # as the tests launch stages
+    for flag, value in (("--lr", "3e-05"), ("--ppo.kl_coef", "0.2"), ("--lora.rank", "8")):
+        assert flags[flags.index(flag) + 1] == value
+    assert "--lora" in flags and "--no-push_to_hub" in flags
 
 
 def test_a_run_at_another_rate(world, workdir, capsys):
@@ -38,7 +37,13 @@ def test_a_run_at_another_rate(world, workdir, capsys):
     before = Path("runs/first_lr0.003/metrics.jsonl").stat().st_mtime_ns
     assert sweep.main(arguments).equals(table)  # nothing is trained twice
     assert Path("runs/first_lr0.003/metrics.jsonl").stat().st_mtime_ns == before
-    capsys.readouterr()
+    # made of other inputs: set aside, and made again
+    typed = json.loads(Path("runs/first/typed.json").read_text())
+    Path("runs/first/typed.json").write_text(json.dumps(typed | {"warm_up_steps": 3}))
+    assert sweep.main(arguments)["loss or KL"].iloc[1] != table["loss or KL"].iloc[1]
+    for path in ("runs/first_lr0.003", "models/first_lr0.003"):
+        assert Path(path).is_dir() and Path(f"{path}.old-1").is_dir()
+    assert "was made of other inputs: now" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:
         sweep.main(sweep.Args(runs=("none",), output_dir="out"))
     said = capsys.readouterr().err
