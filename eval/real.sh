@@ -5,7 +5,7 @@
 #   make real POSTS=my/posts COMPARISONS=my/comparisons     folders of raw rows
 #   make real ROWS=2000 MODEL=HuggingFaceTB/SmolLM2-135M    the hub's rows, cut to so many; another model
 #   make real LORAS=1 PPO_EPISODES=160 ...                  adapters alone; less of PPO
-#   SWEEP=1 make real ...                                   what the learning rates were chosen by: three of each, of all
+#   SWEEP=1 make real ...                                   learning rates beside each other: three of each, of all
 #                                                           weights; the last hundred training rows are held out
 #
 # Chains are those of hello_world.sh. A finished stage is reused, and one that was stopped goes on.

@@ -4,7 +4,7 @@
 #
 #   eval/scaling.sh                               all of it
 #   SIZES="nano tiny" SEEDS=1 eval/scaling.sh     less of it
-#   SWEEP=1 eval/scaling.sh                       what the learning rates were chosen by: three of each, on seed 4
+#   SWEEP=1 eval/scaling.sh                       learning rates beside each other: three of each, on seed 4
 #
 # Every chain is trained on one thread, JOBS of them at a time; finished stages are reused and one that was stopped goes on,
 # so that the same command goes on after a stop. Logs: logs/scaling/<chain>.log
