@@ -112,7 +112,7 @@ if [ "$MODEL" = toy ]; then
     # learning rates of SFT, the reward model (none: SFT's) and PPO: they fall with the width of the model
     case $SIZE in
         nano | tiny | small) RATES=(3e-3 "" 3e-4) ;;
-        medium) RATES=(3e-3 "" 1e-4) ;;
+        medium) RATES=(6e-4 "" 1e-4) ;;
         large) RATES=(3e-3 "" 7e-5) ;;
         *) refuse SIZE "'$SIZE'" "nano, tiny, small, medium or large" ;;
     esac
