@@ -153,7 +153,9 @@ if [ "$MODEL" = toy ]; then
     TOY=(--lr "${RATES[0]}" --warm_up_steps 20 --eps 1e-8 --weight_decay 0 --max_grad_norm 1 --precision "$PRECISION"
         --local_eval_batch_size 128 --print_sample_output_freq 0)
 
-    if [ "$SIZE$HARD" = small0 ] && [ "$PPO_EPISODES" = "${EPISODES[2]}" ]; then "$PYTHON" eval/speed_probe.py --smoke "$SMOKE"; fi
+    if [ "$SIZE$HARD" = small0 ] && [ "$PPO_EPISODES" = "${EPISODES[2]}" ]; then
+        "$PYTHON" eval/speed_probe.py --smoke "$SMOKE"
+    fi
     stage world "$RAW models/$CHAIN/base" "" "$PYTHON" $STAGES/toy_tldr.py --seed "$SEED" --sizes "$SIZE" \
         --data_dir "$RAW" --models_dir "models/$CHAIN/base" "${WORLD[@]}"
     stage dataset "$DATA" "world" "$PYTHON" $STAGES/tldr_dataset.py --base_model "$BASE" --sft_dataset "$RAW/sft" \

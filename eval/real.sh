@@ -20,25 +20,26 @@ LORAS=${LORAS:-$([ "$SWEEP" = 1 ] && echo 0 || echo 0 1)}
 [ -n "${ROWS:-}" ] || { [ -n "${POSTS:-}" ] && [ -n "${COMPARISONS:-}" ]; } ||
     refuse "POSTS and COMPARISONS" "'${POSTS:-}' and '${COMPARISONS:-}'" "folders of raw rows, or ROWS=2000: the hub's"
 for lora in $LORAS; do [[ $lora =~ ^[01]$ ]] || refuse LORAS "'$LORAS'" "0, 1 or both"; done
+[[ ${SEED:-1} =~ ^[1-9][0-9]*$ ]] || refuse SEED "'$SEED'" "a number above 0"
 if [ -z "${MODEL:-}" ]; then
     export MODEL=models/smollm2-135m
     "$PYTHON" eval/get_smollm2.py --output_dir "$MODEL"
 fi
-[[ ${SEED:-1} =~ ^[1-9][0-9]*$ ]] || refuse SEED "'$SEED'" "a number above 0"
 export SEED=${SEED:-$([ "$SWEEP" = 1 ] && echo 4 || echo 1)} # which the chains are named by
 export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0} # one GPU at most
-unset LORA_RANK
+unset LORA_RANK # it would change the chains' names
 export REPORT=0 ROWS=${ROWS:-700} MICRO=${MICRO:-4} PPO_MICRO=${PPO_MICRO:-4} ROLLOUT=${ROLLOUT:-16}
 export PPO_EPISODES=${PPO_EPISODES:-$([ "$SWEEP" = 1 ] && echo 128 || echo 320)} POSTS=${POSTS:-} COMPARISONS=${COMPARISONS:-}
 
 if [ "$SWEEP" = 1 ]; then # validation and test rows are not looked at: others take their place
     for name in POSTS COMPARISONS; do
-        [ -f "${!name}/train.jsonl" ] || refuse "$name" "'${!name}' with SWEEP=1" "a folder with train.jsonl"
-        [ "$(wc -l <"${!name}/train.jsonl")" -ge 200 ] || refuse "$name" "'${!name}' with SWEEP=1" "200 training rows or more"
-        held_out=data/real_sweep_$(cksum <"${!name}/train.jsonl" | cut -d " " -f 1)/${name,,}
+        rows=${!name}/train.jsonl
+        [ -f "$rows" ] || refuse "$name" "'${!name}' with SWEEP=1" "a folder with train.jsonl"
+        [ "$(wc -l <"$rows")" -ge 200 ] || refuse "$name" "'${!name}' with SWEEP=1" "200 training rows or more"
+        held_out=data/real_sweep_$(cksum <"$rows" | cut -d " " -f 1)/${name,,}
         mkdir -p "$held_out"
-        head -n -100 "${!name}/train.jsonl" >"$held_out/train.jsonl"
-        for split in validation test; do tail -n 100 "${!name}/train.jsonl" >"$held_out/$split.jsonl"; done
+        head -n -100 "$rows" >"$held_out/train.jsonl"
+        for split in validation test; do tail -n 100 "$rows" >"$held_out/$split.jsonl"; done
         export "$name=$held_out"
     done
 fi

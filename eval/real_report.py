@@ -70,7 +70,8 @@ def read_sft(chain: str) -> dict[str, str]:
 
 def other_seeds(chain: str) -> list[Path]:
     """The reward model's runs of other seeds; the first one's model judges as well."""
-    return [run for run in sorted(RUNS.glob(f"{chain}_reward_seed*")) if re.fullmatch(r".*_seed\d+", run.name)]
+    found = (run for run in RUNS.glob(f"{chain}_reward_seed*") if re.fullmatch(r".*_seed\d+", run.name))
+    return sorted(found, key=lambda run: int(run.name.rpartition("_seed")[2]))
 
 
 def read_reward(chain: str) -> dict[str, str]:

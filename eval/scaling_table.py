@@ -34,7 +34,7 @@ class Args:
     """document that shows the table, between `<!-- TABLE -->` and `<!-- /TABLE -->`, where TABLE is its path"""
 
 
-def over_seeds(values: pandas.Series) -> str:
+def seeds_interval(values: pandas.Series) -> str:
     """Mean and 95 % interval (Student's t) of one value a seed; of one seed the value alone."""
     if len(values) < 2:
         return f"{values.mean():.3f}"
@@ -59,8 +59,8 @@ def scaling_table(finals: pandas.DataFrame, judged: pandas.DataFrame) -> str:
     for name, (stage, metric) in SHOWN.items():
         found = numbers[(numbers["stage"] == stage) & (numbers["metric"] == metric)]
         of = found.pivot(index="seed", columns="size", values="value")
-        rows.append([name, *(over_seeds(of[size].dropna()) for size in sizes.index)])
-        rows[-1].append(over_seeds((of[ends[0]] - of[ends[1]]).dropna()))
+        rows.append([name, *(seeds_interval(of[size].dropna()) for size in sizes.index)])
+        rows[-1].append(seeds_interval((of[ends[0]] - of[ends[1]]).dropna()))
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]) + "\n"
 

@@ -98,7 +98,7 @@ def train(command: list[str], log: Path) -> bool:
     return not done.returncode
 
 
-def row_of(path: Path, stage: str, judge: str | None) -> dict[str, float]:
+def row_of(path: Path, stage: str, judge: str | None) -> dict[str, Any]:
     """What a run reached."""
     summary, _ = find_run(path) or ({}, {})
     final = summary["metrics"] if summary.get("state") == "finished" else {}

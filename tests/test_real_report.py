@@ -76,6 +76,11 @@ def test_runs_that_were_set_aside_do_not_count(chain):
     assert real_report.main(real_report.Args(chains=(chain,), output_dir="out", documents=())).equals(before)
 
 
+def test_seeds_are_in_the_order_of_their_numbers(chain):
+    shutil.copytree("runs/c_reward_seed3", "runs/c_reward_seed10")
+    assert [run.name for run in real_report.other_seeds(chain)] == [f"c_reward_seed{seed}" for seed in (2, 3, 10)]
+
+
 def test_what_is_missing_is_said(chain, capsys):
     Path("runs/c_ppo/judge/reward_seed2/verdicts.parquet").unlink()
     with pytest.raises(SystemExit) as stop:
