@@ -21,7 +21,8 @@ test: .venv/installed
 # each stage killed at random moments, 20 trials, and started again: the same bits (20 to 40 minutes)
 torture: .venv/installed
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_torture.py tests/test_resume.py
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m torture tests/test_lora.py tests/test_layout.py tests/test_get_smollm2.py
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m torture tests/test_lora.py tests/test_layout.py tests/test_get_smollm2.py \
+	    tests/test_grpo.py tests/test_online_dpo.py
 
 # the job scripts on a real Slurm of one machine (root, and Debian's packages; 10 to 20 minutes)
 slurm-test: .venv/installed

@@ -16,11 +16,11 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
-os.environ |= {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "TOKENIZERS_PARALLELISM": "false"}
+os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 import torch  # noqa: E402
 import tyro  # noqa: E402
@@ -31,10 +31,10 @@ GROUP = 4  # responses to each query: RLOO and GRPO
 
 @dataclass
 class Args:
-    side: Literal["ours", "trl"]
+    side: Literal["ours", "trl", "transformers"]
     """whose code"""
-    stage: Literal["sft", "reward", "ppo", "dpo", "rloo", "grpo"]
-    """which stage"""
+    stage: Literal["sft", "reward", "ppo", "dpo", "rloo", "grpo", "sampling"]
+    """which stage; sampling: all rows' responses at once, each of full length, by our loop or transformers' generate"""
     folder: Path
     """where the models and rows are (`workload.make`)"""
     work: workload.Workload = field(default_factory=lambda: workload.Workload(rows=8))
@@ -47,6 +47,16 @@ class Args:
     """what the trainer is asked for"""
     lora: bool = False
     """ours: train adapters of rank 16 on frozen weights"""
+    gradient_checkpointing: bool = False
+    """compute activations again in the backward pass"""
+    sampled: int = 64
+    """ours: episodes that are sampled at a time"""
+    gpu: bool = False
+    """on the GPU, each phase timed to its end there"""
+    split_rollout: bool = False
+    """ours: time a rollout as prefill, decoding and scoring"""
+    saving: bool = True
+    """ours: write checkpoint and model after the updates, as users have it"""
     updates: int = 1
     """updates that are timed"""
     warm_up: int = 0
@@ -57,8 +67,12 @@ class Args:
     """write the top operators of the timed updates to this file (slower: do not time it)"""
 
 
-def peak_gb() -> float:
-    """Largest resident memory of this process since the last call, in GB (Linux; elsewhere since its start)."""
+def peak_gb(gpu: bool = False) -> float:
+    """Largest memory of this process since the last call, in GiB: on the GPU; or resident, on Linux."""
+    if gpu:
+        largest = torch.cuda.max_memory_allocated() / 2**30
+        torch.cuda.reset_peak_memory_stats()
+        return largest
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
@@ -68,14 +82,21 @@ def peak_gb() -> float:
 class Clock:
     """Seconds of the updates, of the phases within them, and the largest memory during each."""
 
-    def __init__(self):
+    def __init__(self, gpu: bool = False):
+        self.gpu = gpu
         self.marks, self.phases, self.open, self.peaks_gb = [], [], None, []
         self.before = 0.0  # seconds of what was computed once for each row before training: belongs to each update
 
+    def now(self) -> float:
+        """Seconds, once the GPU has done what it was given."""
+        if self.gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
     def update_ends(self) -> None:
         """Also called once before the first update."""
-        self.marks.append(time.perf_counter())
-        self.peaks_gb.append(peak_gb())  # until here: nothing is saved yet
+        self.marks.append(self.now())
+        self.peaks_gb.append(peak_gb(self.gpu))  # until here: nothing is saved yet
         self.phases.append({})
 
     def add(self, phase: str, seconds: float) -> None:
@@ -87,21 +108,29 @@ class Clock:
         from accelerate import Accelerator
         from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-        plain = Accelerator.backward
+        self.time(Accelerator, "backward")
+        register_optimizer_step_pre_hook(lambda *_: setattr(self, "open", self.now()))
+        register_optimizer_step_post_hook(lambda *_: self.add("optimiser", self.now() - self.open))
 
-        def backward(accelerator, loss, **kwargs):
-            start = time.perf_counter()
-            plain(accelerator, loss, **kwargs)
-            self.add("backward", time.perf_counter() - start)
+    def time(self, owner: Any, name: str, phase: str | None = None) -> None:
+        """Time each call of a function as a phase (default: of the function's name)."""
+        plain = getattr(owner, name)
 
-        Accelerator.backward = backward
-        register_optimizer_step_pre_hook(lambda *_: setattr(self, "open", time.perf_counter()))
-        register_optimizer_step_post_hook(lambda *_: self.add("optimiser", time.perf_counter() - self.open))
+        def timed(*args, **kwargs):
+            start = self.now()
+            result = plain(*args, **kwargs)
+            self.add(phase or name, self.now() - start)
+            return result
+
+        setattr(owner, name, timed)
 
     def report(self, warm_up: int) -> dict:
         seconds = [b - a + self.before for a, b in zip(self.marks, self.marks[1:])]
         phases = [phase | ({"reference": self.before} if self.before else {}) for phase in self.phases[:-1]]
         for total, parts in zip(seconds, phases):
+            if "responding" in parts:  # within the rollout
+                responding, prefill = parts.pop("responding"), parts["prefill"]
+                parts |= {"decoding": responding - prefill, "scoring": parts.pop("rollout") - responding}
             parts["forward and the rest"] = total - sum(parts.values())
         return {"seconds": seconds[warm_up:], "phases": phases[warm_up:]}
 
@@ -109,6 +138,7 @@ class Clock:
 def run_ours(args: Args, clock: Clock, scratch: str) -> None:
     """The stage's `main`, on a run folder in `scratch`."""
     from summarize_from_feedback_details import dpo, grpo, ppo_left_padding, reward, rloo, sft
+    from summarize_from_feedback_details.common import rollouts, sampling
     from summarize_from_feedback_details.common.checkpoints import Checkpoints
     from summarize_from_feedback_details.common.run_folder import RunFolder
 
@@ -119,7 +149,7 @@ def run_ours(args: Args, clock: Clock, scratch: str) -> None:
         "run_name": "bench", "output_dir": f"{scratch}/out", "precision": args.precision, "run_eval": False,
         "base_model": str(models / "policy"), "query_dataset": str(data / "sft"), "print_sample_output_freq": 0,
         "local_micro_batch_size": args.micro, "batch_size": batch, "save_freq": 0, "save_minutes": 0.0,
-        "lora": args.lora,
+        "lora": args.lora, "gradient_checkpointing": args.gradient_checkpointing,
     }  # fmt: skip
     plain_resume, plain_log = Checkpoints.resume, RunFolder.log
 
@@ -130,17 +160,25 @@ def run_ours(args: Args, clock: Clock, scratch: str) -> None:
 
     def log(self, update, metrics, note=""):
         if update <= updates:
-            if (rollout := metrics.get(f"time/{args.stage}/rollout_seconds")) is not None:
-                clock.add("rollout", rollout)
+            if (seconds := metrics.get(f"time/{args.stage}/rollout_seconds")) is not None:
+                clock.add("rollout", seconds)
             clock.update_ends()
         plain_log(self, update, metrics, note)
 
     Checkpoints.resume, RunFolder.log = resume, log
+    if not args.saving:
+        Checkpoints.save = lambda *_: None
+        for module in (dpo, grpo, ppo_left_padding, reward, rloo, sft):
+            module.save_model = lambda *_: None
+    if args.split_rollout:
+        clock.time(sampling, "read_queries", "prefill")
+        clock.time(rollouts, "respond", "responding")
     length = {"num_train_epochs": math.ceil(updates * batch / args.work.rows), "total_episodes": updates * batch}
     if args.stage not in ("sft", "reward", "ppo"):
         del common["print_sample_output_freq"]
-    sampling = {
-        "num_updates": updates, "sft_model_path": str(models / "policy"), "sft_model_revision": None,
+    rollout = {
+        "num_updates": updates, "local_rollout_forward_batch_size": args.sampled,
+        "sft_model_path": str(models / "policy"), "sft_model_revision": None,
         "reward_model_path": str(models / "reward"), "reward_model_revision": None,
         "response_length": args.work.response_length,
     }  # fmt: skip
@@ -162,16 +200,16 @@ def run_ours(args: Args, clock: Clock, scratch: str) -> None:
             local_eval_batch_size=args.micro,
         ))  # fmt: skip
     elif args.stage == "rloo":
-        rloo.main(rloo.Args(**common, **sampling, rloo_k=GROUP))
+        rloo.main(rloo.Args(**common, **rollout, rloo_k=GROUP))
     elif args.stage == "grpo":
-        grpo.main(grpo.Args(**common, **sampling, grpo_k=GROUP))
+        grpo.main(grpo.Args(**common, **rollout, grpo_k=GROUP))
     elif args.stage == "reward":
         reward.main(reward.Args(
             **common, **length, sft_model_path=str(models / "policy"), sft_model_revision=None,
             label_dataset=str(data / "comparisons"), num_normalization_rows=1,
         ))  # fmt: skip
     else:
-        ppo_left_padding.main(ppo_left_padding.Args(**common, **sampling))
+        ppo_left_padding.main(ppo_left_padding.Args(**common, **rollout))
 
 
 def run_trl(args: Args, clock: Clock, scratch: str) -> None:
@@ -196,8 +234,9 @@ def run_trl(args: Args, clock: Clock, scratch: str) -> None:
     common = {
         "output_dir": scratch, "per_device_train_batch_size": args.micro, "learning_rate": 3e-6, "adam_epsilon": 1e-5,
         "gradient_accumulation_steps": batch // args.micro, "weight_decay": 0.01, "report_to": "none",
-        "use_cpu": True, "bf16": args.precision == "bf16", "gradient_checkpointing": False, "save_strategy": "no",
-        "seed": args.work.seed, "disable_tqdm": True, "logging_steps": 1,
+        "use_cpu": not args.gpu, "bf16": args.precision == "bf16", "save_strategy": "no",
+        "gradient_checkpointing": args.gradient_checkpointing, "seed": args.work.seed, "disable_tqdm": True,
+        "logging_steps": 1,
     }  # fmt: skip
     transformers.utils.logging.set_verbosity_error()
     if args.stage == "sft":
@@ -279,6 +318,45 @@ def run_trl(args: Args, clock: Clock, scratch: str) -> None:
     trainer.train()
 
 
+@torch.no_grad()
+def run_sampling(args: Args, clock: Clock) -> None:
+    """Responses of full length to all rows at once, in the precision of computing."""
+    import pandas
+    from transformers import AutoModelForCausalLM
+
+    from summarize_from_feedback_details.common.check_inputs import TokenIds
+    from summarize_from_feedback_details.common.packed_rows import use_packed_attention
+    from summarize_from_feedback_details.common.sampling import (
+        episode_noise,
+        model_inputs,
+        pad_rows,
+        sample_responses,
+        strip_pads,
+    )
+
+    device = torch.device("cuda" if args.gpu else "cpu")
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(args.folder / "policy", dtype=dtype).to(device).eval()
+    rows = pandas.read_parquet(args.folder / "sft" / "train.parquet")["query_token"]
+    queries = pad_rows([strip_pads(row, workload.PAD) for row in rows], workload.PAD, "left").to(device)
+    R = args.work.response_length
+    if args.side == "ours":
+        use_packed_attention(model)
+    model.generation_config.eos_token_id = None
+    inputs, how = model_inputs(queries, workload.PAD), {"do_sample": True, "temperature": 0.7, "top_k": 0}
+    del inputs["position_ids"]
+    clock.update_ends()
+    for _ in range(args.warm_up + args.updates):
+        if args.side == "ours":
+            noise = episode_noise(args.work.seed, range(len(queries)), device)
+            ids = TokenIds(workload.PAD, -1, workload.WORDS)
+            found, _ = sample_responses(model, queries, noise, ids, R, 0.7)
+        else:
+            found = model.generate(**inputs, **how, max_new_tokens=R, pad_token_id=workload.PAD)[:, queries.shape[1] :]
+        assert found.shape == (len(queries), R)
+        clock.update_ends()
+
+
 def counting():
     """A counter of the FLOPs of all matrix products and attentions, the CPU's fused attention included."""
     from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -300,11 +378,15 @@ def counting():
 
 
 def main(args: Args) -> None:
-    clock = Clock()
+    if not args.gpu:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    clock = Clock(args.gpu)
     clock.watch()
     if args.stage in ("ppo", "rloo", "grpo"):
         workload.force_ends(args.folder)
-    run = {"ours": run_ours, "trl": run_trl}[args.side]
+    run = {"ours": run_ours, "trl": run_trl}.get(args.side)
+    if args.stage == "sampling":
+        run = lambda args, clock, scratch: run_sampling(args, clock)
     counter = counting() if args.count_flops else contextlib.nullcontext()
     profiler = contextlib.nullcontext()
     if args.profile:
@@ -314,7 +396,7 @@ def main(args: Args) -> None:
     found = clock.report(args.warm_up)
     found["peaks_gb"] = clock.peaks_gb[1:]  # of each update
     found["peak_gb"] = max(clock.peaks_gb)
-    found["peak_gb_with_saving"] = max(*clock.peaks_gb, peak_gb())
+    found["peak_gb_with_saving"] = max(*clock.peaks_gb, peak_gb(args.gpu))
     found["threads"] = torch.get_num_threads()
     if args.count_flops:
         found["computed_flops"] = counter.get_total_flops() / (args.updates + args.warm_up)

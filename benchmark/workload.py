@@ -63,8 +63,12 @@ def make_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|endoftext|>", pad_token="[PAD]")
 
 
-def make_models(work: Workload, folder: Path) -> None:
-    """Random weights: `policy` and `reward`, with the tokenizer."""
+def make_models(work: Workload, folder: Path, lora: bool = False) -> None:
+    """Random weights: `policy` and `reward`, with the tokenizer.
+
+    Args:
+        lora: the policy in bf16, and of the reward model the adapter on it alone.
+    """
     import torch
     from transformers import AutoModelForSequenceClassification, GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -75,11 +79,37 @@ def make_models(work: Workload, folder: Path) -> None:
     )  # fmt: skip
     tokenizer = make_tokenizer()
     torch.manual_seed(work.seed)
-    GPTNeoXForCausalLM(config).save_pretrained(folder / "policy")
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        policy = GPTNeoXForCausalLM(config)
+    policy.to(torch.bfloat16 if lora else torch.float32).save_pretrained(folder / "policy")
+    del policy
     config.num_labels = 1
-    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder / "reward")
+    if lora:
+        make_reward_adapter(config, folder)
+    else:
+        AutoModelForSequenceClassification.from_config(config).save_pretrained(folder / "reward")
     for name in ("policy", "reward"):
         tokenizer.save_pretrained(folder / name)
+
+
+def make_reward_adapter(config, folder: Path) -> None:
+    """What PPO reads of a reward model that `reward.py --lora` trained on `policy`: its adapter and head, at random."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForSequenceClassification
+
+    from summarize_from_feedback_details.common import adapters
+
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config)
+        adapters.add_adapter(model, adapters.LoraParams(), str(folder / "policy"), None)
+    config.reward_bias, config.architectures = 0.0, [type(model).__name__]
+    config.save_pretrained(folder / "reward")
+    names = {name: p for name, p in model.named_parameters() if ".lora_" in name or name.startswith("score.")}
+    weights = {adapters.PREFIX + n.replace(adapters.NAME, "."): torch.randn(p.shape) * 0.01 for n, p in names.items()}
+    adapters.save_adapter(model, weights, folder / "reward" / adapters.FOLDER)
+    head = {"score.weight": weights[f"{adapters.PREFIX}score.weight"]}
+    save_file(head, folder / "reward" / "model.safetensors")  # stands for the merged weights, which PPO does not read
 
 
 def make_rows(work: Workload, folder: Path) -> None:
@@ -115,10 +145,10 @@ def make_rows(work: Workload, folder: Path) -> None:
             datasets.Dataset.from_list(rows if split == "train" else rows[:1]).to_parquet(str(path))
 
 
-def make(work: Workload, folder: Path) -> None:
+def make(work: Workload, folder: Path, lora: bool = False) -> None:
     """Write all of it, once."""
     if not (folder / "made.json").exists():
-        make_models(work, folder)
+        make_models(work, folder, lora)
         make_rows(work, folder)
         (folder / "made.json").write_text(json.dumps(vars(work)))
 
@@ -131,7 +161,7 @@ def force_ends(folder: Path) -> None:
     """
     import pandas
     import torch
-    from transformers import GPTNeoXForCausalLM
+    from transformers import DynamicCache, GPTNeoXForCausalLM
 
     rows = pandas.read_parquet(folder / "sft" / "train.parquet")
     ends = {
@@ -139,7 +169,13 @@ def force_ends(folder: Path) -> None:
         for query, length in zip(rows["query_token"], rows["reference_response_token_len"])
     }
     assert len(ends) == len(rows)
-    plain, now = GPTNeoXForCausalLM.forward, {}
+    plain, select, now = GPTNeoXForCausalLM.forward, DynamicCache.batch_select_indices, {}
+
+    def leave(self, indices):  # rows that have ended leave the batch
+        now["ends"] = now["ends"][indices]
+        select(self, indices)
+
+    DynamicCache.batch_select_indices = leave
 
     @functools.wraps(plain)
     def forward(self, input_ids=None, attention_mask=None, use_cache=None, **kwargs):
@@ -152,7 +188,8 @@ def force_ends(folder: Path) -> None:
         if begins:  # the queries are read; ours reads them packed
             sizes = [size for size, _ in kwargs.get("pieces", [])]
             queries = input_ids[0].split(sizes) if sizes else input_ids * attention_mask
-            now["ends"], now["t"] = torch.tensor([ends[int(query.sum())] for query in queries]), 0
+            found = torch.tensor([ends[int(query.sum())] for query in queries])
+            now["ends"], now["t"] = found.to(last.device), 0
         else:
             now["t"] += 1  # number of the token that is drawn from these logits
         # ours reads a query once that several responses share
@@ -182,21 +219,22 @@ def head_flops(work: Workload, positions: int) -> float:
     return 2 * work.hidden * 50304 * positions
 
 
-def useful_flops(stage: str, work: Workload, passes: int = 4) -> dict[str, float]:
+def useful_flops(stage: str, work: Workload, passes: int = 4, lora: bool = False) -> dict[str, float]:
     """What an update needs at least, over real tokens, by phase; a backward pass is twice its forward pass.
 
     A pair of the reward model shares its query. PPO: the rollout reads the query and each sampled token once with the
-    policy and each row once with reference, value and reward model; training makes `passes` passes.
+    policy and each row once with reference, value and reward model; training makes `passes` passes. With LoRA the
+    backward pass is one forward pass: frozen weights have no gradient (what the adapters add is not counted).
     """
     query, first, second = work.query_lengths(), work.response_lengths(0), work.response_lengths(1)
-    trunk = lambda lengths: sum(trunk_flops(work, int(n)) for n in lengths)
+    trunk, both = lambda lengths: sum(trunk_flops(work, int(n)) for n in lengths), 2 if lora else 3
     if stage == "sft":
-        return {"training": 3 * (trunk(query + first) + head_flops(work, int((query + first - 1).sum())))}
+        return {"training": both * (trunk(query + first) + head_flops(work, int((query + first - 1).sum())))}
     if stage == "reward":
         shared = trunk(query + first) + trunk(query + second) - trunk(query)
-        return {"training": 3 * shared}
+        return {"training": both * shared}
     row, head = trunk(query + first), head_flops(work, int(first.sum()))
-    return {"rollout": 4 * row + 2 * head, "training": 3 * passes * (2 * row + head)}
+    return {"rollout": 4 * row + 2 * head, "training": both * passes * (2 * row + head)}
 
 
 def real_tokens(stage: str, work: Workload, passes: int = 4) -> int:
@@ -207,15 +245,18 @@ def real_tokens(stage: str, work: Workload, passes: int = 4) -> int:
     return int((query + first).sum()) * (passes if stage == "ppo" else 1)
 
 
-def matmul_peak(bf16: bool = False, size: int = 2048, seconds: float = 2.0) -> float:
+def matmul_peak(bf16: bool = False, size: int = 2048, seconds: float = 2.0, device: str = "cpu") -> float:
     """FLOP/s of this machine: the best of repeated products of two [size, size] matrices."""
     import torch
 
     dtype = torch.bfloat16 if bf16 else torch.float32
-    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     best, start = 0.0, time.perf_counter()
     while time.perf_counter() - start < seconds:
+        wait()
         at = time.perf_counter()
         a @ b
+        wait()
         best = max(best, 2 * size**3 / (time.perf_counter() - at))
     return best

@@ -72,7 +72,7 @@ def test_useful_flops_by_hand():
 def test_ends_are_forced_where_the_rows_say(folder, monkeypatch):
     """Padded and packed, and in no pass without a cache."""
     import pandas
-    from transformers import GPTNeoXForCausalLM
+    from transformers import DynamicCache, GPTNeoXForCausalLM
 
     from summarize_from_feedback_details import ppo_left_padding as ppo
     from summarize_from_feedback_details.common import sampling
@@ -80,6 +80,7 @@ def test_ends_are_forced_where_the_rows_say(folder, monkeypatch):
     from summarize_from_feedback_details.common.packed_rows import use_packed_attention
 
     monkeypatch.setattr(GPTNeoXForCausalLM, "forward", GPTNeoXForCausalLM.forward)  # put back after the test
+    monkeypatch.setattr(DynamicCache, "batch_select_indices", DynamicCache.batch_select_indices)
     workload.force_ends(folder)
     rows = pandas.read_parquet(folder / "sft" / "train.parquet")
     queries = [ppo.strip_pads(row, workload.PAD) for row in rows["query_token"]]

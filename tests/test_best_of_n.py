@@ -144,8 +144,9 @@ def test_a_signal_keeps_the_part_that_is_sampled_and_other_models_take_none_of_i
 
 @pytest.mark.slow
 def test_two_processes(world, workdir):
-    best_of_n.main(world.best_of_n_args("one"))
-    done = launch("best_of_n", world.best_of_n_args("two", queries_at_once=7, world_size=2), workdir, 2)
+    best_of_n.main(world.best_of_n_args("one", num_eval_rows=9))
+    args = world.best_of_n_args("two", num_eval_rows=9, queries_at_once=3, world_size=2)
+    done = launch("best_of_n", args, workdir, 2)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     one, two = (pandas.read_parquet(f"runs/{run}/tables/samples.parquet") for run in ("one", "two"))
     assert one["response"].tolist() == two["response"].tolist()

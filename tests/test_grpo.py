@@ -66,13 +66,16 @@ def test_an_update_is_that_of_the_formula(world, workdir, monkeypatch):
     assert len(losses) == 2 and losses[1] < losses[0] - 1e-3  # a step later, on the same batch
 
 
-def test_it_learns(world, workdir, capsys):
-    for name, change in (("whole", {}), ("lora", {"lora": True, "lora_params": LoraParams(rank=4), "lr": 1e-2})):
-        args = world.grpo_args(name, num_updates=14, batch_size=32, local_micro_batch_size=32, lr=3e-3, kl_coef=0.0)
-        grpo.main(replace(args, **change))
-        metrics = pandas.read_json(f"runs/{name}/metrics.jsonl", lines=True).iloc[:14]
-        assert metrics["objective/scores"].iloc[-4:].mean() > metrics["objective/scores"].iloc[:2].mean() + 0.1
-        assert metrics["policy/first_pass_ratio_error"].max() < 1e-3 and Path(name, "config.json").exists()
+ADAPTERS = {"lora": True, "lora_params": LoraParams(rank=4), "lr": 1e-2}
+
+
+@pytest.mark.parametrize("change", [{}, pytest.param(ADAPTERS, marks=pytest.mark.torture)])
+def test_it_learns(world, workdir, capsys, change):
+    args = world.grpo_args("model", num_updates=14, batch_size=32, local_micro_batch_size=32, lr=3e-3, kl_coef=0.0)
+    grpo.main(replace(args, **change))
+    metrics = pandas.read_json("runs/model/metrics.jsonl", lines=True).iloc[:14]
+    assert metrics["objective/scores"].iloc[-4:].mean() > metrics["objective/scores"].iloc[:2].mean() + 0.1
+    assert metrics["policy/first_pass_ratio_error"].max() < 1e-3 and Path("model/config.json").exists()
     assert "WARNING" not in capsys.readouterr().out
 
 

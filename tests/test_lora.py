@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pandas
 import pytest
 import torch
-from conftest import launch
+from conftest import launch_all
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_resume import compare_runs
@@ -267,11 +267,11 @@ def test_bf16(world, workdir, zero):
     """A trunk in bf16: all roles start as the same networks, and what is kept loads as float32."""
     if choose_precision("auto") != "bf16":
         pytest.skip("this CPU does not multiply in bf16")
-    trained = launch("reward", world.reward_args("reward", run_eval=False, precision="bf16", **LORA), workdir)
-    assert trained.returncode == 0, trained.stderr[-3000:]
     sizes = {"world_size": 2, "deepspeed": True, "local_micro_batch_size": 2} if zero else {}
-    args = world.ppo_args("ppo", reward_model_path="reward", precision="bf16", num_eval_rows=4, **LORA, **sizes)
-    done = launch("ppo_left_padding", args, workdir, 2 if zero else 1, zero)
+    bf16 = {"precision": "bf16"} | LORA | sizes
+    args = world.ppo_args("ppo", reward_model_path="reward", num_eval_rows=4, **bf16)
+    jobs = [("reward", world.reward_args("reward", run_eval=False, **bf16)), ("ppo_left_padding", args)]
+    done = launch_all(jobs, workdir, 2 if zero else 1, zero)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     metrics = pandas.read_json("runs/ppo/metrics.jsonl", lines=True)
     first = metrics.iloc[0]

@@ -59,15 +59,18 @@ def test_a_tie_prefers_neither(world, workdir):
     assert (tied["train/online_dpo/loss"] == 0).all()
 
 
-def test_it_learns(world, workdir, capsys):
+ADAPTERS = {"lora": True, "lora_params": LoraParams(rank=4), "lr": 1e-2}
+
+
+@pytest.mark.parametrize("change", [{}, pytest.param(ADAPTERS, marks=pytest.mark.torture)])
+def test_it_learns(world, workdir, capsys, change):
     """A reward that is easy to get: the score rises, also with adapters; the run is one that the figures read."""
-    for name, change in (("whole", {}), ("lora", {"lora": True, "lora_params": LoraParams(rank=4), "lr": 1e-2})):
-        sizes = {"num_updates": 14, "batch_size": 32, "local_micro_batch_size": 32, "lr": 3e-3}
-        online_dpo.main(replace(world.online_dpo_args(name, **sizes), **change))
-        metrics = pandas.read_json(f"runs/{name}/metrics.jsonl", lines=True).iloc[:14]
-        assert metrics["objective/scores"].iloc[-4:].mean() > metrics["objective/scores"].iloc[:2].mean() + 0.1
-        assert metrics["policy/first_pass_ratio_error"].max() < 1e-3 and metrics["objective/kl"].iloc[-1] > 0
-        assert json.loads(Path(f"runs/{name}/summary.json").read_text())["stage"] == "online_dpo"
+    sizes = {"num_updates": 14, "batch_size": 32, "local_micro_batch_size": 32, "lr": 3e-3}
+    online_dpo.main(replace(world.online_dpo_args("model", **sizes), **change))
+    metrics = pandas.read_json("runs/model/metrics.jsonl", lines=True).iloc[:14]
+    assert metrics["objective/scores"].iloc[-4:].mean() > metrics["objective/scores"].iloc[:2].mean() + 0.1
+    assert metrics["policy/first_pass_ratio_error"].max() < 1e-3 and metrics["objective/kl"].iloc[-1] > 0
+    assert json.loads(Path("runs/model/summary.json").read_text())["stage"] == "online_dpo"
     assert "WARNING" not in capsys.readouterr().out
 
 

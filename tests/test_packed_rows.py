@@ -4,10 +4,25 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, Gemma3TextConfig, MistralConfig
+from torch.nn.attention import varlen
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    FalconConfig,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    MistralConfig,
+)
 
 from summarize_from_feedback_details import ppo_left_padding, reward, sft
-from summarize_from_feedback_details.common import logprobs, policies, reward_models, sampling, training
+from summarize_from_feedback_details.common import (
+    logprobs,
+    packed_rows,
+    policies,
+    reward_models,
+    sampling,
+    training,
+)
 from summarize_from_feedback_details.common.check_inputs import TokenIds
 from summarize_from_feedback_details.common.packed_rows import (
     logits_at,
@@ -177,11 +192,34 @@ def test_an_architecture_that_reads_nothing_says_so():
         use_packed_attention(model)
 
 
-@pytest.mark.parametrize("kind", ["mistral", "gemma3"])
-def test_a_sliding_window_is_kept_in_packed_rows(kind):
-    """Rows, and a piece that continues another, beyond the window: what each row gives by itself, gradients too."""
+def varlen_by_definition(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    """`torch.nn.attention.varlen.varlen_attn`, which only GPUs have, as it is documented: row by row."""
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and len(query) == cu_seq_q[-1] and len(key) == cu_seq_k[-1]
+    assert max_q == cu_seq_q.diff().max() and max_k == cu_seq_k.diff().max() and window_size[1] == 0
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    out = []
+    for (a, b), (c, d) in zip(cu_seq_q.unfold(0, 2, 1).tolist(), cu_seq_k.unfold(0, 2, 1).tolist()):
+        k, v = (states[c:d].repeat_interleave(query.shape[1] // key.shape[1], 1) for states in (key, value))
+        scores = torch.einsum("qhd,khd->hqk", query[a:b], k) * (scale or query.shape[-1] ** -0.5)
+        before = (torch.arange(b - a)[:, None] + (d - c) - (b - a)) - torch.arange(d - c)  # how far each key is behind
+        hidden = (before < 0) | ((window_size[0] >= 0) & (before > window_size[0]))
+        out.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("kernel", ["each piece", "all at once"])
+@pytest.mark.parametrize("kind", ["mistral", "gemma3", "gpt_neox"])
+def test_packed_rows_are_rows_alone(kind, kernel, monkeypatch):
+    """Rows, and a piece that continues another, beyond a sliding window: what each row gives alone, gradients too."""
     small = {**SIZES, "num_key_value_heads": 2, "intermediate_size": 64, "sliding_window": 6}
-    config = MistralConfig(**small) if kind == "mistral" else Gemma3TextConfig(**small, head_dim=8)
+    config = {
+        "mistral": lambda: MistralConfig(**small), "gemma3": lambda: Gemma3TextConfig(**small, head_dim=8),
+        "gpt_neox": lambda: GPTNeoXConfig(**SIZES, intermediate_size=64),
+    }[kind]()  # fmt: skip
+    calls = []
+    if kernel == "all at once":  # as on a GPU in bf16; that its kernel is one is asked in tests/test_gpu.py
+        monkeypatch.setattr(packed_rows, "takes_varlen", lambda *_: True)
+        monkeypatch.setattr(varlen, "varlen_attn", lambda *a, **k: calls.append(1) or varlen_by_definition(*a, **k))
     rows = [*ROWS, list(range(1, 21))]
     found = []
     for packed in (True, False):
@@ -189,11 +227,13 @@ def test_a_sliding_window_is_kept_in_packed_rows(kind):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
         if packed:
             assert use_packed_attention(model)
+            calls.clear()
             inputs, starts = pack_rows(rows, True, "cpu")
             at = torch.tensor([s + len(r) - 1 for s, r in zip(starts, rows)])
             logits = logits_at(model, inputs, at)
             shared = pack_pieces([(rows[3][:12], None), (rows[3][12:], 0), ([7, 7, 7], 0)], "cpu")
             logits = torch.cat([logits, logits_at(model, shared, torch.tensor([19, 22]))])
+            assert len(calls) == (4 if kernel == "all at once" else 0)  # two layers, two passes
         else:
             alone = [*rows, rows[3], [*rows[3][:12], 7, 7, 7]]
             logits = torch.stack([model(torch.tensor([row]), use_cache=False).logits[0, -1] for row in alone])
@@ -222,6 +262,41 @@ def test_sampling_with_a_sliding_window():
             logits = model(torch.tensor([row + written]), use_cache=False).logits[0, len(row) - 1 : -1]
         expected = logits.log_softmax(-1).gather(1, torch.tensor(written)[:, None])[:, 0]
         torch.testing.assert_close(found[0][1][i, : len(written)], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gpt_neox"])
+@pytest.mark.parametrize("look_every", [1, 4, 100])
+def test_rows_that_have_ended_leave_the_batch(kind, look_every, monkeypatch):
+    """Once half of it has, by the last look: the same responses as one by one, with fewer rows in a pass."""
+    torch.manual_seed(0)
+    sizes = {**SIZES, "intermediate_size": 64}
+    config = (
+        GPTNeoXConfig(**sizes)
+        if kind == "gpt_neox"
+        else MistralConfig(**sizes, sliding_window=20, num_key_value_heads=2)
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert use_packed_attention(model)
+    rows, ids, R = [[1 + i % 7] * (2 + i % 5) for i in range(16)], TokenIds(63, 20, 21), 40  # a token in 21 is EOS
+    alone = [
+        sampling.sample_responses(model, torch.tensor([row]), sampling.episode_noise(1, [i], "cpu"), ids, R, 1.0)
+        for i, row in enumerate(rows)
+    ]
+    passes = []
+    model.register_forward_hook(lambda module, given, kwargs, out: passes.append(kwargs["input_ids"]), with_kwargs=True)
+    monkeypatch.setitem(sampling.LOOK_EVERY, "cpu", look_every)
+    noise = sampling.episode_noise(1, range(len(rows)), "cpu")
+    responses, logprobs = sampling.sample_responses(model, sampling.pad_rows(rows, 63, "left"), noise, ids, R, 1.0)
+    assert torch.equal(responses, torch.cat([tokens for tokens, _ in alone]))
+    torch.testing.assert_close(logprobs, torch.cat([found for _, found in alone]), rtol=0, atol=1e-5)
+    lengths = (responses != 63).sum(1)
+    sizes = [len(tokens) for tokens in passes[1:]]
+    assert lengths.float().std() > 5 and lengths.min() < 10
+    if look_every == 100:
+        assert sizes == [16] * (R - 1)
+    else:
+        assert sizes == sorted(sizes, reverse=True) and sizes[-1] <= 4 and len(set(sizes)) > 2
+        assert look_every == 1 or all(i % 4 == 3 for i in range(1, len(sizes)) if sizes[i] != sizes[i - 1])
 
 
 def test_cudnn_plans_no_lengths():

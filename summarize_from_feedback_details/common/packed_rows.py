@@ -10,14 +10,46 @@ Nothing here knows about RLHF. Architectures that do not let their attention be 
 same numbers, more work.
 """
 
-from itertools import groupby
+from itertools import accumulate, groupby
 from operator import itemgetter
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import transformers  # whose parts are imported where they are used, and not for --help: half of its time
 
 NAME = "packed"
+
+
+class Varlen(NamedTuple):
+    """What a kernel for rows of different lengths asks of P pieces."""
+
+    query_starts: torch.Tensor  # [P + 1] where each piece begins among the tokens, and their number; int32
+    key_starts: torch.Tensor  # [P + 1] where what it sees begins among the keys
+    longest_query: int
+    longest_key: int
+    keys: torch.Tensor | None  # tokens whose keys these are, one behind the other; None: each once, in order
+
+
+class Pieces(list):
+    """Pieces of one packed row: (tokens, number of the earlier piece that it continues, or None) of each."""
+
+    made: Varlen | None = None  # once for all layers
+
+    def varlen(self, device: torch.device) -> Varlen:
+        """For `varlen_attention`: each piece sees what it continues, if anything, and itself."""
+        if self.made is not None:
+            return self.made
+        sizes = [size for size, _ in self]
+        starts = [0, *accumulate(sizes)]
+        seen = [size + (sizes[before] if before is not None else 0) for size, before in self]
+        keys = None
+        if seen != sizes:
+            spans = [[*([] if before is None else [before]), i] for i, (_, before) in enumerate(self)]
+            keys = [at for span in spans for i in span for at in range(starts[i], starts[i + 1])]
+            keys = torch.tensor(keys, device=device)
+        as_starts = lambda lengths: torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+        self.made = Varlen(as_starts(sizes), as_starts(seen), max(sizes), max(seen), keys)
+        return self.made
 
 
 def packed_attention(
@@ -26,19 +58,18 @@ def packed_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor,
-    pieces: list[tuple[Any, int | None]] | None = None,
+    pieces: Pieces | None = None,
     **kwargs,
 ):
     """Causal attention within each piece, and from it to the piece that it continues; without `pieces`, plain SDPA.
 
-    GPUs: this is the one place for a kernel that takes rows of different lengths at once.
+    On a GPU all pieces are one call, where the kernel takes them (`takes_varlen`); else each is a call of its own.
 
     On a CPU, bf16 rows are converted to float32 for attention: torch's bf16 backward pass keeps 4 MB for each new
     length, and is slower than the conversion.
 
     Args:
         query, key, value: [1, heads, tokens of all pieces, head width].
-        pieces: [(tokens, number of the earlier piece that it continues, or None)].
 
     Returns:
         ([1, tokens, heads, head width], None), as transformers expects.
@@ -51,6 +82,8 @@ def packed_attention(
             wide = (states.float() for states in (query, key, value))
             out, weights = packed_attention(module, *wide, attention_mask, pieces, **kwargs)
         return out.to(query.dtype), weights
+    if takes_varlen(query, key, value):
+        return varlen_attention(query, key, value, pieces, **kwargs), None
     sizes, window = [size for size, _ in pieces], kwargs.get("sliding_window")
     # a copy of its own lets go of a joint query-key-value projection, three times its size, before the backward pass
     queries, keys, values = (states.split(sizes, 2) for states in (query, key, value.contiguous()))
@@ -66,6 +99,31 @@ def packed_attention(
                 mask = mask.triu(earlier - window + 1)
         out.append(sdpa(module, queries[i], k, v, mask, **kwargs)[0])
     return torch.cat(out, 1), None
+
+
+def takes_varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether torch's kernel for rows of different lengths (FlashAttention) computes this: not in float32."""
+    same = query.dtype == key.dtype == value.dtype and query.dtype in (torch.bfloat16, torch.float16)
+    return query.is_cuda and same and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
+
+
+def varlen_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pieces: Pieces, **kwargs
+) -> torch.Tensor:
+    """`packed_attention` as one call of `torch.nn.attention.varlen`: [1, tokens, heads, head width]."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    asked, window = pieces.varlen(query.device), kwargs.get("sliding_window")
+    query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # [tokens, heads, head width]
+    if asked.keys is not None:
+        key, value = key[asked.keys], value[asked.keys]
+    # the last token of a piece sees the last key, and so on: (tokens seen before it, and after it)
+    out = varlen_attn(
+        query, key, value, asked.query_starts, asked.key_starts, asked.longest_query, asked.longest_key,
+        scale=kwargs.get("scaling"), window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+    return out[None]
 
 
 def supports_packing(model: torch.nn.Module) -> bool:
@@ -124,7 +182,7 @@ def pack_pieces(pieces: list[tuple[list[int], int | None]], device: torch.device
         "position_ids": torch.tensor([positions], device=device),
     }
     if packed:
-        inputs["pieces"] = [(len(tokens), before) for tokens, before in pieces]
+        inputs["pieces"] = Pieces((len(tokens), before) for tokens, before in pieces)
         # a mask of four dimensions is left alone by transformers, which else would look for rows in the positions
         inputs["attention_mask"] = torch.zeros(1, 1, 1, 1, device=device)
     return inputs

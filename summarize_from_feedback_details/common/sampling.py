@@ -18,6 +18,9 @@ from summarize_from_feedback_details.common.check_inputs import TokenIds
 from summarize_from_feedback_details.common.logprobs import INVALID_LOGPROB
 from summarize_from_feedback_details.common.packed_rows import pack_rows, supports_packing
 
+# tokens between two looks at which rows have ended: on a GPU each look waits for what is being computed
+LOOK_EVERY = {"cpu": 1, "cuda": 8}
+
 
 def pad_rows(rows: list[list[int]], pad_id: int, side: str) -> torch.Tensor:
     """Lists of token ids -> [B, longest], padded on one side only as far as needed."""
@@ -75,6 +78,8 @@ def sample_responses(
 ):
     """Sample a response to each query over the KV cache, one forward pass per position.
 
+    Rows that have ended leave the batch once half of it has; nothing that is kept depends on when.
+
     Args:
         model: a causal language model, in eval mode.
         queries: [B, Q] token ids, left-padded.
@@ -88,11 +93,13 @@ def sample_responses(
     """
     inputs = model_inputs(queries, ids.pad)
     mask, positions = inputs["attention_mask"], inputs["position_ids"]
-    logits, past = read_queries(model, inputs, response_length)  # [B, V]
-    B = len(queries)
+    logits, cache, past = read_queries(model, inputs, response_length)  # [B, V]
+    B, look_every = len(queries), LOOK_EVERY.get(queries.device.type, 8)
     responses = queries.new_full((B, response_length), ids.pad)  # [B, R]
     logprobs = torch.full((B, response_length), INVALID_LOGPROB, device=queries.device)  # [B, R]
-    alive = torch.ones(B, dtype=torch.bool, device=queries.device)
+    rows = torch.arange(B, device=queries.device)  # [b] that are read still
+    alive = torch.ones_like(rows, dtype=torch.bool)  # [b] whether they go on
+    looked = [True] * B  # `alive` at the last look
     for t in range(response_length):
         logits = logits.float() / (temperature or 1.0)
         allowed = logits.clone()
@@ -101,17 +108,27 @@ def sample_responses(
         if ids.pad < logits.shape[1]:
             allowed[:, ids.pad] = -math.inf
         if temperature > 0:  # argmax(logits + Gumbel noise) is a draw from the softmax; Gumbel = -log(exponential)
-            for i in alive.nonzero()[:, 0].tolist():
+            for i in (i for i, going in enumerate(looked) if going):
                 exponential = torch.empty(logits.shape[1], device=logits.device).exponential_(generator=noise[i])
                 allowed[i] -= exponential.log()
-        drawn = allowed.argmax(-1)  # [B]
-        responses[:, t] = drawn
-        logprobs[:, t] = logits.log_softmax(-1).gather(1, drawn[:, None])[:, 0]
+        drawn = allowed.argmax(-1)  # [b]
+        responses[rows, t] = drawn
+        logprobs[rows, t] = logits.log_softmax(-1).gather(1, drawn[:, None])[:, 0]
         # tokens after EOS influence nothing that is kept: sampling may stop there
         alive &= drawn != ids.stop
-        if not alive.any() or t + 1 == response_length:
+        if t + 1 == response_length:
             break
-        mask = torch.cat([mask, mask.new_ones(B, 1)], dim=1)
+        if (t + 1) % look_every == 0:
+            looked = alive.tolist()
+            if not any(looked):
+                break
+            if 2 * sum(looked) <= len(looked):
+                stay = alive.nonzero()[:, 0]
+                cache.batch_select_indices(stay)
+                rows, alive, drawn, mask, positions = (part[stay] for part in (rows, alive, drawn, mask, positions))
+                noise = noise and [noise[i] for i in stay.tolist()]
+                looked = [True] * len(stay)
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         positions = positions[:, -1:] + 1
         logits = model(input_ids=drawn[:, None], attention_mask=mask, position_ids=positions, **past).logits[:, -1]
     responses = truncate_response(responses, ids.stop, ids.pad)
@@ -137,8 +154,12 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = (states[:, :, :end] for states in self.room)
         return self.keys, self.values
 
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.room = [states[indices] for states in self.room]
+        self.keys, self.values = (states[:, :, : self.keys.shape[2]] for states in self.room)
 
-def read_queries(model: torch.nn.Module, inputs: dict, room: int) -> tuple[torch.Tensor, dict]:
+
+def read_queries(model: torch.nn.Module, inputs: dict, room: int) -> tuple[torch.Tensor, DynamicCache, dict]:
     """Read left-padded queries before sampling, without their pads where the model packs.
 
     Args:
@@ -146,8 +167,8 @@ def read_queries(model: torch.nn.Module, inputs: dict, room: int) -> tuple[torch
         room: tokens that will be sampled at most.
 
     Returns:
-        logits [B, V] that predict the next token; the model's arguments that hold the cache, left-padded as the
-        queries are.
+        logits [B, V] that predict the next token; the cache, left-padded as the queries are; the model's arguments
+        that hold it.
     """
     cache = DynamicCache(config=model.config)
     # transformers 5.24 renamed the argument
@@ -175,4 +196,4 @@ def read_queries(model: torch.nn.Module, inputs: dict, room: int) -> tuple[torch
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
             cache.layers[i] = RoomyLayer(pad(layer.keys), pad(layer.values), room)
-    return logits, past
+    return logits, cache, past
