@@ -2,13 +2,13 @@
 #   make hello    installs into .venv and runs the whole pipeline on the toy world
 #   make test     installs into .venv and runs the tests
 # Longer, and not needed: make toy-seeds, make scaling, make real, make algorithms, make overoptimization,
-# make torture, make slurm-test, make bench
+# make torture, make slurm-test, make bench, make bench-gpu
 PYTHON ?= python3.11
 PY := .venv/bin/python
 # processes that share the test files between them, a thread each: make test WORKERS=4
 WORKERS ?= 2
 
-.PHONY: hello test lint format toy-seeds scaling real algorithms overoptimization torture slurm-test bench
+.PHONY: hello test lint format toy-seeds scaling real algorithms overoptimization torture slurm-test bench bench-gpu
 
 hello: .venv/installed
 	./hello_world.sh
@@ -55,6 +55,10 @@ overoptimization: .venv/installed
 # our stages beside TRL's trainers, in an environment of its own (80 minutes; goes on where it was stopped)
 bench: .venv-bench/installed
 	.venv-bench/bin/python benchmark/bench.py
+
+# our stages on one GPU, by phase, at Pythia's shapes (at most 9 minutes; goes on where it was stopped; installs nothing)
+bench-gpu:
+	$(if $(wildcard $(PY)),$(PY),python3) benchmark/gpu.py
 
 lint: .venv/installed
 	$(PY) -m ruff check .

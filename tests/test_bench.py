@@ -113,6 +113,58 @@ def test_one_run(folder, stage):
     assert 0.1 < found["peak_gb"] <= found["peak_gb_with_saving"] < 4
 
 
+def test_one_gpu(tmp_path, capsys):
+    """Its smoke size, here; cells are measured once, and phases and shares are those of the measurements."""
+    import gpu
+
+    args = gpu.Args(smoke=True, output_dir=tmp_path)
+    found = gpu.main(args)
+    (ppo, *sampling), text = gpu.SMOKE, (tmp_path / "README.md").read_text()
+    assert set(found) == {cell.name for cell in gpu.SMOKE} and not any("failed" in run for run in found.values())
+    phases, (seconds,) = found[ppo.name]["phases"][0], found[ppo.name]["seconds"]
+    assert set(phases) == set(gpu.PHASES) and all(value > 0 for value in phases.values())
+    assert sum(phases.values()) == pytest.approx(seconds)
+    assert f"| {ppo.name} | {seconds:.2f} | {phases['prefill']:.2f} | {phases['decoding']:.2f} |" in text
+    for cell in sampling:
+        tokens = 4 * cell.work.response_length / found[cell.name]["seconds"][0]
+        assert f"| {cell.name} |" in text and f"| {tokens:.0f} |" in text
+    before = (tmp_path / "runs.json").stat().st_mtime_ns
+    assert gpu.main(args) == found and (tmp_path / "runs.json").stat().st_mtime_ns == before
+    if not torch.cuda.is_available():
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            gpu.main(gpu.Args(output_dir=tmp_path))
+        assert stop.value.code == 2 and capsys.readouterr().err.startswith(
+            "error: --smoke: found False, and there is no"
+        )
+
+
+def test_cells_of_a_gpu_by_hand():
+    """Names tell cells apart; the formula of a cell is benchmark/memory.py's; shares are of what real tokens need."""
+    import gpu
+    from memory import PYTHIA, Layout, memory
+
+    cells = gpu.cells()
+    assert len({cell.name for cell in cells}) == len(cells) and {c.shape for c in cells} == {
+        "410m",
+        "1b",
+        "2.8b",
+        "6.9b",
+    }
+    (whole,) = (c for c in cells if c.name == "ppo 1b, 512 rows, ours, micro batch 16")
+    layout = Layout("ppo", 16, 370, 40, 64, width=4)
+    assert whole.formula() == memory(PYTHIA["1b"], layout)["peak"] and whole.work.hidden == 2048
+    (lora,) = (c for c in cells if c.shape == "6.9b")
+    assert lora.lora and lora.formula() < 24e9
+    phases = dict.fromkeys(gpu.PHASES, 1.0)
+    run = {"seconds": [6.0], "phases": [phases], "peak_gb": 10.0}
+    flops = workload.useful_flops("ppo", whole.work)["training"]
+    machine = {"name": "a card", "torch": "2", "peak_flops": flops / 1.5, "data_sheet_flops": None}
+    line = gpu.report({whole.name: run}, cells, machine)[-len(cells) :][cells.index(whole)]
+    assert "| 50% | 10.7 |" in line and f"| {workload.real_tokens('ppo', whole.work) / 6:.0f} |" in line
+    assert workload.useful_flops("ppo", whole.work, lora=True)["training"] == pytest.approx(flops * 2 / 3)
+
+
 def test_a_ratio_by_hand():
     import bench
 

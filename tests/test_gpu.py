@@ -1,0 +1,119 @@
+"""On a GPU: all stages and algorithms in float32 and bf16, kernels, a stop, DeepSpeed. Skipped where there is none."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas
+import pytest
+import torch
+from conftest import ROOT, launch_command
+from safetensors.torch import load_file
+from test_lora import LORA
+from test_resume import MAIN, stage_args
+
+from summarize_from_feedback_details.common import packed_rows
+from summarize_from_feedback_details.common.checkpoints import Checkpoints
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
+FINITE = {stage: f"train/{stage}/loss" for stage in MAIN} | {
+    "reward": "train/rm/loss", "ppo_left_padding": "loss/value", "rloo": "train/rloo/grad_norm",
+    "grpo": "train/grpo/grad_norm"
+}  # fmt: skip
+
+
+def metrics_of(run: str) -> pandas.DataFrame:
+    return pandas.read_json(f"runs/{run}/metrics.jsonl", lines=True)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("lora", [{}, LORA], ids=["whole", "lora"])
+@pytest.mark.parametrize("stage", MAIN)
+def test_a_run(world, workdir, capsys, stage, lora, precision):
+    """It ends, its numbers are finite, and the first pass over what was sampled has a ratio near 1."""
+    MAIN[stage](stage_args(world, stage, "model", precision=precision, **lora))
+    assert "on cuda" in capsys.readouterr().out
+    metrics = metrics_of("model")
+    loss = metrics[FINITE[stage]].dropna()
+    assert len(loss) >= 4 and loss.map(math.isfinite).all()
+    if "policy/first_pass_ratio_error" in metrics:
+        assert metrics["policy/first_pass_ratio_error"].max() < (1e-3 if precision == "fp32" else 0.1)
+    assert all(weight.isfinite().all() for weight in load_file("model/model.safetensors").values())
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
+def test_losses_are_those_of_the_cpu(world, workdir, stage):
+    """In float32, to 1e-4; what is sampled has other noise on a GPU."""
+    MAIN[stage](stage_args(world, stage, "gpu"))
+    command, env = launch_command(stage, stage_args(world, stage, "cpu"), workdir)
+    done = subprocess.run(command, env=env | {"ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours, theirs = (metrics_of(run)[FINITE[stage]].dropna() for run in ("gpu", "cpu"))
+    assert len(ours) == len(theirs) >= 5
+    torch.testing.assert_close(torch.tensor(ours.tolist()), torch.tensor(theirs.tolist()), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("width, heads, key_heads", [(64, 8, 8), (64, 8, 2), (256, 4, 4)])
+@pytest.mark.parametrize("window", [None, 16])
+def test_all_rows_in_one_call(width, heads, key_heads, window, monkeypatch):
+    """The kernel for rows of different lengths gives what each row gives by itself, gradients too."""
+    torch.manual_seed(0)
+    pieces = packed_rows.Pieces([(40, None), (7, 0), (30, 0), (100, None), (1, None)])
+    shapes = [(1, n, sum(size for size, _ in pieces), width) for n in (heads, key_heads, key_heads)]
+    given = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+    weight = torch.randn(shapes[0], device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+    module, found = torch.nn.Module(), []
+    module.num_key_value_groups, module.is_causal = heads // key_heads, True
+    for one_call in (True, False):
+        assert not one_call or packed_rows.takes_varlen(*given)
+        if not one_call:
+            monkeypatch.setattr(packed_rows, "takes_varlen", lambda *_: False)
+        out, _ = packed_rows.packed_attention(module, *given, None, pieces, sliding_window=window, scaling=0.1)
+        found.append([out, *torch.autograd.grad((out * weight).sum(), given)])
+    for ours, theirs in zip(*found):
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=0.02, atol=0.05)
+
+
+@pytest.mark.parametrize("stage", MAIN)
+def test_a_stop_changes_nothing_beyond_rounding(world, workdir, stage, monkeypatch):
+    MAIN[stage](stage_args(world, stage, "whole"))
+    asked, real = [0], Checkpoints.stop_asked
+
+    def at_the_fifth(self):
+        asked[0] += 1
+        if asked[0] == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self)
+
+    monkeypatch.setattr(Checkpoints, "stop_asked", at_the_fifth)
+    with pytest.raises(SystemExit):
+        MAIN[stage](stage_args(world, stage, "stopped"))
+    MAIN[stage](stage_args(world, stage, "stopped"))
+    ours, theirs = (load_file(f"{name}/model.safetensors") for name in ("stopped", "whole"))
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo_left_padding"])
+def test_deepspeed(world, workdir, stage, zero):
+    """One GPU, bf16: the code path of the paper's runs."""
+    args = stage_args(world, stage, "model", precision="bf16", deepspeed=True, world_size=1)
+    command, env = launch_command(stage, args, workdir, 1, zero)
+    config = workdir / f"zero{zero}_cpu.yaml"
+    config.write_text(config.read_text().replace("use_cpu: true", "use_cpu: false"))
+    done = subprocess.run(command, cwd=workdir, env=env, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "precision bf16" in done.stdout and "WARNING: update" not in done.stdout
+
+
+def test_the_benchmark(workdir):
+    """Small cells on the GPU."""
+    command = [sys.executable, ROOT / "benchmark/gpu.py", "--smoke", "--output_dir", workdir / "out"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not [run for run in json.loads(Path("out/runs.json").read_text()).values() if "failed" in run]
