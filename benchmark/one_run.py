@@ -129,8 +129,8 @@ class Clock:
         phases = [phase | ({"reference": self.before} if self.before else {}) for phase in self.phases[:-1]]
         for total, parts in zip(seconds, phases):
             if "responding" in parts:  # within the rollout
-                responding, prefill = parts.pop("responding"), parts["prefill"]
-                parts |= {"decoding": responding - prefill, "scoring": parts.pop("rollout") - responding}
+                responding, prefill, rollout = parts.pop("responding"), parts["prefill"], parts.pop("rollout")
+                parts |= {"decoding": responding - prefill, "scoring": rollout - responding}
             parts["forward and the rest"] = total - sum(parts.values())
         return {"seconds": seconds[warm_up:], "phases": phases[warm_up:]}
 
@@ -301,7 +301,7 @@ def run_trl(args: Args, clock: Clock, scratch: str) -> None:
         def forward(wrapper, **kwargs):  # called in training only: the first call of an update ends its rollout
             if begun["update"] < len(clock.marks):
                 begun["update"] = len(clock.marks)
-                clock.add("rollout", time.perf_counter() - clock.marks[-1])
+                clock.add("rollout", clock.now() - clock.marks[-1])
             return plain(wrapper, **kwargs)
 
         ppo.ppo_trainer.PolicyAndValueWrapper.forward = forward

@@ -70,7 +70,7 @@ def make_models(work: Workload, folder: Path, lora: bool = False) -> None:
         lora: the policy in bf16, and of the reward model the adapter on it alone.
     """
     import torch
-    from transformers import AutoModelForSequenceClassification, GPTNeoXConfig, GPTNeoXForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPTNeoXConfig
 
     config = GPTNeoXConfig(
         hidden_size=work.hidden, num_hidden_layers=work.layers, num_attention_heads=work.heads,
@@ -80,9 +80,8 @@ def make_models(work: Workload, folder: Path, lora: bool = False) -> None:
     tokenizer = make_tokenizer()
     torch.manual_seed(work.seed)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        policy = GPTNeoXForCausalLM(config)
-    policy.to(torch.bfloat16 if lora else torch.float32).save_pretrained(folder / "policy")
-    del policy
+        policy = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if lora else torch.float32)
+    policy.save_pretrained(folder / "policy")
     config.num_labels = 1
     if lora:
         make_reward_adapter(config, folder)

@@ -29,7 +29,7 @@ export SEED=${SEED:-$([ "$SWEEP" = 1 ] && echo 4 || echo 1)} # which the chains 
 export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0} # one GPU at most
 unset LORA_RANK # it would change the chains' names
 export REPORT=0 ROWS=${ROWS:-700} MICRO=${MICRO:-4} PPO_MICRO=${PPO_MICRO:-4} ROLLOUT=${ROLLOUT:-16}
-export PPO_EPISODES=${PPO_EPISODES:-$([ "$SWEEP" = 1 ] && echo 128 || echo 320)} POSTS=${POSTS:-} COMPARISONS=${COMPARISONS:-}
+export PPO_EPISODES=${PPO_EPISODES:-$([ "$SWEEP" = 1 ] && echo 128 || echo 192)} POSTS=${POSTS:-} COMPARISONS=${COMPARISONS:-}
 
 if [ "$SWEEP" = 1 ]; then # validation and test rows are not looked at: others take their place
     for name in POSTS COMPARISONS; do

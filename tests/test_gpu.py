@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import ROOT, launch_command
 from safetensors.torch import load_file
 from test_lora import LORA
@@ -33,10 +34,13 @@ def metrics_of(run: str) -> pandas.DataFrame:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("lora", [{}, LORA], ids=["whole", "lora"])
 @pytest.mark.parametrize("stage", MAIN)
-def test_a_run(world, workdir, capsys, stage, lora, precision):
+def test_a_run(world, workdir, capsys, monkeypatch, stage, lora, precision):
     """It ends, its numbers are finite, and the first pass over what was sampled has a ratio near 1."""
+    calls, plain = [], packed_rows.varlen_attention
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})  # or another test's precision would be kept
+    monkeypatch.setattr(packed_rows, "varlen_attention", lambda *a, **k: calls.append(1) or plain(*a, **k))
     MAIN[stage](stage_args(world, stage, "model", precision=precision, **lora))
-    assert "on cuda" in capsys.readouterr().out
+    assert "on cuda" in capsys.readouterr().out and bool(calls) == (precision == "bf16")
     metrics = metrics_of("model")
     loss = metrics[FINITE[stage]].dropna()
     assert len(loss) >= 4 and loss.map(math.isfinite).all()

@@ -232,6 +232,7 @@ def test_packed_rows_are_rows_alone(kind, kernel, monkeypatch):
             at = torch.tensor([s + len(r) - 1 for s, r in zip(starts, rows)])
             logits = logits_at(model, inputs, at)
             shared = pack_pieces([(rows[3][:12], None), (rows[3][12:], 0), ([7, 7, 7], 0)], "cpu")
+            shared["pieces"] = list(shared["pieces"])  # as DistributedDataParallel hands them on
             logits = torch.cat([logits, logits_at(model, shared, torch.tensor([19, 22]))])
             assert len(calls) == (4 if kernel == "all at once" else 0)  # two layers, two passes
         else:

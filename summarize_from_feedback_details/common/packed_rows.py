@@ -82,6 +82,8 @@ def packed_attention(
             wide = (states.float() for states in (query, key, value))
             out, weights = packed_attention(module, *wide, attention_mask, pieces, **kwargs)
         return out.to(query.dtype), weights
+    if query.is_cuda and torch.is_autocast_enabled("cuda"):  # as it does itself for SDPA; rotary leaves float32
+        query, key, value = (states.to(torch.get_autocast_dtype("cuda")) for states in (query, key, value))
     if takes_varlen(query, key, value):
         return varlen_attention(query, key, value, pieces, **kwargs), None
     sizes, window = [size for size, _ in pieces], kwargs.get("sliding_window")
@@ -103,8 +105,11 @@ def packed_attention(
 
 def takes_varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether torch's kernel for rows of different lengths (FlashAttention) computes this: not in float32."""
+    if not query.is_cuda or torch.cuda.get_device_capability(query.device) < (8, 0):
+        return False
     same = query.dtype == key.dtype == value.dtype and query.dtype in (torch.bfloat16, torch.float16)
-    return query.is_cuda and same and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
+    width = query.shape[-1]
+    return same and value.shape[-1] == width <= 256 and width % 8 == 0
 
 
 def varlen_attention(
@@ -113,7 +118,10 @@ def varlen_attention(
     """`packed_attention` as one call of `torch.nn.attention.varlen`: [1, tokens, heads, head width]."""
     from torch.nn.attention.varlen import varlen_attn
 
+    if not isinstance(pieces, Pieces):  # DistributedDataParallel makes plain lists of them
+        pieces = Pieces(pieces)
     asked, window = pieces.varlen(query.device), kwargs.get("sliding_window")
+    value = value.contiguous()  # see `packed_attention`
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # [tokens, heads, head width]
     if asked.keys is not None:
         key, value = key[asked.keys], value[asked.keys]

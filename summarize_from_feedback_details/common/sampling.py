@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from summarize_from_feedback_details.common.check_inputs import TokenIds
 from summarize_from_feedback_details.common.logprobs import INVALID_LOGPROB
@@ -122,7 +122,7 @@ def sample_responses(
             looked = alive.tolist()
             if not any(looked):
                 break
-            if 2 * sum(looked) <= len(looked):
+            if 2 * sum(looked) <= len(looked) and all(type(layer) in ROWS_CAN_LEAVE for layer in cache.layers):
                 stay = alive.nonzero()[:, 0]
                 cache.batch_select_indices(stay)
                 rows, alive, drawn, mask, positions = (part[stay] for part in (rows, alive, drawn, mask, positions))
@@ -157,6 +157,10 @@ class RoomyLayer(DynamicLayer):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self.room = [states[indices] for states in self.room]
         self.keys, self.values = (states[:, :, : self.keys.shape[2]] for states in self.room)
+
+
+# other layers may hold more than keys and values
+ROWS_CAN_LEAVE = (RoomyLayer, DynamicLayer, DynamicSlidingWindowLayer)
 
 
 def read_queries(model: torch.nn.Module, inputs: dict, room: int) -> tuple[torch.Tensor, DynamicCache, dict]:
