@@ -13,6 +13,7 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -115,8 +116,17 @@ class Args:
     """tiny cells, also without a GPU"""
 
 
-def measure(cell: Cell, folder: Path, gpu: bool, left: float) -> dict:
-    """The result of `one_run.py`, or why there is none: {"failed": a line}."""
+def measure(cell: Cell, folder: Path, gpu: bool, seconds: float) -> dict:
+    """The result of `one_run.py`, or why there is none: {"failed": a line}; empty: not done in so many seconds."""
+    start = time.monotonic()
+    # a process of its own, or the GPU would keep what it takes
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        try:
+            pool.apply_async(make, (cell.work, folder, cell.lora)).get(seconds)
+        except multiprocessing.TimeoutError:
+            return {}
+        except (RuntimeError, OSError) as error:  # out of memory, out of disk
+            return {"failed": f"models were not made: {' '.join(str(error).split())[:200]}"}
     command = [sys.executable, HERE / "one_run.py", "--side", cell.side, "--stage", cell.stage, "--folder", folder,
                "--micro", cell.micro, "--sampled", cell.sampled, "--warm_up", 1, "--updates", 1, "--no-saving",
                "--precision", "bf16" if gpu else "fp32"]  # fmt: skip
@@ -127,6 +137,7 @@ def measure(cell: Cell, folder: Path, gpu: bool, left: float) -> dict:
     command += [f"--{name}" for name, value in given.items() if value]
     environment = os.environ | ({"PYTHONPATH": str(TRL_PPO)} if (cell.side, cell.stage) == ("trl", "ppo") else {})
     try:
+        left = seconds - (time.monotonic() - start)
         done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=left)
     except subprocess.TimeoutExpired:
         return {}
@@ -140,7 +151,7 @@ def report(found: dict[str, dict], planned: list[Cell], machine: dict) -> list[s
     peak, sheet = machine["peak_flops"], machine["data_sheet_flops"]
     lines = [
         f"# {machine['name']}, torch {machine['torch']}", "",
-        f"Products of 8192 x 8192 matrices: {peak / 1e12:.3g} TFLOP/s"
+        f"Products of two large matrices: {peak / 1e12:.3g} TFLOP/s"
         + (f"; the data sheet says {sheet / 1e12:.0f}." if sheet else "."), "",
         "Seconds of one update after another one. Share of the peak: FLOPs that real tokens need in training, by the "
         f"seconds of training and {'the data sheet' if sheet else 'the measured peak'}. Memory: allocated, GB.", "",
@@ -186,13 +197,15 @@ def main(args: Args) -> dict[str, dict]:
         "peak_flops": matmul_peak(gpu, 8192 if gpu else 512, 2.0 if gpu else 0.2, "cuda" if gpu else "cpu"),
         "data_sheet_flops": next((flops for card, flops in DATA_SHEET.items() if card in name), None),
     }  # fmt: skip
+    if gpu:
+        torch.cuda.empty_cache()
     card = torch.cuda.get_device_properties(0).total_memory if gpu else float("inf")
     with tempfile.TemporaryDirectory() as scratch:
-        for cell in planned:
+        for i, cell in enumerate(planned):
             if "seconds" in found.get(cell.name, {}):
                 continue
-            left = lambda: 60 * args.minutes - (time.monotonic() - start)
-            if left() < 30:
+            left = 60 * args.minutes - (time.monotonic() - start)
+            if left < 30:
                 break
             if cell.side == "trl" and not (importlib.util.find_spec("trl") or TRL_PPO.exists()):
                 found[cell.name] = {"failed": "TRL is not installed"}
@@ -201,10 +214,9 @@ def main(args: Args) -> dict[str, dict]:
             else:
                 work = Path(scratch) / f"{cell.shape}-{cell.rows}-{cell.lora}"
                 print(f"{cell.name} ...", flush=True)
-                # a process of its own, or the GPU would keep what it takes
-                with multiprocessing.get_context("spawn").Pool(1) as pool:
-                    pool.apply_async(make, (cell.work, work, cell.lora)).get(left())
-                result = measure(cell, work, gpu, left())
+                result = measure(cell, work, gpu, left)
+                if not any((c.shape, c.rows, c.lora) == (cell.shape, cell.rows, cell.lora) for c in planned[i + 1 :]):
+                    shutil.rmtree(work, ignore_errors=True)  # tens of GB
                 if not result:
                     break  # no time is left
                 found[cell.name] = result
