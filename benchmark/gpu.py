@@ -119,14 +119,15 @@ class Args:
 def measure(cell: Cell, folder: Path, gpu: bool, seconds: float) -> dict:
     """The result of `one_run.py`, or why there is none: {"failed": a line}; empty: not done in so many seconds."""
     start = time.monotonic()
-    # a process of its own, or the GPU would keep what it takes
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        try:
-            pool.apply_async(make, (cell.work, folder, cell.lora)).get(seconds)
-        except multiprocessing.TimeoutError:
-            return {}
-        except (RuntimeError, OSError) as error:  # out of memory, out of disk
-            return {"failed": f"models were not made: {' '.join(str(error).split())[:200]}"}
+    try:
+        if not (folder / "made.json").exists():
+            # a process of its own, or the GPU would keep what it takes
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                pool.apply_async(make, (cell.work, folder, cell.lora)).get(seconds)
+    except multiprocessing.TimeoutError:
+        return {}
+    except (RuntimeError, OSError) as error:  # out of memory, out of disk
+        return {"failed": f"models were not made: {' '.join(str(error).split())[:200]}"}
     command = [sys.executable, HERE / "one_run.py", "--side", cell.side, "--stage", cell.stage, "--folder", folder,
                "--micro", cell.micro, "--sampled", cell.sampled, "--warm_up", 1, "--updates", 1, "--no-saving",
                "--precision", "bf16" if gpu else "fp32"]  # fmt: skip
