@@ -1,8 +1,8 @@
 """One GPU at Pythia's shapes: seconds by phase, share of the peak, memory beside the formula. `make bench-gpu`.
 
-    make bench-gpu                                          all cells; stops after 9 minutes, and goes on the next time
+    make bench-gpu                                          all cells; stops after 9 minutes, goes on the next time
     python benchmark/gpu.py --stages ppo --shapes 1b        some of them
-    python benchmark/gpu.py --smoke                         two tiny cells, on whatever this is
+    python benchmark/gpu.py --smoke                         four tiny cells, on whatever this is
 
 Random weights, rows of real lengths, responses that end where those of real rows do; no network. Every measurement is a
 process of its own (`one_run.py`); TRL is measured where it is importable. What is measured is kept in
@@ -147,7 +147,7 @@ def measure(cell: Cell, folder: Path, gpu: bool, seconds: float) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def report(found: dict[str, dict], planned: list[Cell], machine: dict) -> list[str]:
+def report(found: dict[str, dict], known: list[Cell], machine: dict) -> list[str]:
     """Lines of Markdown."""
     peak, sheet = machine["peak_flops"], machine["data_sheet_flops"]
     lines = [
@@ -159,7 +159,7 @@ def report(found: dict[str, dict], planned: list[Cell], machine: dict) -> list[s
         f"| cell | seconds | {' | '.join(PHASES)} | tokens/s | share of the peak | memory | formula |",
         "|---" * (len(PHASES) + 6) + "|",
     ]  # fmt: skip
-    for cell in planned:
+    for cell in known:
         run = found.get(cell.name, {"failed": "not measured"})
         if "failed" in run:
             lines.append(f"| {cell.name} | {run['failed']} |" + " |" * (len(PHASES) + 4))
