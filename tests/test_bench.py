@@ -114,7 +114,7 @@ def test_one_run(folder, stage):
 
 
 def test_one_gpu(tmp_path, capsys):
-    """Its smoke size, here; cells are measured once, and phases and shares are those of the measurements."""
+    """Its smoke size, on a GPU if there is one: cells are measured once, and the report is of the measurements."""
     import gpu
 
     args = gpu.Args(smoke=True, output_dir=tmp_path)
@@ -147,12 +147,7 @@ def test_cells_of_a_gpu_by_hand():
     from memory import PYTHIA, Layout, memory
 
     cells = gpu.cells()
-    assert len({cell.name for cell in cells}) == len(cells) and {c.shape for c in cells} == {
-        "410m",
-        "1b",
-        "2.8b",
-        "6.9b",
-    }
+    assert len({cell.name for cell in cells}) == len(cells) and {c.shape for c in cells} == set(gpu.HEADS) - {"tiny"}
     (whole,) = (c for c in cells if c.name == "ppo 1b, 512 rows, ours, micro batch 16")
     layout = Layout("ppo", 16, 370, 40, 64, width=4)
     assert whole.formula() == memory(PYTHIA["1b"], layout)["peak"] and whole.work.hidden == 2048

@@ -1,18 +1,15 @@
 """On a GPU: all stages and algorithms in float32 and bf16, kernels, a stop, DeepSpeed. Skipped where there is none."""
 
-import json
 import math
 import os
 import signal
 import subprocess
-import sys
-from pathlib import Path
 
 import pandas
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import ROOT, launch_command
+from conftest import launch_command
 from safetensors.torch import load_file
 from test_lora import LORA
 from test_resume import MAIN, stage_args
@@ -113,11 +110,3 @@ def test_deepspeed(world, workdir, stage, zero):
     done = subprocess.run(command, cwd=workdir, env=env, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "precision bf16" in done.stdout and "WARNING: update" not in done.stdout
-
-
-def test_the_benchmark(workdir):
-    """Small cells on the GPU."""
-    command = [sys.executable, ROOT / "benchmark/gpu.py", "--smoke", "--output_dir", workdir / "out"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert not [run for run in json.loads(Path("out/runs.json").read_text()).values() if "failed" in run]
