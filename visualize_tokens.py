@@ -55,10 +55,11 @@ from summarize_from_feedback_details.common.console import Progress, quiet_libra
 from summarize_from_feedback_details.common.files import refuse_uncreatable, write_whole
 from summarize_from_feedback_details.common.logprobs import response_logits, scatter_tokens, token_logprobs
 from summarize_from_feedback_details.common.machine import on_gpu
+from summarize_from_feedback_details.common.noise import episode_keys
 from summarize_from_feedback_details.common.policies import load_policy
 from summarize_from_feedback_details.common.reward_models import load_reward_model, read_rewards
 from summarize_from_feedback_details.common.run_files import find_run, newest_first, optimises_a_policy
-from summarize_from_feedback_details.common.sampling import episode_noise, pad_rows, sample_responses, strip_pads
+from summarize_from_feedback_details.common.sampling import pad_rows, sample_responses, strip_pads
 from summarize_from_feedback_details.toy_tldr import MANIFEST
 
 HERE = Path(__file__).parent
@@ -353,9 +354,9 @@ def sample(model, queries, rows: list[int], ids, settings, device, progress: Pro
     """Responses [B, R] of a policy; token t of row i gets the t-th draw of (seed, i), as in PPO's evaluation."""
     R, found = settings.response_length, []
     for part in in_batches(queries, progress):
-        noise = episode_noise(settings.seed, rows[part], device)
+        keys = episode_keys(settings.seed, rows[part], device)
         query_tokens = pad_rows(queries[part], ids.pad, "left").to(device)
-        responses, _ = sample_responses(model, query_tokens, noise, ids, R, settings.temperature)
+        responses, _ = sample_responses(model, query_tokens, keys, ids, R, settings.temperature)
         found.append(responses.cpu())
     return torch.cat(found)
 

@@ -325,14 +325,9 @@ def run_sampling(args: Args, clock: Clock) -> None:
     from transformers import AutoModelForCausalLM
 
     from summarize_from_feedback_details.common.check_inputs import TokenIds
+    from summarize_from_feedback_details.common.noise import episode_keys
     from summarize_from_feedback_details.common.packed_rows import use_packed_attention
-    from summarize_from_feedback_details.common.sampling import (
-        episode_noise,
-        model_inputs,
-        pad_rows,
-        sample_responses,
-        strip_pads,
-    )
+    from summarize_from_feedback_details.common.sampling import model_inputs, pad_rows, sample_responses, strip_pads
 
     device = torch.device("cuda" if args.gpu else "cpu")
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
@@ -348,9 +343,9 @@ def run_sampling(args: Args, clock: Clock) -> None:
     clock.update_ends()
     for _ in range(args.warm_up + args.updates):
         if args.side == "ours":
-            noise = episode_noise(args.work.seed, range(len(queries)), device)
+            keys = episode_keys(args.work.seed, range(len(queries)), device)
             ids = TokenIds(workload.PAD, -1, workload.WORDS)
-            found, _ = sample_responses(model, queries, noise, ids, R, 0.7)
+            found, _ = sample_responses(model, queries, keys, ids, R, 0.7)
         else:
             found = model.generate(**inputs, **how, max_new_tokens=R, pad_token_id=workload.PAD)[:, queries.shape[1] :]
         assert found.shape == (len(queries), R)

@@ -25,11 +25,12 @@ from summarize_from_feedback_details.common.check_inputs import find_ids, find_m
 from summarize_from_feedback_details.common.checkpoints import Checkpoints, fingerprint
 from summarize_from_feedback_details.common.evaluation import evaluating, first_rows, score_policy
 from summarize_from_feedback_details.common.logprobs import response_logits, scatter_tokens, token_logprobs
+from summarize_from_feedback_details.common.noise import episode_keys
 from summarize_from_feedback_details.common.packed_rows import supports_packing
 from summarize_from_feedback_details.common.policies import load_policy
 from summarize_from_feedback_details.common.reward_models import load_reward_model, read_rewards
 from summarize_from_feedback_details.common.run_folder import RunFolder
-from summarize_from_feedback_details.common.sampling import episode_noise, pad_rows, sample_responses, strip_pads
+from summarize_from_feedback_details.common.sampling import pad_rows, sample_responses, strip_pads
 from summarize_from_feedback_details.common.training import Gradient, epoch_order, freeze, launch, prepare, save_model
 
 
@@ -91,11 +92,9 @@ def roll_out(policy: Policy, frozen: tuple, queries: list, episodes: np.ndarray,
     """Responses [B, R], their log-probs under the policy and the reference [B, R], scores [B]."""
     device, columns = next(policy.parameters()).device, []
     for part in (slice(i, i + args.local_eval_batch_size) for i in range(0, len(queries), args.local_eval_batch_size)):
-        tokens, noise = (
-            pad_rows(queries[part], ids.pad, "left").to(device),
-            episode_noise(args.seed, episodes[part], device),
-        )
-        responses, _ = sample_responses(policy.model, tokens, noise, ids, args.response_length, args.temperature)
+        tokens = pad_rows(queries[part], ids.pad, "left").to(device)
+        keys = episode_keys(args.seed, episodes[part], device)
+        responses, _ = sample_responses(policy.model, tokens, keys, ids, args.response_length, args.temperature)
         real = [strip_pads(row, ids.pad) for row in responses.cpu()]
         read = lambda model, part=part, real=real: model(queries[part], real, args.temperature)
         logprobs = (scatter_tokens(read(model), responses != ids.pad, 0.0) for model in (policy, Policy(frozen[0])))

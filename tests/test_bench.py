@@ -77,6 +77,7 @@ def test_ends_are_forced_where_the_rows_say(folder, monkeypatch):
     from summarize_from_feedback_details import ppo_left_padding as ppo
     from summarize_from_feedback_details.common import sampling
     from summarize_from_feedback_details.common.check_inputs import TokenIds
+    from summarize_from_feedback_details.common.noise import episode_keys
     from summarize_from_feedback_details.common.packed_rows import use_packed_attention
 
     monkeypatch.setattr(GPTNeoXForCausalLM, "forward", GPTNeoXForCausalLM.forward)  # put back after the test
@@ -88,8 +89,8 @@ def test_ends_are_forced_where_the_rows_say(folder, monkeypatch):
     tokens, R = sampling.pad_rows(queries, workload.PAD, "left"), TINY.response_length
     ids = TokenIds(workload.PAD, workload.EOS, workload.PAD + 1)
     for _ in range(2):
-        noise = sampling.episode_noise(1, range(4), torch.device("cpu"))
-        found, _ = sampling.sample_responses(model, tokens, noise, ids, R, 0.7)
+        keys = episode_keys(1, range(4), torch.device("cpu"))
+        found, _ = sampling.sample_responses(model, tokens, keys, ids, R, 0.7)
         lengths = [len(ppo.strip_pads(row, workload.PAD)) for row in found]
         assert lengths == rows["reference_response_token_len"].tolist() == TINY.response_lengths(0).tolist()
         assert use_packed_attention(model)

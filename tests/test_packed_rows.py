@@ -24,6 +24,7 @@ from summarize_from_feedback_details.common import (
     training,
 )
 from summarize_from_feedback_details.common.check_inputs import TokenIds
+from summarize_from_feedback_details.common.noise import episode_keys
 from summarize_from_feedback_details.common.packed_rows import (
     logits_at,
     pack_pieces,
@@ -85,7 +86,7 @@ def test_a_query_that_responses_share_gives_the_same_numbers(world):
         TokenIds(policy.config.vocab_size, 0, 100),
         sampling.pad_rows(queries, policy.config.vocab_size, "left"),
     )
-    found = [sampling.sample_responses(model, tokens, sampling.episode_noise(1, range(6), "cpu"), ids, 8, 1.0)
+    found = [sampling.sample_responses(model, tokens, episode_keys(1, range(6), "cpu"), ids, 8, 1.0)
              for model in (policy, plain)]  # fmt: skip
     assert torch.equal(found[0][0], found[1][0]) and len({tuple(row) for row in found[0][0].tolist()}) > 3
     torch.testing.assert_close(found[0][1], found[1][1], rtol=0, atol=1e-5)
@@ -252,8 +253,8 @@ def test_sampling_with_a_sliding_window():
     queries, R = sampling.pad_rows([*ROWS, *ROWS], 63, "left"), 30
     found = []
     for _ in range(2):
-        noise = sampling.episode_noise(1, range(len(queries)), torch.device("cpu"))
-        found.append(sampling.sample_responses(model, queries, noise, TokenIds(63, 62, 63), R, 1.0))
+        keys = episode_keys(1, range(len(queries)), torch.device("cpu"))
+        found.append(sampling.sample_responses(model, queries, keys, TokenIds(63, 62, 63), R, 1.0))
         assert use_packed_attention(model)
     assert torch.equal(found[0][0], found[1][0]) and (found[0][0] != 63).sum(1).max() == R
     torch.testing.assert_close(found[0][1], found[1][1], rtol=0, atol=1e-5)
@@ -280,14 +281,14 @@ def test_rows_that_have_ended_leave_the_batch(kind, look_every, monkeypatch):
     assert use_packed_attention(model)
     rows, ids, R = [[1 + i % 7] * (2 + i % 5) for i in range(16)], TokenIds(63, 20, 21), 40  # a token in 21 is EOS
     alone = [
-        sampling.sample_responses(model, torch.tensor([row]), sampling.episode_noise(1, [i], "cpu"), ids, R, 1.0)
+        sampling.sample_responses(model, torch.tensor([row]), episode_keys(1, [i], "cpu"), ids, R, 1.0)
         for i, row in enumerate(rows)
     ]
     passes = []
     model.register_forward_hook(lambda module, given, kwargs, out: passes.append(kwargs["input_ids"]), with_kwargs=True)
     monkeypatch.setitem(sampling.LOOK_EVERY, "cpu", look_every)
-    noise = sampling.episode_noise(1, range(len(rows)), "cpu")
-    responses, logprobs = sampling.sample_responses(model, sampling.pad_rows(rows, 63, "left"), noise, ids, R, 1.0)
+    keys = episode_keys(1, range(len(rows)), "cpu")
+    responses, logprobs = sampling.sample_responses(model, sampling.pad_rows(rows, 63, "left"), keys, ids, R, 1.0)
     assert torch.equal(responses, torch.cat([tokens for tokens, _ in alone]))
     torch.testing.assert_close(logprobs, torch.cat([found for _, found in alone]), rtol=0, atol=1e-5)
     lengths = (responses != 63).sum(1)

@@ -40,11 +40,11 @@ from summarize_from_feedback_details.common.logprobs import (
     token_entropies,
     token_logprobs,
 )
+from summarize_from_feedback_details.common.noise import episode_keys
 from summarize_from_feedback_details.common.packed_rows import use_packed_attention
 from summarize_from_feedback_details.common.reward_models import load_reward_model, read_rewards
 from summarize_from_feedback_details.common.run_folder import RunFolder
 from summarize_from_feedback_details.common.sampling import (
-    episode_noise,
     first_true_indices,
     model_inputs,
     sample_responses,
@@ -263,8 +263,8 @@ def test_golden_generation():
             logits = policy(**model_inputs(tokens[usable], PAD), logits_to_keep=9).logits[:, :-1]
         # divided by T = 0.01, float32 rounding grows a hundredfold
         close(logits / T, g[f"gen_{name}_scores"][usable], atol=1e-5 / T)
-    noise = episode_noise(0, list(range(6)), queries.device)
-    ours, _ = sample_responses(policy, queries, noise, TokenIds(PAD, -1, VOCAB), 8, 0.0)
+    keys = episode_keys(0, list(range(6)), queries.device)
+    ours, _ = sample_responses(policy, queries, keys, TokenIds(PAD, -1, VOCAB), 8, 0.0)
     theirs, scores = g["gen_T001_tokens"][:, 12:], g["gen_T001_scores"]
     for i in usable.nonzero()[:, 0].tolist():
         differ = (ours[i] != theirs[i]).nonzero()[:, 0].tolist()
@@ -437,8 +437,8 @@ def some_queries(lengths=(3, 9, 5, 1), seed=0):
 def draw(policy, rows, temperature, R=12, seed=7, episodes=None, stop=EOS, vocab=PAD, width=0):
     queries = sampling.pad_rows(rows, PAD, "left")
     queries = torch.nn.functional.pad(queries, (width, 0), value=PAD)
-    noise = episode_noise(seed, episodes or list(range(len(rows))), queries.device)
-    return sample_responses(policy, queries, noise, TokenIds(PAD, stop, vocab), R, temperature)
+    keys = episode_keys(seed, episodes or list(range(len(rows))), queries.device)
+    return sample_responses(policy, queries, keys, TokenIds(PAD, stop, vocab), R, temperature)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -521,14 +521,14 @@ def test_no_pass_is_made_once_every_row_has_its_eos():
     policy, passes = tiny_policy(), []
     policy.register_forward_hook(lambda *_: passes.append(1))
     queries = sampling.pad_rows(some_queries(), PAD, "left")
-    noise = lambda: episode_noise(7, range(4), queries.device)
-    responses, _ = sample_responses(policy, queries, noise(), TokenIds(PAD, -1, PAD), 12, 0.7)
+    keys = lambda: episode_keys(7, range(4), queries.device)
+    responses, _ = sample_responses(policy, queries, keys(), TokenIds(PAD, -1, PAD), 12, 0.7)
     assert len(passes) == 12 and (responses != PAD).all()  # one for the queries, one for each token but the last
     passes.clear()
     stop = 5
     policy.gpt_neox.final_layer_norm.bias.data.fill_(5.0)
     policy.lm_head.weight.data[stop] = 5.0  # a logit of 800: every row draws it first
-    responses, _ = sample_responses(policy, queries, noise(), TokenIds(PAD, stop, PAD), 12, 0.7)
+    responses, _ = sample_responses(policy, queries, keys(), TokenIds(PAD, stop, PAD), 12, 0.7)
     assert len(passes) == 1 and responses[:, 0].tolist() == [stop] * 4 and (responses[:, 1:] == PAD).all()
 
 

@@ -12,9 +12,10 @@ from accelerate.utils import gather_object
 
 from summarize_from_feedback_details.common.check_inputs import find_ids
 from summarize_from_feedback_details.common.console import Progress
+from summarize_from_feedback_details.common.noise import episode_keys
 from summarize_from_feedback_details.common.reward_models import read_rewards
 from summarize_from_feedback_details.common.run_folder import REQUEUE_ME, stop_wanted
-from summarize_from_feedback_details.common.sampling import episode_noise, pad_rows, sample_responses, strip_pads
+from summarize_from_feedback_details.common.sampling import pad_rows, sample_responses, strip_pads
 from summarize_from_feedback_details.common.zero import full_weights
 
 
@@ -93,8 +94,8 @@ def sample_batch(
     """
     ids, device = find_ids(args.truncate_token, tokenizer), next(policy.parameters()).device
     queries = pad_rows([strip_pads(q, ids.pad) for q in batch["query_token"]], ids.pad, "left").to(device)
-    noise = episode_noise(args.seed, rows, device)
-    responses, _ = sample_responses(policy, queries, noise, ids, args.response_length, temperature)
+    keys = episode_keys(args.seed, rows, device)
+    responses, _ = sample_responses(policy, queries, keys, ids, args.response_length, temperature)
     texts = tokenizer.batch_decode(responses.tolist(), skip_special_tokens=True)
     references = [text.replace(tokenizer.eos_token, "").strip() for text in batch["reference_response"]]
     tokens = [strip_pads(row, ids.pad) for row in responses.cpu()]

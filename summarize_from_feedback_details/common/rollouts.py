@@ -27,8 +27,9 @@ from summarize_from_feedback_details.common.logprobs import (
     scatter_tokens,
     token_logprobs,
 )
+from summarize_from_feedback_details.common.noise import episode_keys
 from summarize_from_feedback_details.common.reward_models import read_rewards
-from summarize_from_feedback_details.common.sampling import episode_noise, pad_rows, sample_responses, strip_pads
+from summarize_from_feedback_details.common.sampling import pad_rows, sample_responses, strip_pads
 from summarize_from_feedback_details.common.training import lent
 
 
@@ -104,8 +105,8 @@ def respond(
         poll()
         # Detail: left padding - queries are left-padded, responses right-padded
         query_tokens = pad_rows(prompts.queries[part], ids.pad, "left").to(device)  # [b, Q]
-        noise = episode_noise(args.seed, prompts.episodes[part], device)
-        sampled.append(sample_responses(policy, query_tokens, noise, ids, args.response_length, args.temperature))
+        keys = episode_keys(args.seed, prompts.episodes[part], device)
+        sampled.append(sample_responses(policy, query_tokens, keys, ids, args.response_length, args.temperature))
     tokens, logprobs = map(torch.cat, zip(*sampled))  # [B, R] each
     return Responses(tokens, logprobs, tokens != ids.pad, [strip_pads(row, ids.pad) for row in tokens.cpu()])
 

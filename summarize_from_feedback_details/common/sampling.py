@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from summarize_from_feedback_details.common.check_inputs import TokenIds
 from summarize_from_feedback_details.common.logprobs import INVALID_LOGPROB
+from summarize_from_feedback_details.common.noise import gumbel_noise
 from summarize_from_feedback_details.common.packed_rows import pack_rows, supports_packing
 
 # tokens between two looks at which rows have ended: on a GPU each look waits for what is being computed
@@ -61,17 +62,11 @@ def truncate_response(responses: torch.Tensor, stop_id: int, pad_id: int) -> tor
     return responses.masked_fill(after, pad_id)
 
 
-def episode_noise(seed: int, episodes: list[int], device: torch.device) -> list[torch.Generator]:
-    """One random generator per episode: token t of episode i gets the t-th draw of (seed, i)."""
-    keys = [int(np.random.SeedSequence([seed, int(i)]).generate_state(1, np.uint64)[0] >> 1) for i in episodes]
-    return [torch.Generator(device).manual_seed(key) for key in keys]
-
-
 @torch.no_grad()
 def sample_responses(
     model: torch.nn.Module,
     queries: torch.Tensor,
-    noise: list[torch.Generator] | None,
+    keys: torch.Tensor | None,
     ids: TokenIds,
     response_length: int,
     temperature: float,
@@ -83,7 +78,7 @@ def sample_responses(
     Args:
         model: a causal language model, in eval mode.
         queries: [B, Q] token ids, left-padded.
-        noise: B generators, see `episode_noise`.
+        keys: [B], see `episode_keys`; not read at temperature 0.
         response_length: R, tokens at most.
         temperature: divides the logits; 0 takes the most likely token.
 
@@ -99,7 +94,6 @@ def sample_responses(
     logprobs = torch.full((B, response_length), INVALID_LOGPROB, device=queries.device)  # [B, R]
     rows = torch.arange(B, device=queries.device)  # [b] that are read still
     alive = torch.ones_like(rows, dtype=torch.bool)  # [b] whether they go on
-    looked = [True] * B  # `alive` at the last look
     for t in range(response_length):
         logits = logits.float() / (temperature or 1.0)
         allowed = logits.clone()
@@ -107,10 +101,8 @@ def sample_responses(
         allowed[:, ids.vocab_size :] = -math.inf
         if ids.pad < logits.shape[1]:
             allowed[:, ids.pad] = -math.inf
-        if temperature > 0:  # argmax(logits + Gumbel noise) is a draw from the softmax; Gumbel = -log(exponential)
-            for i in (i for i, going in enumerate(looked) if going):
-                exponential = torch.empty(logits.shape[1], device=logits.device).exponential_(generator=noise[i])
-                allowed[i] -= exponential.log()
+        if temperature > 0:  # argmax(logits + Gumbel noise) is a draw from the softmax
+            allowed += gumbel_noise(keys, t, logits.shape[1])
         drawn = allowed.argmax(-1)  # [b]
         responses[rows, t] = drawn
         logprobs[rows, t] = logits.log_softmax(-1).gather(1, drawn[:, None])[:, 0]
@@ -119,15 +111,14 @@ def sample_responses(
         if t + 1 == response_length:
             break
         if (t + 1) % look_every == 0:
-            looked = alive.tolist()
-            if not any(looked):
+            going = int(alive.sum())
+            if not going:
                 break
-            if 2 * sum(looked) <= len(looked) and all(type(layer) in ROWS_CAN_LEAVE for layer in cache.layers):
+            if 2 * going <= len(rows) and all(type(layer) in ROWS_CAN_LEAVE for layer in cache.layers):
                 stay = alive.nonzero()[:, 0]
                 cache.batch_select_indices(stay)
                 rows, alive, drawn, mask, positions = (part[stay] for part in (rows, alive, drawn, mask, positions))
-                noise = noise and [noise[i] for i in stay.tolist()]
-                looked = [True] * len(stay)
+                keys = None if keys is None else keys[stay]
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         positions = positions[:, -1:] + 1
         logits = model(input_ids=drawn[:, None], attention_mask=mask, position_ids=positions, **past).logits[:, -1]
