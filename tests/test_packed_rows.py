@@ -5,12 +5,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn.attention import varlen
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     FalconConfig,
     Gemma3TextConfig,
     GPTNeoXConfig,
+    LlamaConfig,
     MistralConfig,
 )
 
@@ -428,3 +430,28 @@ def test_only_what_is_needed_is_computed():
             read.clear()
             reward.pair_rewards(reward.RewardModel(scorer), pairs, True, shared, "cpu")
             assert sum(read) == tokens
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "llama"])
+def test_a_token_waits_for_nothing(kind, monkeypatch):
+    """Between two looks nothing is read from the device: a GPU then never waits for Python, nor Python for it."""
+
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+            return function(*args, **kwargs or {})
+
+    torch.manual_seed(0)
+    sizes = {**SIZES, "intermediate_size": 64}
+    model = AutoModelForCausalLM.from_config((GPTNeoXConfig if kind == "gpt_neox" else LlamaConfig)(**sizes)).eval()
+    assert use_packed_attention(model)
+    queries = sampling.pad_rows([[1 + i % 7] * (2 + i % 5) for i in range(8)], 63, "left")
+    monkeypatch.setitem(sampling.LOOK_EVERY, "cpu", 8)
+    found = []
+    for R in (1, 7, 15):  # no look, none, one
+        with Reads() as reads:
+            sampling.sample_responses(model, queries, episode_keys(1, range(8), "cpu"), TokenIds(63, -1, 63), R, 1.0)
+        found.append(reads.count)
+    assert found[0] == found[1] == found[2] - 1

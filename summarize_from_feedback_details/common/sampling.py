@@ -87,8 +87,11 @@ def sample_responses(
         temperature (over all ids, as `token_logprobs` computes them), INVALID_LOGPROB at pads.
     """
     inputs = model_inputs(queries, ids.pad)
-    mask, positions = inputs["attention_mask"], inputs["position_ids"]
+    mask = F.pad(inputs["attention_mask"], (0, response_length), value=1)  # [b, T]
+    positions = inputs["position_ids"][:, -1:]  # [b, 1] of the last token
     logits, cache, past = read_queries(model, inputs, response_length)  # [B, V]
+    # transformers asks at each token whether all of a mask is True, and a GPU is waited for; not of one with its shape
+    finished = supports_packing(model) and all(type(layer) is RoomyLayer for layer in cache.layers)
     B, look_every = len(queries), LOOK_EVERY.get(queries.device.type, 8)
     responses = queries.new_full((B, response_length), ids.pad)  # [B, R]
     logprobs = torch.full((B, response_length), INVALID_LOGPROB, device=queries.device)  # [B, R]
@@ -119,9 +122,9 @@ def sample_responses(
                 cache.batch_select_indices(stay)
                 rows, alive, drawn, mask, positions = (part[stay] for part in (rows, alive, drawn, mask, positions))
                 keys = None if keys is None else keys[stay]
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        positions = positions[:, -1:] + 1
-        logits = model(input_ids=drawn[:, None], attention_mask=mask, position_ids=positions, **past).logits[:, -1]
+        seen, positions = mask[:, : queries.shape[1] + t + 1], positions + 1
+        seen = seen[:, None, None].bool() if finished else seen
+        logits = model(input_ids=drawn[:, None], attention_mask=seen, position_ids=positions, **past).logits[:, -1]
     responses = truncate_response(responses, ids.stop, ids.pad)
     return responses, logprobs.masked_fill(responses == ids.pad, INVALID_LOGPROB)
 
