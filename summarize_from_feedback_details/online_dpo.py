@@ -36,7 +36,7 @@ from summarize_from_feedback_details.common.arguments import (
     may_change,
     refuse,
 )
-from summarize_from_feedback_details.common.checkpoints import Checkpoints, fingerprint
+from summarize_from_feedback_details.common.checkpoints import Checkpoints, fingerprint_queries
 from summarize_from_feedback_details.common.console import print_metrics
 from summarize_from_feedback_details.common.evaluation import evaluating, first_rows, report_scores, score_policy
 from summarize_from_feedback_details.common.logprobs import scatter_tokens
@@ -46,6 +46,7 @@ from summarize_from_feedback_details.common.policies import ResponsePolicy, load
 from summarize_from_feedback_details.common.precision import trunk_dtype
 from summarize_from_feedback_details.common.reward_models import load_frozen_reward
 from summarize_from_feedback_details.common.rollouts import (
+    CLOSING_METRICS,
     Prompts,
     find_task,
     gather_in_order,
@@ -67,8 +68,6 @@ from summarize_from_feedback_details.common.training import (
 )
 
 NAMES = ("tokens", "logprobs", "ref_logprobs", "scores")  # of what is sampled and computed for a batch
-CLOSING_METRICS = ("objective/scores", "objective/kl", "objective/eos_rate", "objective/response_length",
-                   "policy/first_pass_ratio_error")  # fmt: skip
 
 
 @dataclass
@@ -246,9 +245,7 @@ def main(args: Args) -> dict[str, float]:
 
         # --------------------------------------------------------------------------------------------------------------
         # loop
-        probe_rows = train[np.linspace(0, len(train) - 1, 1000).astype(int)]["query_token"]
-        data = {"query_dataset": fingerprint([len(train), *np.concatenate(probe_rows)])}
-        checkpoints = Checkpoints(run, accelerator, model, optimizer, scheduler, data)
+        checkpoints = Checkpoints(run, accelerator, model, optimizer, scheduler, fingerprint_queries(train))
         resumed = checkpoints.resume()
         for update in run.progress("online dpo updates", resumed.update + 1, args.num_updates):
             start, inside = time.time(), resumed.inside(update)

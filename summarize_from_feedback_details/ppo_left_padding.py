@@ -39,8 +39,9 @@ from summarize_from_feedback_details.common.arguments import (
     may_change,
 )
 from summarize_from_feedback_details.common.check_inputs import TokenIds
-from summarize_from_feedback_details.common.checkpoints import Checkpoints, fingerprint
+from summarize_from_feedback_details.common.checkpoints import Checkpoints, fingerprint_queries
 from summarize_from_feedback_details.common.console import print_metrics
+from summarize_from_feedback_details.common.engines import importance_weights, mismatch_metrics
 from summarize_from_feedback_details.common.evaluation import (
     evaluating,
     first_rows,
@@ -65,6 +66,7 @@ from summarize_from_feedback_details.common.policies import load_policy_and_refe
 from summarize_from_feedback_details.common.precision import exact, keep_exact, trunk_dtype
 from summarize_from_feedback_details.common.reward_models import load_reward_and_value
 from summarize_from_feedback_details.common.rollouts import (
+    CLOSING_METRICS,
     Prompts,
     chunks,
     find_task,
@@ -89,8 +91,6 @@ from summarize_from_feedback_details.common.zero import full_weights
 
 STATISTICS = ("loss/policy", "loss/value", "policy/ratio", "policy/clipfrac", "policy/approxkl", "value/clipfrac",
               "policy/entropy")  # fmt: skip
-CLOSING_METRICS = ("objective/scores", "objective/kl", "objective/eos_rate", "objective/response_length",
-                   "policy/first_pass_ratio_error", "value/explained_variance")  # fmt: skip
 
 
 @dataclass
@@ -212,6 +212,8 @@ class Args(RunArgs):
     # algorithm
     temperature: float = 0.7
     """divides the logits of old, new and reference log-probabilities alike"""
+    rollout_engine: Literal["hf", "hf_bf16"] = "hf"
+    """who samples in training: hf, the policy itself; hf_bf16, a copy of it in bf16, for runs in float32"""
     penalty_reward_value: float = -1.0
     """score of a response without the truncate token"""
     non_eos_penalty: bool = True
@@ -268,10 +270,11 @@ class Rollout(NamedTuple):
 
     query_rows: Tensor  # [B] row of the dataset
     responses: Tensor  # [B, R] token ids, pads after the stop token
-    logprobs: Tensor  # [B, R] of the policy that sampled, nats
+    logprobs: Tensor  # [B, R] of the policy, nats
     ref_logprobs: Tensor  # [B, R] of the reference policy, nats
     values: Tensor  # [B, R] before each token, reward units
     scores: Tensor  # [B] of the reward model
+    sampled_logprobs: Tensor  # [B, R] of who sampled, see --rollout_engine
 
 
 class Experience(NamedTuple):
@@ -309,7 +312,7 @@ def generalised_advantages(rewards: Tensor, values: Tensor, gamma: float, lam: f
 
 def compute_experience(rollout: Rollout, ids: TokenIds, args: Args) -> Experience:
     """From what was sampled to what is learned: masks, rewards, advantages, returns over the WHOLE batch."""
-    _, responses, logprobs, ref_logprobs, values, scores = rollout
+    _, responses, logprobs, ref_logprobs, values, scores, sampled_logprobs = rollout
     R = responses.shape[1]
     # a response always has a first token, so that index is at least 0
     sequence_lengths = first_true_indices(responses == ids.pad) - 1  # [B]
@@ -340,6 +343,7 @@ def compute_experience(rollout: Rollout, ids: TokenIds, args: Args) -> Experienc
     # Detail: advantage whitening - biased variance, over real tokens
     # Deviates: over the whole batch of all processes; the original whitened on each GPU
     advantages = masked_whiten(advantages, ~padding_mask).masked_fill(padding_mask, 0.0)
+    advantages = advantages * importance_weights(args, logprobs, sampled_logprobs)
     return Experience(responses, padding_mask, padding_mask_p1, sequence_lengths, contains_stop, logprobs, ref_logprobs,
                       values, scores, kl, non_score_rewards, rewards, advantages, returns)  # fmt: skip
 
@@ -434,7 +438,7 @@ def make_rollout(
     values = scatter_tokens(torch.cat([read(part) for part in chunks(prompts, args)]), mask_p1, 0.0)
     logprobs, ref_logprobs, scores = sampled
     rows = torch.tensor(prompts.rows, device=device)
-    return Rollout(rows, responses.tokens, logprobs, ref_logprobs, values, scores)
+    return Rollout(rows, responses.tokens, logprobs, ref_logprobs, values, scores, responses.logprobs)
 
 
 def rollout_metrics(experience: Experience) -> dict[str, float]:
@@ -525,9 +529,7 @@ def main(args: Args) -> dict[str, float]:
 
         # --------------------------------------------------------------------------------------------------------------
         # loop
-        probe_rows = train[np.linspace(0, len(train) - 1, 1000).astype(int)]["query_token"]
-        data = {"query_dataset": fingerprint([len(train), *np.concatenate(probe_rows)])}
-        checkpoints = Checkpoints(run, accelerator, model, optimizer, scheduler, data)
+        checkpoints = Checkpoints(run, accelerator, model, optimizer, scheduler, fingerprint_queries(train))
         resumed = checkpoints.resume()
         for update in run.progress("ppo updates", resumed.update + 1, args.num_updates):
             start = time.time()
@@ -593,6 +595,7 @@ def main(args: Args) -> dict[str, float]:
                 "time/ppo/sampled_tokens_per_second": int((~experience.padding_mask).sum()) / rollout_seconds,
                 "memory/ppo/peak_gb": memory_gb(device),
             }  # fmt: skip
+            metrics |= mismatch_metrics(args, rollout.logprobs, rollout.sampled_logprobs, ~experience.padding_mask)
             metrics |= text_metrics(texts[order[episodes]], rollout.responses, tokenizer)
             if run.is_main:
                 warn(update, metrics, in_float32)
@@ -621,7 +624,7 @@ def main(args: Args) -> dict[str, float]:
                 value_model.config.reward_bias = float(exact(unwrapped.value_bias).detach())
             save_model(accelerator, run, model, value_model, tokenizer, args.value_output_dir)
         if run.is_main:
-            print_metrics("PPO", run.metrics, CLOSING_METRICS)
+            print_metrics("PPO", run.metrics, (*CLOSING_METRICS, "value/explained_variance"))
         run.deliver(paths)
     checkpoints.remove()
     return dict(run.metrics)

@@ -35,8 +35,9 @@ from summarize_from_feedback_details.common.arguments import (
     may_change,
     refuse,
 )
-from summarize_from_feedback_details.common.checkpoints import Checkpoints, fingerprint
+from summarize_from_feedback_details.common.checkpoints import Checkpoints, fingerprint_queries
 from summarize_from_feedback_details.common.console import print_metrics
+from summarize_from_feedback_details.common.engines import importance_weights, mismatch_metrics
 from summarize_from_feedback_details.common.evaluation import evaluating, first_rows, report_scores, score_policy
 from summarize_from_feedback_details.common.logprobs import scatter_tokens
 from summarize_from_feedback_details.common.machine import memory_gb
@@ -45,6 +46,7 @@ from summarize_from_feedback_details.common.policies import ResponsePolicy, load
 from summarize_from_feedback_details.common.precision import trunk_dtype
 from summarize_from_feedback_details.common.reward_models import load_frozen_reward
 from summarize_from_feedback_details.common.rollouts import (
+    CLOSING_METRICS,
     Prompts,
     find_task,
     gather_in_order,
@@ -65,9 +67,7 @@ from summarize_from_feedback_details.common.training import (
     save_model,
 )
 
-NAMES = ("tokens", "logprobs", "ref_logprobs", "scores")  # of what is sampled and computed for a batch
-CLOSING_METRICS = ("objective/scores", "objective/kl", "objective/eos_rate", "objective/response_length",
-                   "policy/first_pass_ratio_error")  # fmt: skip
+NAMES = ("tokens", "sampled", "logprobs", "ref_logprobs", "scores")  # of what is sampled and computed for a batch
 
 
 @dataclass
@@ -158,6 +158,8 @@ class Args(RunArgs):
     # algorithm
     temperature: float = 0.7
     """divides the logits of old, new and reference log-probabilities alike"""
+    rollout_engine: Literal["hf", "hf_bf16"] = "hf"
+    """who samples in training: hf, the policy itself; hf_bf16, a copy of it in bf16, for runs in float32"""
     penalty_reward_value: float = -1.0
     """score of a response without the truncate token"""
     non_eos_penalty: bool = True
@@ -250,9 +252,7 @@ def main(args: Args) -> dict[str, float]:
 
         # --------------------------------------------------------------------------------------------------------------
         # loop
-        probe_rows = train[np.linspace(0, len(train) - 1, 1000).astype(int)]["query_token"]
-        data = {"query_dataset": fingerprint([len(train), *np.concatenate(probe_rows)])}
-        checkpoints = Checkpoints(run, accelerator, model, optimizer, scheduler, data)
+        checkpoints = Checkpoints(run, accelerator, model, optimizer, scheduler, fingerprint_queries(train))
         resumed = checkpoints.resume()
         for update in run.progress("rloo updates", resumed.update + 1, args.num_updates):
             start, inside = time.time(), resumed.inside(update)
@@ -267,13 +267,14 @@ def main(args: Args) -> dict[str, float]:
                 with evaluating(accelerator, model) as whole:
                     networks = whole.model, ref_policy, reward_model
                     found = roll_out(networks, prompts, not in_float32, ids, args, checkpoints.poll)
-                columns = gather_in_order(accelerator, (found[0].tokens, *found[1:]), mine)
-            tokens, logprobs, ref_logprobs, scores = columns
+                columns = gather_in_order(accelerator, (found[0].tokens, found[0].logprobs, *found[1:]), mine)
+            tokens, sampled, logprobs, ref_logprobs, scores = columns
             mask, contains_stop = tokens != ids.pad, (tokens == ids.stop).any(1)  # [B, R], [B]
             if args.non_eos_penalty:
                 scores = torch.where(contains_stop, scores, torch.full_like(scores, args.penalty_reward_value))
             kl = (logprobs - ref_logprobs) * mask
             advantages = leave_one_out_advantages(scores - args.kl_coef * kl.sum(1), k)  # [B]
+            advantages *= importance_weights(args, (logprobs * mask).sum(1), (sampled * mask).sum(1))
             rollout_seconds = time.time() - start
             model.train()
             lengths = [len(q) + int(n) for q, n in zip(queries, mask.sum(1).tolist())]
@@ -306,7 +307,7 @@ def main(args: Args) -> dict[str, float]:
                 "train/rloo/lr": lr, "train/rloo/grad_norm": grad_norm, "train/rloo/episode": update * args.batch_size,
                 "time/rloo/rollout_seconds": rollout_seconds, "time/rloo/training_seconds": seconds - rollout_seconds,
                 "time/rloo/episodes_per_second": args.batch_size / seconds, "memory/rloo/peak_gb": memory_gb(device),
-            }  # fmt: skip
+            } | mismatch_metrics(args, logprobs, sampled, mask)  # fmt: skip
             metrics |= text_metrics(texts[order[episodes]], tokens, tokenizer)
             if run.is_main:
                 warn(update, metrics, in_float32)

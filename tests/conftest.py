@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import fields, is_dataclass, replace
@@ -67,6 +68,20 @@ class World:
         task |= {"query_dataset": self.sft_rows, "response_length": 24, "num_eval_rows": 20}
         names = {"output_dir": str(output_dir), "run_name": Path(output_dir).name}
         return Args(**(self.common | sizes | task | names | changes))
+
+    def easy_task(self) -> dict:
+        """All scores are 0, but -1 without EOS, and the policy is untrained: any seed learns to end its responses."""
+        from summarize_from_feedback_details.common.reward_models import load_reward_model
+
+        folder = Path(self.reward).parent / "flat_reward"
+        if not folder.exists():
+            shutil.copytree(self.reward, folder)
+            model = load_reward_model(self.reward)
+            model.score.weight.data.zero_()
+            model.config.reward_bias = 0.0
+            model.save_pretrained(folder)
+        return {"sft_model_path": self.base, "reward_model_path": str(folder), "temperature": 1.0, "lr": 3e-3,
+                "batch_size": 32, "local_micro_batch_size": 32, "local_rollout_forward_batch_size": 32}  # fmt: skip
 
     def rloo_args(self, output_dir, **changes):
         from summarize_from_feedback_details.rloo import Args

@@ -463,9 +463,11 @@ def test_every_reported_metric_is_in_the_glossary():
     for split in ("validation", "validation_cnndm"):
         found += reward.report(split, pairs, np.array([1.0, 0.0]), np.array([0.0, 1.0]))[0]
     found += evaluation.report_scores("ppo", rows | {"score": [1.0], "reference_score": [0.0]})
-    args = SimpleNamespace(ppo=ppo_left_padding.PpoHParams(), non_eos_penalty=True, penalty_reward_value=-1.0)
+    args = SimpleNamespace(
+        ppo=ppo_left_padding.PpoHParams(), rollout_engine="hf", non_eos_penalty=True, penalty_reward_value=-1.0
+    )
     columns = (torch.zeros(2, 3), torch.zeros(2, 3), torch.randn(2, 3), torch.ones(2))
-    rollout = ppo_left_padding.Rollout(torch.arange(2), torch.tensor([[5, 0, 9], [5, 6, 0]]), *columns)
+    rollout = ppo_left_padding.Rollout(torch.arange(2), torch.tensor([[5, 0, 9], [5, 6, 0]]), *columns, columns[0])
     experience = ppo_left_padding.compute_experience(rollout, TokenIds(9, 0, 9), args)
     found += ppo_left_padding.rollout_metrics(experience)
     found += ppo_left_padding.training_metrics(torch.zeros(2, len(ppo_left_padding.STATISTICS)), 0.0)

@@ -29,7 +29,7 @@ def test_rloo(name, clip):
                                                    ("grpo_without_kl", True, 0.0)])  # fmt: skip
 def test_grpo(name, by_length, beta):
     new, mask = GOLDEN["new"].clone().requires_grad_(True), GOLDEN["mask"].bool()
-    losses = grpo.grpo_losses(new, GOLDEN["old"], GOLDEN["ref"], GOLDEN["advantages"], CLIP, beta)
+    losses = grpo.grpo_losses(new, GOLDEN["old"], GOLDEN["ref"], GOLDEN["advantages"][:, None], CLIP, beta)
     check(name, new, (losses * grpo.token_weights(mask, by_length)).sum())
 
 

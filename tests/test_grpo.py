@@ -35,7 +35,7 @@ def test_the_loss_by_hand():
     new, old = torch.tensor([[two, -two], [two, -two]]), torch.zeros(2, 2)
     ref = torch.tensor([[two, 0.0], [0.0, -two]])
     k3 = lambda d: math.exp(d) - d - 1
-    found = grpo_losses(new, old, ref, torch.tensor([3.0, -3.0]), 0.2, 0.5)
+    found = grpo_losses(new, old, ref, torch.tensor([[3.0], [-3.0]]), 0.2, 0.5)
     expected = [[-3.6, -1.5 + 0.5 * k3(two)], [6.0 + 0.5 * k3(-two), 2.4]]
     torch.testing.assert_close(found, torch.tensor(expected))
 
@@ -71,10 +71,10 @@ ADAPTERS = {"lora": True, "lora_params": LoraParams(rank=4), "lr": 1e-2}
 
 @pytest.mark.parametrize("change", [{}, pytest.param(ADAPTERS, marks=pytest.mark.torture)])
 def test_it_learns(world, workdir, capsys, change):
-    args = world.grpo_args("model", num_updates=14, batch_size=32, local_micro_batch_size=32, lr=3e-3, kl_coef=0.0)
+    args = world.grpo_args("model", num_updates=14, kl_coef=0.0, **world.easy_task())
     grpo.main(replace(args, **change))
     metrics = pandas.read_json("runs/model/metrics.jsonl", lines=True).iloc[:14]
-    assert metrics["objective/scores"].iloc[-4:].mean() > metrics["objective/scores"].iloc[:2].mean() + 0.1
+    assert metrics["objective/scores"].iloc[-4:].mean() > metrics["objective/scores"].iloc[:2].mean() + 0.5
     assert metrics["policy/first_pass_ratio_error"].max() < 1e-3 and Path("model/config.json").exists()
     assert "WARNING" not in capsys.readouterr().out
 

@@ -198,9 +198,10 @@ def test_a_reward_model_and_ppo_along_plain_passes(family):
     scorer.config.reward_bias = 0.5
     model = ppo.PolicyAndValue(policy, scorer)
     responses, R = sampling.pad_rows(RESPONSES, PAD, "right"), 6
-    args = SimpleNamespace(ppo=ppo.PpoHParams(), non_eos_penalty=True, penalty_reward_value=-1.0, temperature=0.7)
+    task = {"rollout_engine": "hf", "non_eos_penalty": True, "penalty_reward_value": -1.0}
+    args = SimpleNamespace(ppo=ppo.PpoHParams(), **task, temperature=0.7)
     then = [torch.linspace(-1.0 - i, -0.5, 3 * R).view(3, R) for i in range(3)]  # log-probs, of the reference, values
-    rollout = ppo.Rollout(torch.arange(3), responses, *then, torch.tensor([0.3, -0.2, 0.1]))
+    rollout = ppo.Rollout(torch.arange(3), responses, *then, torch.tensor([0.3, -0.2, 0.1]), then[0])
     adv = ppo.compute_experience(rollout, TokenIds(PAD, EOS, VOCAB), args)
     mask, mask_p1 = ~adv.padding_mask, ~adv.padding_mask_p1
     counts = (int(mask.sum()), int(mask_p1.sum()))

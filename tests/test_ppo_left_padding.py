@@ -124,8 +124,11 @@ def test_golden_helpers():
         close(masked_whiten(values, mask, shift_mean=False), g[f"whiten_noshift_{i}"])
 
 
+TASK = {"rollout_engine": "hf", "non_eos_penalty": True, "penalty_reward_value": -1.0}
+
+
 def experience_of(responses, *columns, args, pad=PAD, stop=EOS):
-    rollout = Rollout(torch.arange(len(responses)), responses, *columns)
+    rollout = Rollout(torch.arange(len(responses)), responses, *columns, columns[0])
     return compute_experience(rollout, TokenIds(pad, stop, pad), args)
 
 
@@ -134,6 +137,7 @@ def golden_rollout(g, cfg):
     names = ("gamma", "lam", "kl_coef", "whiten_rewards", "cliprange", "cliprange_value", "vf_coef")
     args = SimpleNamespace(
         ppo=PpoHParams(**{name: cfg[name] for name in names}),
+        rollout_engine="hf",
         non_eos_penalty=cfg["non_eos_penalty"],
         penalty_reward_value=-1.0,
         temperature=cfg["temperature"],
@@ -281,7 +285,7 @@ def test_where_the_score_lands():
     """Right after EOS when there is room, else at the last token; without EOS the score IS -1."""
     responses = torch.tensor([[5, EOS, PAD, PAD], [5, 6, 7, EOS], [5, 6, 7, 8]])
     zeros = torch.zeros(3, 4)
-    args = SimpleNamespace(ppo=PpoHParams(gamma=1.0, lam=1.0), non_eos_penalty=True, penalty_reward_value=-1.0)
+    args = SimpleNamespace(ppo=PpoHParams(gamma=1.0, lam=1.0), **TASK)
     adv = experience_of(responses, zeros, zeros, zeros, torch.tensor([2.0, 3.0, 4.0]), args=args)
     assert adv.rewards.tolist() == [[0, 0, 2, 0], [0, 0, 0, 3], [0, 0, 0, -1]]
     assert adv.returns[0].tolist() == [2, 2, 2, 0]
@@ -293,7 +297,7 @@ def test_where_the_score_lands():
 
 def test_kl_in_the_reward():
     responses = torch.tensor([[5, EOS, PAD]])
-    args = SimpleNamespace(ppo=PpoHParams(kl_coef=0.5), non_eos_penalty=True, penalty_reward_value=-1.0)
+    args = SimpleNamespace(ppo=PpoHParams(kl_coef=0.5), **TASK)
     logprobs, ref = torch.tensor([[-1.0, -2.0, -9.0]]), torch.tensor([[-1.5, -1.0, -3.0]])
     adv = experience_of(responses, logprobs, ref, torch.zeros(1, 3), torch.tensor([1.0]), args=args)
     assert adv.rewards.tolist() == [[-0.25, 0.5, 1.0]]
@@ -314,7 +318,10 @@ def test_discounted_advantages_by_hand(gamma, lam):
     torch.manual_seed(0)
     responses, values = torch.tensor([[5, 6, 7, EOS]]), torch.randn(1, 4)
     args = SimpleNamespace(
-        ppo=PpoHParams(gamma=gamma, lam=lam, kl_coef=1.0), non_eos_penalty=True, penalty_reward_value=-1.0
+        ppo=PpoHParams(gamma=gamma, lam=lam, kl_coef=1.0),
+        rollout_engine="hf",
+        non_eos_penalty=True,
+        penalty_reward_value=-1.0,
     )
     adv = experience_of(responses, *torch.randn(2, 1, 4), values, torch.tensor([3.0]), args=args)
     r, v = adv.rewards[0].tolist(), [*values[0].tolist(), 0.0]  # after the last token nothing is worth anything
@@ -333,7 +340,7 @@ def test_metrics_of_a_rollout_by_hand():
     logprobs = torch.tensor([[-1.0, -2.0, -9.0, -9.0], [-1.0, -1.0, -1.0, -3.0]])
     ref = torch.tensor([[-1.5, -2.5, -7.0, -7.0], [-2.0, -1.0, -2.0, -3.0]])
     values = torch.tensor([[1.0, 2.0, 4.0, 9.0], [0.0, 0.0, 1.0, 2.0]])
-    args = SimpleNamespace(ppo=PpoHParams(kl_coef=0.5), non_eos_penalty=True, penalty_reward_value=-1.0)
+    args = SimpleNamespace(ppo=PpoHParams(kl_coef=0.5), **TASK)
     adv = experience_of(responses, logprobs, ref, values, torch.tensor([3.0, 8.0]), args=args)
     found = ppo.rollout_metrics(adv)
     expected = {
@@ -369,7 +376,7 @@ def test_advantages_are_whitened_over_real_tokens_of_the_whole_batch():
     torch.manual_seed(0)
     responses = torch.randint(1, 50, (16, 6))
     responses[:8, 3], responses[:8, 4:] = EOS, PAD
-    args = SimpleNamespace(ppo=PpoHParams(), non_eos_penalty=True, penalty_reward_value=-1.0)
+    args = SimpleNamespace(ppo=PpoHParams(), **TASK)
     adv = experience_of(responses, *torch.randn(3, 16, 6), torch.randn(16), args=args)
     real = adv.advantages[~adv.padding_mask]
     assert real.mean().abs() < 1e-6 and abs(float(real.var(unbiased=False)) - 1) < 1e-5
@@ -540,7 +547,7 @@ def test_tokens_after_eos_influence_nothing_that_is_kept():
     queries = some_queries((3, 6))
     truncated = torch.tensor([[5, 7, EOS, PAD, PAD, PAD], [9, EOS, PAD, PAD, PAD, PAD]])
     untruncated = torch.tensor([[5, 7, EOS, 12, 13, 14], [9, EOS, 31, EOS, 2, 2]])
-    args = SimpleNamespace(ppo=PpoHParams(), non_eos_penalty=True, penalty_reward_value=-1.0)
+    args = SimpleNamespace(ppo=PpoHParams(), **TASK)
     results, mask = [], truncated != PAD
     kept = [strip_pads(row, PAD) for row in truncated]
     everything = torch.ones_like(mask)
@@ -647,7 +654,7 @@ def test_the_kl_is_an_estimate_of_the_exact_one(capsys):
     ref_logprobs = scatter_tokens(token_logprobs(ref_logits, tokens, T), mask, INVALID_LOGPROB)
     logits, ref_logits = (logits / T).log_softmax(-1), (ref_logits / T).log_softmax(-1)
     exact = scatter_tokens((logits.exp() * (logits - ref_logits)).sum(-1), mask, 0.0).sum(1)  # [n] nats per episode
-    args = SimpleNamespace(ppo=PpoHParams(), non_eos_penalty=True, penalty_reward_value=-1.0)
+    args = SimpleNamespace(ppo=PpoHParams(), **TASK)
 
     def measure(part: slice) -> dict[str, float]:
         columns = [x[part] for x in (responses, logprobs, ref_logprobs, torch.zeros(n, 8), torch.zeros(n))]
@@ -669,7 +676,11 @@ def test_the_loss_is_policy_and_value_loss_and_nothing_else():
     torch.manual_seed(0)
     responses = torch.tensor([[5, 6, EOS, PAD], [7, 8, 9, 3]])
     args = SimpleNamespace(
-        ppo=PpoHParams(vf_coef=0.3), non_eos_penalty=True, penalty_reward_value=-1.0, temperature=0.7
+        ppo=PpoHParams(vf_coef=0.3),
+        rollout_engine="hf",
+        non_eos_penalty=True,
+        penalty_reward_value=-1.0,
+        temperature=0.7,
     )
     adv = experience_of(responses, *torch.randn(3, 2, 4), torch.randn(2), args=args)
     mask, mask_p1 = ~adv.padding_mask, ~adv.padding_mask_p1
@@ -706,7 +717,7 @@ def test_whitened_rewards_keep_their_mean():
     responses[:8, 3], responses[:8, 4:] = EOS, PAD
     columns, scores, found = torch.randn(3, 16, 6), torch.randn(16) + 2, {}
     for whiten in (False, True):
-        args = SimpleNamespace(ppo=PpoHParams(whiten_rewards=whiten), non_eos_penalty=True, penalty_reward_value=-1.0)
+        args = SimpleNamespace(ppo=PpoHParams(whiten_rewards=whiten), **TASK)
         adv = experience_of(responses, *columns, scores, args=args)
         found[whiten] = adv.rewards[~adv.padding_mask_p1]
     plain = found[False]
@@ -889,18 +900,7 @@ def test_both_networks_begin_where_their_checkpoints_are(world, workdir):
 
 
 def test_learns_what_is_rewarded(world, workdir):
-    """All scores are 0, but -1 without EOS: an untrained policy learns to end its responses."""
-    shutil.copytree(world.reward, workdir / "flat")
-    model = load_reward_model(world.reward)
-    model.score.weight.data.zero_()
-    model.config.reward_bias = 0.0
-    model.save_pretrained(workdir / "flat")
-    ppo.main(
-        world.ppo_args(
-            workdir / "policy", sft_model_path=world.base, reward_model_path="flat", num_updates=12, batch_size=32,
-            local_micro_batch_size=32, local_rollout_forward_batch_size=32, lr=3e-3, run_eval=False, temperature=1.0,
-        )
-    )  # fmt: skip
+    ppo.main(world.ppo_args(workdir / "policy", num_updates=12, run_eval=False, **world.easy_task()))
     lines = [json.loads(line) for line in (workdir / "runs/policy/metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["objective/scores"] > lines[0]["objective/scores"] + 0.2
 

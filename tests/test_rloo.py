@@ -96,12 +96,12 @@ def test_responses_to_a_query_go_to_one_rank(world_size, together, expected):
 
 
 def test_it_learns(world, workdir, capsys):
-    """A reward that is easy to get: the score rises, also with adapters; the run is one that the figures read."""
+    """The score rises, also with adapters; the run is one that the figures read."""
     for name, change in (("whole", {}), ("lora", {"lora": True, "lora_params": LoraParams(rank=4), "lr": 1e-2})):
-        args = world.rloo_args(name, num_updates=14, batch_size=32, local_micro_batch_size=32, lr=3e-3, kl_coef=0.0)
+        args = world.rloo_args(name, num_updates=14, kl_coef=0.0, **world.easy_task())
         rloo.main(replace(args, **change))
         metrics = pandas.read_json(f"runs/{name}/metrics.jsonl", lines=True).iloc[:14]
-        assert metrics["objective/scores"].iloc[-4:].mean() > metrics["objective/scores"].iloc[:2].mean() + 0.1
+        assert metrics["objective/scores"].iloc[-4:].mean() > metrics["objective/scores"].iloc[:2].mean() + 0.5
         assert metrics["policy/first_pass_ratio_error"].max() < 1e-3 and metrics["objective/kl"].iloc[-1] > 0
         AutoModelForCausalLM.from_pretrained(name)
         assert json.loads(Path(f"runs/{name}/summary.json").read_text())["stage"] == "rloo"

@@ -20,6 +20,7 @@ from summarize_from_feedback_details.common.check_inputs import (
     find_tokenizer,
     load_queries,
 )
+from summarize_from_feedback_details.common.engines import ENGINES
 from summarize_from_feedback_details.common.evaluation import for_each_row, gather_rows
 from summarize_from_feedback_details.common.logprobs import (
     INVALID_LOGPROB,
@@ -29,8 +30,11 @@ from summarize_from_feedback_details.common.logprobs import (
 )
 from summarize_from_feedback_details.common.noise import episode_keys
 from summarize_from_feedback_details.common.reward_models import read_rewards
-from summarize_from_feedback_details.common.sampling import pad_rows, sample_responses, strip_pads
+from summarize_from_feedback_details.common.sampling import pad_rows, strip_pads
 from summarize_from_feedback_details.common.training import lent
+
+CLOSING_METRICS = ("objective/scores", "objective/kl", "objective/eos_rate", "objective/response_length",
+                   "policy/first_pass_ratio_error")  # fmt: skip
 
 
 def find_task(args: Any):
@@ -72,7 +76,7 @@ class Responses(NamedTuple):
     """What a policy has written to some prompts."""
 
     tokens: Tensor  # [B, R] ids, pads after the stop token
-    logprobs: Tensor  # [B, R] of the policy while it sampled, nats; INVALID_LOGPROB at pads
+    logprobs: Tensor  # [B, R] of who sampled, nats; INVALID_LOGPROB at pads
     mask: Tensor  # [B, R] True at the tokens of the response
     real: list[list[int]]  # B token lists without pads
 
@@ -97,16 +101,18 @@ def respond(
 
     Args:
         policy: a causal language model, in eval mode, on the device of computing.
-        args: has `seed`, `response_length`, `temperature` and `local_rollout_forward_batch_size`.
+        args: has `seed`, `response_length`, `temperature`, `local_rollout_forward_batch_size`; and `rollout_engine` in
+            training.
         poll: called before each forward pass that samples.
     """
     device, sampled = next(policy.parameters()).device, []
+    sample = ENGINES[getattr(args, "rollout_engine", "hf")](policy)
     for part in chunks(prompts, args):
         poll()
         # Detail: left padding - queries are left-padded, responses right-padded
         query_tokens = pad_rows(prompts.queries[part], ids.pad, "left").to(device)  # [b, Q]
         keys = episode_keys(args.seed, prompts.episodes[part], device)
-        sampled.append(sample_responses(policy, query_tokens, keys, ids, args.response_length, args.temperature))
+        sampled.append(sample(query_tokens, keys, ids, args.response_length, args.temperature))
     tokens, logprobs = map(torch.cat, zip(*sampled))  # [B, R] each
     return Responses(tokens, logprobs, tokens != ids.pad, [strip_pads(row, ids.pad) for row in tokens.cpu()])
 
@@ -138,11 +144,13 @@ def roll_out(
         networks: policy, reference policy and reward model; each of the last two is on the device for its own pass, see
             `lent`. Without a reward model all scores are 0.
         recompute: compute the policy's log-probs again by the forward pass of training instead of taking those of
-            sampling: in bf16 the two differ by rounding, and the first-pass ratio has to be 1.
+            sampling: in bf16 the two differ by rounding, and the first-pass ratio has to be 1. Those of an engine are
+            always computed again.
         poll: called before each forward pass that samples.
     """
     policy, reference, reward_model = networks
     responses = respond(policy, prompts, ids, args, poll)
+    recompute = recompute or getattr(args, "rollout_engine", "hf") != "hf"
     logprobs = read_logprobs(policy, prompts, responses, args) if recompute else responses.logprobs
     with lent(reference, logprobs.device):
         ref_logprobs = read_logprobs(reference, prompts, responses, args)

@@ -22,6 +22,7 @@ from summarize_from_feedback_details.common.adapters import (
 )
 from summarize_from_feedback_details.common.arguments import refuse
 from summarize_from_feedback_details.common.checkpoints import Checkpoints
+from summarize_from_feedback_details.common.engines import refuse_engine
 from summarize_from_feedback_details.common.files import atomic_folder
 from summarize_from_feedback_details.common.machine import keep_freed_memory, on_gpu, warn_of_busy_cores
 from summarize_from_feedback_details.common.precision import cast_parameters, cast_products, choose_precision
@@ -60,6 +61,7 @@ def launch(args: Any, unit: str) -> Accelerator:
         unit: what a batch consists of, e.g. `rows`.
     """
     accelerator = connect(args)
+    refuse_engine(args, accelerator)
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None:
         if plugin.zero_stage == 0:

@@ -1,0 +1,77 @@
+"""Who samples in training: the policy itself, or an engine that its weights are handed to, and what this changes.
+
+An engine is a function that takes a policy and gives a sampler with the meaning of `sample_responses`: queries in,
+responses and their log-probabilities out. Its weights or arithmetic are its own, so that it draws from a distribution
+that is not quite the policy's. The policy then reads the responses again, and what is learned from a token is weighted
+by the ratio of the two probabilities.
+
+Dimensions: B episodes, R response tokens.
+"""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from summarize_from_feedback_details.common.arguments import refuse
+from summarize_from_feedback_details.common.sampling import sample_responses
+
+LARGEST_WEIGHT = 2.0
+
+
+def cast_copy(policy: torch.nn.Module) -> Callable:
+    """The policy in bf16: half of the bytes that decoding reads for each token. Given back after each rollout."""
+    cast = {
+        id(parameter): torch.nn.Parameter(parameter.detach().bfloat16(), requires_grad=False)
+        for parameter in policy.parameters()
+    }
+    return partial(sample_responses, copy.deepcopy(policy, cast))
+
+
+# another engine, e.g. a vLLM in the same process, is one more function here and its name in the scripts' `Literal`
+ENGINES = {"hf": lambda policy: partial(sample_responses, policy), "hf_bf16": cast_copy}
+
+
+def refuse_engine(args: Any, accelerator: Any) -> None:
+    """An engine that would gain nothing, or cannot get the weights."""
+    plugin = accelerator.state.deepspeed_plugin
+    if getattr(args, "rollout_engine", "hf") == "hf_bf16":
+        if accelerator.mixed_precision == "bf16":
+            refuse("rollout_engine", "'hf_bf16' with --precision bf16", "hf, which then samples in bf16")
+        if plugin is not None and plugin.zero_stage == 3:
+            refuse("rollout_engine", "'hf_bf16' under ZeRO-3", "hf, or ZeRO-2")
+
+
+def importance_weights(args: Any, logprobs: Tensor, sampled: Tensor) -> Tensor:
+    """Truncated importance sampling: min(policy / engine, 2), by which the gain of an action is multiplied.
+
+    Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training"; the bound is theirs.
+
+    Args:
+        logprobs, sampled: of the same actions by the policy and by the engine that drew them, nats, of any shape.
+
+    Returns:
+        weights of that shape, without gradients; all 1 where the policy itself has sampled.
+    """
+    if args.rollout_engine == "hf":
+        return torch.ones_like(logprobs)
+    return torch.exp((logprobs - sampled).detach()).clamp(max=LARGEST_WEIGHT)
+
+
+def mismatch_metrics(args: Any, logprobs: Tensor, sampled: Tensor, mask: Tensor) -> dict[str, float]:
+    """How far an engine is from the policy, over the real tokens; nothing where the policy itself has sampled.
+
+    Args:
+        logprobs, sampled, mask: [B, R].
+    """
+    if args.rollout_engine == "hf":
+        return {}
+    difference = (sampled - logprobs)[mask]
+    return {
+        "engine/kl": float((torch.expm1(-difference) + difference).mean()),  # k3 of engine to policy, nats per token
+        "engine/largest_difference": float(difference.abs().max()),  # nats
+        "engine/truncated": float((torch.exp(-difference) > LARGEST_WEIGHT).float().mean()),  # share of tokens
+    }

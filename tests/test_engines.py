@@ -1,0 +1,105 @@
+"""Sampling by an engine of its own: our sampler in bf16, whose distribution is not quite the policy's."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_resume import MAIN, stage_args
+
+from summarize_from_feedback_details import grpo, ppo_left_padding, rloo
+from summarize_from_feedback_details.common import engines
+from summarize_from_feedback_details.common.check_inputs import TokenIds
+from summarize_from_feedback_details.common.noise import episode_keys
+from summarize_from_feedback_details.common.policies import load_policy
+from summarize_from_feedback_details.common.precision import cast_parameters
+from summarize_from_feedback_details.ppo_left_padding import PpoHParams
+
+MODULES = {"ppo_left_padding": ppo_left_padding, "rloo": rloo, "grpo": grpo}
+OURS, FOREIGN = SimpleNamespace(rollout_engine="hf"), SimpleNamespace(rollout_engine="hf_bf16")
+
+
+def test_weights_by_hand():
+    policy, engine = torch.tensor([0.5, 0.25, 0.9]).log(), torch.tensor([0.25, 0.5, 0.3]).log()
+    torch.testing.assert_close(engines.importance_weights(FOREIGN, policy, engine), torch.tensor([2.0, 0.5, 2.0]))
+    assert engines.importance_weights(OURS, policy, engine).tolist() == [1.0, 1.0, 1.0]
+    mask = torch.tensor([[True, True, False]])
+    found = engines.mismatch_metrics(FOREIGN, policy[None], engine[None], mask)
+    # k3 of a ratio r of policy to engine: r - 1 - log r
+    assert found["engine/kl"] == pytest.approx((2 - 1 - 0.6931472 + 0.5 - 1 + 0.6931472) / 2)
+    assert found["engine/largest_difference"] == pytest.approx(0.6931472) and found["engine/truncated"] == 0.0
+    assert engines.mismatch_metrics(FOREIGN, policy[None], engine[None], ~mask)["engine/truncated"] == 1.0
+    assert engines.mismatch_metrics(OURS, policy[None], engine[None], mask) == {}
+
+
+def test_weights_make_up_for_the_engine():
+    """Means over an engine's draws, weighted, are the policy's: where no ratio is above the bound."""
+    torch.manual_seed(0)
+    policy, engine = torch.randn(8).mul(0.2).log_softmax(0), torch.randn(8).mul(0.2).log_softmax(0)
+    gain, drawn = torch.randn(8), torch.multinomial(engine.exp(), 400_000, replacement=True)
+    weights = engines.importance_weights(FOREIGN, policy[drawn], engine[drawn])
+    expected, plain = (policy.exp() * gain).sum(), gain[drawn].mean()
+    standard_error = (weights * gain[drawn]).std() / 400_000**0.5
+    assert weights.max() < 2.0 and abs(plain - expected) > 20 * standard_error
+    assert abs((weights * gain[drawn]).mean() - expected) < 4 * standard_error
+
+
+def test_the_copy_is_the_policy_in_bf16(world):
+    policy = load_policy("sft_model_path", str(world.sft)).eval()
+    before = {name: weight.clone() for name, weight in policy.state_dict().items()}
+    keys, queries = episode_keys(1, range(4), "cpu"), torch.randint(5, 50, (4, 9))
+    ids, found = TokenIds(policy.config.vocab_size - 1, 0, 50), []
+    for engine in (engines.ENGINES["hf_bf16"], engines.ENGINES["hf"]):
+        found.append(engine(policy)(queries, keys, ids, 8, 0.7))
+        assert all(torch.equal(weight, before[name]) for name, weight in policy.state_dict().items())
+        cast_parameters(policy, torch.bfloat16)  # and now ours is, too
+        before = {name: weight.clone() for name, weight in policy.state_dict().items()}
+    for ours, theirs in zip(*found):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("stage", MODULES)
+def test_a_run(world, workdir, stage, monkeypatch):
+    """What is sampled in bf16 is read again in float32; the mismatch is small and logged, the ratio of pass 1 is 1."""
+    module, given, found = MODULES[stage], [], []
+
+    def remember(args, logprobs, sampled):
+        given.append((logprobs, sampled))
+        found.append(engines.importance_weights(args, logprobs, sampled))
+        return found[-1]
+
+    monkeypatch.setattr(module, "importance_weights", remember)
+    MAIN[stage](stage_args(world, stage, "model", rollout_engine="hf_bf16", precision="fp32", run_eval=False))
+    metrics = pandas.read_json("runs/model/metrics.jsonl", lines=True)
+    kl, largest = metrics["engine/kl"].dropna(), metrics["engine/largest_difference"].dropna()
+    assert len(kl) == 4 and (kl > 0).all() and (kl < 0.01).all() and (largest > 0).all() and (largest < 0.3).all()
+    assert metrics["policy/first_pass_ratio_error"].max() < 1e-4
+    for (logprobs, sampled), weights in zip(given, found):
+        differs = logprobs != sampled
+        assert differs.any() and (weights != 1).any() and (weights[differs] - 1).abs().max() < 0.5
+
+
+@pytest.mark.parametrize("stage", MODULES)
+def test_weights_multiply_what_is_gained(world, workdir, stage, monkeypatch):
+    """With weights of 0 the policy learns nothing from its responses."""
+    monkeypatch.setattr(MODULES[stage], "importance_weights", lambda args, logprobs, sampled: 0 * logprobs)
+    alone = {"ppo": PpoHParams(vf_coef=0.0)} if stage == "ppo_left_padding" else {"kl_coef": 0.0}
+    args = stage_args(world, stage, "model", run_eval=False, weight_decay=0.0, **alone)
+    MAIN[stage](args)
+    start, end = (load_file(Path(folder) / "model.safetensors") for folder in (args.sft_model_path, "model"))
+    assert start.keys() == end.keys() and all(torch.equal(start[name], end[name]) for name in start)
+
+
+def test_refused(capsys):
+    accelerator = lambda precision, stage: SimpleNamespace(
+        mixed_precision=precision, state=SimpleNamespace(deepspeed_plugin=stage and SimpleNamespace(zero_stage=stage))
+    )
+    for right in ((OURS, accelerator("bf16", 3)), (SimpleNamespace(), accelerator("bf16", 3))):
+        engines.refuse_engine(*right)
+    engines.refuse_engine(FOREIGN, accelerator("no", 2))
+    for wrong, word in ((accelerator("bf16", None), "--precision bf16"), (accelerator("no", 3), "ZeRO-3")):
+        with pytest.raises(SystemExit) as stop:
+            engines.refuse_engine(FOREIGN, wrong)
+        assert stop.value.code == 2 and word in capsys.readouterr().err
