@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_resume import MAIN, stage_args
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from summarize_from_feedback_details import grpo, ppo_left_padding, rloo
 from summarize_from_feedback_details.common import engines
@@ -15,6 +16,8 @@ from summarize_from_feedback_details.common.check_inputs import TokenIds
 from summarize_from_feedback_details.common.noise import episode_keys
 from summarize_from_feedback_details.common.policies import load_policy
 from summarize_from_feedback_details.common.precision import cast_parameters
+from summarize_from_feedback_details.common.sampling import sample_responses
+from summarize_from_feedback_details.common.training import freeze
 from summarize_from_feedback_details.ppo_left_padding import PpoHParams
 
 MODULES = {"ppo_left_padding": ppo_left_padding, "rloo": rloo, "grpo": grpo}
@@ -103,3 +106,29 @@ def test_refused(capsys):
         with pytest.raises(SystemExit) as stop:
             engines.refuse_engine(FOREIGN, wrong)
         assert stop.value.code == 2 and word in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_weights_are_rounded_once_a_rollout(world, frozen):
+    """In bf16 without DeepSpeed: not at each token. Of a policy that is trained, and of one that is only read."""
+
+    class Casts(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function == torch.ops.aten._to_copy.default and args[0].dtype == torch.float32:
+                self.count += args[0].data_ptr() in weights
+            return function(*args, **kwargs or {})
+
+    policy = load_policy("sft_model_path", str(world.sft)).eval()
+    if frozen:
+        state = SimpleNamespace(deepspeed_plugin=None)
+        freeze(policy, SimpleNamespace(device=torch.device("cpu"), mixed_precision="bf16", state=state), False)
+    weights = {p.data_ptr() for p in policy.parameters() if p.dim() == 2}
+    found = []
+    for R in (1, 9):
+        queries, keys = torch.randint(5, 50, (4, 9)), episode_keys(1, range(4), "cpu")
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), Casts() as casts:
+            sample_responses(policy, queries, keys, TokenIds(policy.config.vocab_size - 1, -1, 50), R, 0.7)
+        found.append(casts.count)
+    assert found[0] == found[1] < len(weights) and (found[0] == 0) == frozen
