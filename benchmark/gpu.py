@@ -84,7 +84,7 @@ def cells() -> list[Cell]:
     found = [
         Cell("ppo", "1b", rows=512),
         Cell("ppo", "1b", rows=512, lora=True),
-        *(Cell("sampling", "1b", side) for side in ("ours", "transformers")),
+        *(Cell("sampling", "1b", side) for side in ("ours", "graph", "transformers")),
         *(Cell("ppo", "1b", side, rows=64, micro=4) for side in ("ours", "trl")),
         Cell("ppo", "6.9b", lora=True, **small),
     ]
@@ -98,7 +98,7 @@ def cells() -> list[Cell]:
 SMOKE = [
     Cell("ppo", "tiny", lora=True, rows=4, micro=2, sampled=4),
     Cell("reward", "tiny", rows=4, micro=2, checkpointing=True),
-    *(Cell("sampling", "tiny", side, rows=4) for side in ("ours", "transformers")),
+    *(Cell("sampling", "tiny", side, rows=4) for side in ("graph", "transformers")),
 ]
 
 

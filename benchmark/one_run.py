@@ -31,7 +31,7 @@ GROUP = 4  # responses to each query: RLOO and GRPO
 
 @dataclass
 class Args:
-    side: Literal["ours", "trl", "transformers"]
+    side: Literal["ours", "graph", "trl", "transformers"]
     """whose code"""
     stage: Literal["sft", "reward", "ppo", "dpo", "rloo", "grpo", "sampling"]
     """which stage; sampling: all rows' responses at once, each of full length, by our loop or transformers' generate"""
@@ -138,7 +138,7 @@ class Clock:
 def run_ours(args: Args, clock: Clock, scratch: str) -> None:
     """The stage's `main`, on a run folder in `scratch`."""
     from summarize_from_feedback_details import dpo, grpo, ppo_left_padding, reward, rloo, sft
-    from summarize_from_feedback_details.common import rollouts, sampling
+    from summarize_from_feedback_details.common import decoding, rollouts
     from summarize_from_feedback_details.common.checkpoints import Checkpoints
     from summarize_from_feedback_details.common.run_folder import RunFolder
 
@@ -171,7 +171,7 @@ def run_ours(args: Args, clock: Clock, scratch: str) -> None:
         for module in (dpo, grpo, ppo_left_padding, reward, rloo, sft):
             module.save_model = lambda *_: None
     if args.split_rollout:
-        clock.time(sampling, "read_queries", "prefill")
+        clock.time(decoding, "read_queries", "prefill")
         clock.time(rollouts, "respond", "responding")
     length = {"num_train_epochs": math.ceil(updates * batch / args.work.rows), "total_episodes": updates * batch}
     if args.stage not in ("sft", "reward", "ppo"):
@@ -325,6 +325,7 @@ def run_sampling(args: Args, clock: Clock) -> None:
     from transformers import AutoModelForCausalLM
 
     from summarize_from_feedback_details.common.check_inputs import TokenIds
+    from summarize_from_feedback_details.common.engines import replay
     from summarize_from_feedback_details.common.noise import episode_keys
     from summarize_from_feedback_details.common.packed_rows import use_packed_attention
     from summarize_from_feedback_details.common.sampling import model_inputs, pad_rows, sample_responses, strip_pads
@@ -335,17 +336,17 @@ def run_sampling(args: Args, clock: Clock) -> None:
     rows = pandas.read_parquet(args.folder / "sft" / "train.parquet")["query_token"]
     queries = pad_rows([strip_pads(row, workload.PAD) for row in rows], workload.PAD, "left").to(device)
     R = args.work.response_length
-    if args.side == "ours":
+    if args.side != "transformers":
         use_packed_attention(model)
     model.generation_config.eos_token_id = None
     inputs, how = model_inputs(queries, workload.PAD), {"do_sample": True, "temperature": 0.7, "top_k": 0}
     del inputs["position_ids"]
     clock.update_ends()
     for _ in range(args.warm_up + args.updates):
-        if args.side == "ours":
+        if args.side != "transformers":
             keys = episode_keys(args.work.seed, range(len(queries)), device)
             ids = TokenIds(workload.PAD, -1, workload.WORDS)
-            found, _ = sample_responses(model, queries, keys, ids, R, 0.7)
+            found, _ = (replay if args.side == "graph" else sample_responses)(model, queries, keys, ids, R, 0.7)
         else:
             found = model.generate(**inputs, **how, max_new_tokens=R, pad_token_id=workload.PAD)[:, queries.shape[1] :]
         assert found.shape == (len(queries), R)

@@ -212,8 +212,8 @@ class Args(RunArgs):
     # algorithm
     temperature: float = 0.7
     """divides the logits of old, new and reference log-probabilities alike"""
-    rollout_engine: Literal["hf", "hf_bf16"] = "hf"
-    """who samples in training: hf, the policy itself; hf_bf16, a copy of it in bf16, for runs in float32"""
+    rollout_engine: Literal["hf", "hf_graph", "hf_bf16"] = "hf"
+    """who samples in training: the policy itself; the same as a CUDA graph; a copy in bf16, for runs in float32"""
     penalty_reward_value: float = -1.0
     """score of a response without the truncate token"""
     non_eos_penalty: bool = True

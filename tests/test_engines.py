@@ -85,6 +85,17 @@ def test_a_run(world, workdir, stage, monkeypatch):
 
 
 @pytest.mark.parametrize("stage", MODULES)
+def test_fixed_shapes_change_nothing(world, workdir, stage):
+    """`hf_graph`, which is no graph on a CPU, but what it would replay: the run without it, to rounding."""
+    for engine in ("hf", "hf_graph"):
+        MAIN[stage](stage_args(world, stage, engine, rollout_engine=engine, run_eval=False))
+    ours, theirs = (pandas.read_json(f"runs/{name}/metrics.jsonl", lines=True) for name in ("hf", "hf_graph"))
+    assert "engine/kl" not in theirs and len(ours) == 4
+    for name in ("objective/scores", "objective/kl", "objective/entropy"):
+        assert ours[name].tolist() == pytest.approx(theirs[name].tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("stage", MODULES)
 def test_weights_multiply_what_is_gained(world, workdir, stage, monkeypatch):
     """With weights of 0 the policy learns nothing from its responses."""
     monkeypatch.setattr(MODULES[stage], "importance_weights", lambda args, logprobs, sampled: 0 * logprobs)
@@ -99,12 +110,15 @@ def test_refused(capsys):
     accelerator = lambda precision, stage: SimpleNamespace(
         mixed_precision=precision, state=SimpleNamespace(deepspeed_plugin=stage and SimpleNamespace(zero_stage=stage))
     )
-    for right in ((OURS, accelerator("bf16", 3)), (SimpleNamespace(), accelerator("bf16", 3))):
+    for right in (OURS, SimpleNamespace()):
+        engines.refuse_engine(right, accelerator("bf16", 3))
+    graph = SimpleNamespace(rollout_engine="hf_graph")
+    for right in ((FOREIGN, accelerator("no", 2)), (graph, accelerator("bf16", 2))):
         engines.refuse_engine(*right)
-    engines.refuse_engine(FOREIGN, accelerator("no", 2))
-    for wrong, word in ((accelerator("bf16", None), "--precision bf16"), (accelerator("no", 3), "ZeRO-3")):
+    wrong = [(FOREIGN, accelerator("bf16", None), "--precision bf16"), (FOREIGN, accelerator("no", 3), "ZeRO-3")]
+    for args, launched, word in [*wrong, (graph, accelerator("bf16", 3), "ZeRO-3")]:
         with pytest.raises(SystemExit) as stop:
-            engines.refuse_engine(FOREIGN, wrong)
+            engines.refuse_engine(args, launched)
         assert stop.value.code == 2 and word in capsys.readouterr().err
 
 

@@ -18,6 +18,7 @@ from transformers import (
 
 from summarize_from_feedback_details import ppo_left_padding, reward, sft
 from summarize_from_feedback_details.common import (
+    engines,
     logprobs,
     packed_rows,
     policies,
@@ -26,6 +27,7 @@ from summarize_from_feedback_details.common import (
     training,
 )
 from summarize_from_feedback_details.common.check_inputs import TokenIds
+from summarize_from_feedback_details.common.decoding import RoomyLayer
 from summarize_from_feedback_details.common.noise import episode_keys
 from summarize_from_feedback_details.common.packed_rows import (
     logits_at,
@@ -37,7 +39,6 @@ from summarize_from_feedback_details.common.packed_rows import (
     use_packed_attention,
 )
 from summarize_from_feedback_details.common.precision import cast_parameters, use_float32_head
-from summarize_from_feedback_details.common.sampling import RoomyLayer
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
 ROWS = [[3, 4, 5, 6, 7], [8, 9], [1, 2, 3, 4, 5, 6, 7, 8, 9]]
@@ -455,3 +456,26 @@ def test_a_token_waits_for_nothing(kind, monkeypatch):
             sampling.sample_responses(model, queries, episode_keys(1, range(8), "cpu"), TokenIds(63, -1, 63), R, 1.0)
         found.append(reads.count)
     assert found[0] == found[1] == found[2] - 1
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "llama", "bloom"])
+def test_decoding_with_fixed_shapes(kind, monkeypatch):
+    """What a graph would replay: the same shapes and places until rows leave, and the same results."""
+    torch.manual_seed(0)
+    sizes = {**SIZES, "intermediate_size": 64, "num_key_value_heads": 2}
+    configs = {"gpt_neox": GPTNeoXConfig, "llama": LlamaConfig, "bloom": BloomConfig}
+    model = AutoModelForCausalLM.from_config(configs[kind](**sizes)).eval()
+    assert use_packed_attention(model) == (kind != "bloom")
+    rows, ids, R = [[1 + i % 7] * (2 + i % 5) for i in range(16)], TokenIds(63, 20, 21), 40  # a token in 21 is EOS
+    queries, keys, passes = sampling.pad_rows(rows, 63, "left"), episode_keys(1, range(16), "cpu"), []
+    plain = sampling.sample_responses(model, queries, keys, ids, R, 1.0)
+    fixed = ("input_ids", "attention_mask", "position_ids")
+    see = lambda module, given, of: passes.append([(of[n].shape, of[n].data_ptr()) for n in fixed])
+    model.register_forward_pre_hook(see, with_kwargs=True)
+    responses, logprobs = engines.replay(model, queries, keys, ids, R, 1.0)
+    assert torch.equal(responses, plain[0])
+    torch.testing.assert_close(logprobs, plain[1], rtol=0, atol=1e-5)
+    sizes = [one[0][0][0] for one in passes[1:]]  # rows of each pass after the queries'
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) > 2
+    same = [a == b for a, b, size, before in zip(passes[2:], passes[1:], sizes[1:], sizes) if size == before]
+    assert len(same) > 20 and all(same) == (kind != "bloom")

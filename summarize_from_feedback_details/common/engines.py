@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from summarize_from_feedback_details.common.arguments import refuse
-from summarize_from_feedback_details.common.sampling import sample_responses
+from summarize_from_feedback_details.common.check_inputs import TokenIds
+from summarize_from_feedback_details.common.decoding import Decoder
+from summarize_from_feedback_details.common.sampling import model_inputs, sample, sample_responses
 
 LARGEST_WEIGHT = 2.0
 
@@ -31,18 +33,36 @@ def cast_copy(policy: torch.nn.Module) -> Callable:
     return partial(sample_responses, copy.deepcopy(policy, cast))
 
 
+def replay(
+    policy: torch.nn.Module, queries: Tensor, keys: Tensor, ids: TokenIds, response_length: int, temperature: float
+):
+    """`sample_responses`, decoding as a CUDA graph; on a CPU what such a graph would replay."""
+    return sample(
+        Decoder(policy, model_inputs(queries, ids.pad), response_length, capture=True), keys, ids, temperature
+    )
+
+
 # another engine, e.g. a vLLM in the same process, is one more function here and its name in the scripts' `Literal`
-ENGINES = {"hf": lambda policy: partial(sample_responses, policy), "hf_bf16": cast_copy}
+ENGINES = {
+    "hf": lambda policy: partial(sample_responses, policy),
+    "hf_graph": lambda policy: partial(replay, policy),
+    "hf_bf16": cast_copy,
+}
+THE_POLICY = ("hf", "hf_graph")  # its own weights and arithmetic
+
+
+def is_another(args: Any) -> bool:
+    """Whether responses are drawn from another distribution than the policy's; never in evaluation."""
+    return getattr(args, "rollout_engine", "hf") not in THE_POLICY
 
 
 def refuse_engine(args: Any, accelerator: Any) -> None:
     """An engine that would gain nothing, or cannot get the weights."""
-    plugin = accelerator.state.deepspeed_plugin
-    if getattr(args, "rollout_engine", "hf") == "hf_bf16":
-        if accelerator.mixed_precision == "bf16":
-            refuse("rollout_engine", "'hf_bf16' with --precision bf16", "hf, which then samples in bf16")
-        if plugin is not None and plugin.zero_stage == 3:
-            refuse("rollout_engine", "'hf_bf16' under ZeRO-3", "hf, or ZeRO-2")
+    plugin, engine = accelerator.state.deepspeed_plugin, getattr(args, "rollout_engine", "hf")
+    if engine == "hf_bf16" and accelerator.mixed_precision == "bf16":
+        refuse("rollout_engine", "'hf_bf16' with --precision bf16", "hf, which then samples in bf16")
+    if engine != "hf" and plugin is not None and plugin.zero_stage == 3:
+        refuse("rollout_engine", f"'{engine}' under ZeRO-3", "hf, or ZeRO-2")
 
 
 def importance_weights(args: Any, logprobs: Tensor, sampled: Tensor) -> Tensor:
@@ -56,7 +76,7 @@ def importance_weights(args: Any, logprobs: Tensor, sampled: Tensor) -> Tensor:
     Returns:
         weights of that shape, without gradients; all 1 where the policy itself has sampled.
     """
-    if args.rollout_engine == "hf":
+    if not is_another(args):
         return torch.ones_like(logprobs)
     return torch.exp((logprobs - sampled).detach()).clamp(max=LARGEST_WEIGHT)
 
@@ -67,7 +87,7 @@ def mismatch_metrics(args: Any, logprobs: Tensor, sampled: Tensor, mask: Tensor)
     Args:
         logprobs, sampled, mask: [B, R].
     """
-    if args.rollout_engine == "hf":
+    if not is_another(args):
         return {}
     difference = (sampled - logprobs)[mask]
     return {

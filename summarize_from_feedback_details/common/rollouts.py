@@ -20,7 +20,7 @@ from summarize_from_feedback_details.common.check_inputs import (
     find_tokenizer,
     load_queries,
 )
-from summarize_from_feedback_details.common.engines import ENGINES
+from summarize_from_feedback_details.common.engines import ENGINES, is_another
 from summarize_from_feedback_details.common.evaluation import for_each_row, gather_rows
 from summarize_from_feedback_details.common.logprobs import (
     INVALID_LOGPROB,
@@ -150,7 +150,7 @@ def roll_out(
     """
     policy, reference, reward_model = networks
     responses = respond(policy, prompts, ids, args, poll)
-    recompute = recompute or getattr(args, "rollout_engine", "hf") != "hf"
+    recompute = recompute or is_another(args)
     logprobs = read_logprobs(policy, prompts, responses, args) if recompute else responses.logprobs
     with lent(reference, logprobs.device):
         ref_logprobs = read_logprobs(reference, prompts, responses, args)
