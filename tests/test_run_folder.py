@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import pandas
 import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from conftest import ROOT
 from rich.table import Table
 
@@ -29,6 +30,7 @@ from summarize_from_feedback_details.common.arguments import RunArgs, command_li
 from summarize_from_feedback_details.common.console import Progress, print_table
 from summarize_from_feedback_details.common.files import atomic_folder, refuse_unwritable, write_whole
 from summarize_from_feedback_details.common.run_files import weights_fingerprint
+from summarize_from_feedback_details.common.training import connect
 
 CONTROLS = re.compile(r"[\r\x1b]")
 
@@ -648,3 +650,18 @@ def test_the_fingerprint_of_weights_sees_every_large_matrix(tmp_path):
             found.add(weights_fingerprint(str(folder)))
     assert len(found) == 8
     assert weights_fingerprint("somebody/model") == "somebody/model"
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("DYNAMO_BACKEND", "foo"), ("GRADIENT_ACCUMULATION_STEPS", "x"), ("TORCH_DEVICE", "foo"), ("DEBUG_MODE", "maybe")],
+)
+def test_settings_that_accelerate_does_not_know(monkeypatch, capsys, name, value):
+    for state in (AcceleratorState, PartialState):
+        monkeypatch.setattr(state, "_shared_state", {})
+    monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    with pytest.raises(SystemExit) as stopped:
+        connect(SimpleNamespace(world_size=1, precision="fp32", deepspeed=False))
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.startswith(f"error: ACCELERATE_{name}: found '{value}' in the environment;")
+    assert said.count("\n") == 1 and f"`unset ACCELERATE_{name}`" in said

@@ -210,17 +210,27 @@ def _write_out_home(args: Any) -> None:
             setattr(args, f.name, written_out(value))
 
 
+def refuse_variable(name: str, expected: str) -> NoReturn:
+    """As `refuse`, of an environment variable; on any rank, since nobody may know which one this is."""
+    print(f"error: {name}: found {os.environ[name]!r} in the environment; expected {expected}", file=sys.stderr)
+    sys.exit(2)
+
+
+def refuse_settings_of_accelerate(error: Exception) -> None:
+    """Refuse the variable whose value accelerate complains of, where it does: it has many, with values of their own."""
+    for name in sorted(name for name in os.environ if name.startswith("ACCELERATE_")):
+        value = re.escape(os.environ[name].strip())
+        if value and re.search(rf"(?<!\w){value}(?!\w)", str(error), re.IGNORECASE):
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            refuse_variable(name, f"a value that accelerate knows ({reason}), or `unset {name}`")
+
+
 def refuse_left_over(several: bool) -> None:
     """Refuse a launcher's variables that make no whole: an export, or another launch, has left them in the environment.
 
     Args:
         several: whether this script can be started as several processes.
     """
-
-    def refuse_variable(name: str, expected: str) -> None:  # on any rank: nobody knows which one this is
-        print(f"error: {name}: found {os.environ[name]!r} in the environment; expected {expected}", file=sys.stderr)
-        sys.exit(2)
-
     there = {name: os.environ[name] for name in LAUNCHED if name in os.environ}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         if name in there and not re.fullmatch("[0-9]+", there[name]):

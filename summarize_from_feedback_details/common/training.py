@@ -20,7 +20,7 @@ from summarize_from_feedback_details.common.adapters import (
     merge_adapters,
     save_adapter,
 )
-from summarize_from_feedback_details.common.arguments import refuse
+from summarize_from_feedback_details.common.arguments import refuse, refuse_settings_of_accelerate
 from summarize_from_feedback_details.common.checkpoints import Checkpoints
 from summarize_from_feedback_details.common.engines import refuse_engine
 from summarize_from_feedback_details.common.files import atomic_folder
@@ -41,7 +41,11 @@ def connect(args: Any) -> Accelerator:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would take a GPU wherever there is one
     # without a handler, DeepSpeed on CPU leaves each process believing that it is the only one
     handlers = [] if on_gpu() or args.world_size == 1 else [InitProcessGroupKwargs(backend="gloo")]
-    accelerator = Accelerator(mixed_precision=choose_precision(args.precision), kwargs_handlers=handlers)
+    try:
+        accelerator = Accelerator(mixed_precision=choose_precision(args.precision), kwargs_handlers=handlers)
+    except (ValueError, RuntimeError) as error:
+        refuse_settings_of_accelerate(error)
+        raise
     if accelerator.is_main_process:
         warn_of_busy_cores()
     if accelerator.num_processes != args.world_size:
