@@ -4,6 +4,7 @@ import math
 import os
 import signal
 import subprocess
+from types import SimpleNamespace
 
 import pandas
 import pytest
@@ -21,6 +22,7 @@ from summarize_from_feedback_details.common.engines import replay
 from summarize_from_feedback_details.common.noise import episode_keys, gumbel_noise
 from summarize_from_feedback_details.common.policies import load_policy
 from summarize_from_feedback_details.common.sampling import sample_responses
+from summarize_from_feedback_details.common.training import freeze, lent
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 FINITE = {stage: f"train/{stage}/loss" for stage in MAIN} | {
@@ -136,3 +138,17 @@ def test_a_graph_decodes_as_without_it(world, dtype, monkeypatch):
     close = {"rtol": 0, "atol": 1e-4 if dtype == torch.float32 else 0.1}
     torch.testing.assert_close(found[0][1][same], found[1][1][same], **close)
     assert len(captured) > 10 and len(set(map(id, captured))) > 1
+
+
+def test_what_is_offloaded_is_pinned_and_lent(world):
+    accelerator = SimpleNamespace(
+        device=torch.device("cuda"), mixed_precision="no", state=SimpleNamespace(deepspeed_plugin=None)
+    )
+    whole = load_policy("sft_model_path", world.sft).cuda().eval()
+    model = freeze(load_policy("sft_model_path", world.sft), accelerator, offload=True)
+    assert all(parameter.is_pinned() for parameter in model.parameters())
+    tokens = torch.randint(5, 50, (2, 9), device="cuda")
+    for _ in range(2):
+        with torch.no_grad(), lent(model, tokens.device):
+            torch.testing.assert_close(model(tokens).logits, whole(tokens).logits)
+        assert all(parameter.is_pinned() for parameter in model.parameters())

@@ -262,7 +262,12 @@ def freeze(model: torch.nn.Module, accelerator: Accelerator, offload: bool) -> t
     elif accelerator.mixed_precision == "bf16":
         cast_products(model)
     model.eval().requires_grad_(False)
-    return model if offload else model.to(accelerator.device)
+    if not offload:
+        return model.to(accelerator.device)
+    if accelerator.device.type == "cuda":  # pinned memory moves several times as fast
+        for parameter in model.parameters():
+            parameter.data = parameter.data.pin_memory()
+    return model
 
 
 @contextmanager
@@ -273,7 +278,7 @@ def lent(model: torch.nn.Module | None, device: torch.device) -> Iterator[None]:
         yield
         return
     home, weights = next(model.parameters()).device, [parameter.data for parameter in model.parameters()]
-    model.to(device)
+    model.to(device, non_blocking=True)
     try:
         yield
     finally:
