@@ -600,7 +600,9 @@ def test_a_frozen_network_is_on_the_gpu_for_its_own_pass_only(monkeypatch):
     """With --offload: reference and reward model one after the other; their weights also stay where they were."""
 
     class Moves(torch.nn.Linear):
-        def to(self, device, non_blocking=False):  # there is no second device here: "elsewhere" is another place in memory
+        def to(
+            self, device, non_blocking=False
+        ):  # there is no second device here: "elsewhere" is another place in memory
             for parameter in self.parameters() if device == "elsewhere" else ():
                 parameter.data = parameter.data.clone()
             return self
