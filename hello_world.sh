@@ -120,15 +120,15 @@ if [ "$MODEL" = toy ]; then
     EPISODES=(19200 16000 3200) EVAL=() # rows of SFT, pairs of the reward model, episodes of PPO
     WORLD=(--n_sft 16000 --n_comparisons 16000)
     if [ "$HARD" = 1 ]; then
-        CHAIN=hard_${SIZE}_seed$SEED LENGTHS=(104 128 160 192) WORLD+=(--world hard)
-        case $SIZE in # about 0.09 / width, PPO a tenth of it (SWEEP=1 make scaling compares them)
-            nano) RATES=(6e-3 6e-3 6e-4) ;;
-            tiny) RATES=(2e-3 2e-3 2e-4) ;;
-            small) RATES=(1e-3 1e-3 1e-4) ;;
-            medium) RATES=(6e-4 6e-4 6e-5) ;;
+        CHAIN=hard_${SIZE}_seed$SEED LENGTHS=(104 128 160 192) WORLD=(--world hard --n_sft 16000 --n_comparisons 32000)
+        case $SIZE in # about 0.09 / width, PPO a thirtieth of it (SWEEP=1 make scaling compares them)
+            nano) RATES=(6e-3 6e-3 2e-4) ;;
+            tiny) RATES=(2e-3 2e-3 6e-5) ;;
+            small) RATES=(1e-3 1e-3 3e-5) ;;
+            medium) RATES=(6e-4 6e-4 2e-5) ;;
             large) refuse SIZE "'large' with HARD=1" "nano, tiny, small or medium" ;;
         esac
-        EPISODES=(14400 16000 1920)
+        EPISODES=(19200 32000 3200)
     fi
     if [ "$SMOKE" = 1 ]; then
         CHAIN=smoke$([ "$HARD" = 0 ] || echo _hard)_seed$SEED
