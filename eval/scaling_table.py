@@ -38,8 +38,8 @@ def seeds_interval(values: pandas.Series) -> str:
     """Mean and 95 % interval (Student's t) of one value a seed; of one seed the value alone."""
     if len(values) < 2:
         return f"{values.mean():.3f}"
-    low, high = stats.t.interval(0.95, len(values) - 1, values.mean(), stats.sem(values))
-    return f"{values.mean():.3f} ({low:.3f} to {high:.3f})"
+    mean, half = values.mean(), stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    return f"{mean:.3f} ({mean - half:.3f} to {mean + half:.3f})"
 
 
 def scaling_table(finals: pandas.DataFrame, judged: pandas.DataFrame) -> str:

@@ -423,6 +423,8 @@ def draw_all(args: Args) -> dict[str, pandas.DataFrame]:
         figures[name], more = draw_groups(table, group, label, name, places)
         others.append(more)
     print_results("SFT and reward model", pandas.concat([rouge, accuracy]), pandas.concat(others), left_out)
+    # curves are not drawn here: the last point of each stands for it
+    table = table[(table["kind"] != "curve") | ~table.duplicated(["run", "kind", "metric"], keep="last")]
     write_all(figures, table, "sft_rm_scale", args.output_dir)
     return {name: rows for name, (_, rows) in figures.items()}
 
