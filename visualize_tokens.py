@@ -516,7 +516,7 @@ def read_columns(name: str, column: Scores, ids, settings, read: Callable[[int],
         per_token["kl"] = column.logprobs - column.ref_logprobs
         if column.scores is not None:
             then = column.logprobs, column.ref_logprobs, column.values, column.scores
-            rollout = ppo.Rollout(torch.arange(len(column.responses)), column.responses, *then)
+            rollout = ppo.Rollout(torch.arange(len(column.responses)), column.responses, *then, column.logprobs)
             experience = ppo.compute_experience(rollout, ids, settings)
             per_token |= {"reward": experience.rewards, "advantage": experience.advantages}
             scored_as = experience.scores
