@@ -274,7 +274,7 @@ def main(args: Args) -> dict[str, float]:
                 scores = torch.where(contains_stop, scores, torch.full_like(scores, args.penalty_reward_value))
             kl = (logprobs - ref_logprobs) * mask
             advantages = leave_one_out_advantages(scores - args.kl_coef * kl.sum(1), k)  # [B]
-            advantages *= importance_weights(args, (logprobs * mask).sum(1), (sampled * mask).sum(1))
+            trusted = importance_weights(args, (logprobs * mask).sum(1), (sampled * mask).sum(1))  # [B]
             rollout_seconds = time.time() - start
             model.train()
             lengths = [len(q) + int(n) for q, n in zip(queries, mask.sum(1).tolist())]
@@ -290,7 +290,7 @@ def main(args: Args) -> dict[str, float]:
                     mb_queries, real = [queries[i] for i in mb], [strip_pads(tokens[i].cpu(), ids.pad) for i in mb]
                     new = scatter_tokens(model(mb_queries, real, args.temperature), mask[mb], 0.0)  # [b, R]
                     old = logprobs[mb] * mask[mb]
-                    losses = rloo_losses(new.sum(1), old.sum(1), advantages[mb], args.ppo_clip)
+                    losses = rloo_losses(new.sum(1), old.sum(1), (advantages * trusted)[mb], args.ppo_clip)
                     gradient.add(losses.sum() / args.batch_size, {"queries": mb_queries, "tokens": tokens[mb]})
                     error = (torch.exp((new - old).detach()) - 1.0).abs().max()
                     ratio_error = torch.max(ratio_error, error) if step == 0 else ratio_error
@@ -307,7 +307,7 @@ def main(args: Args) -> dict[str, float]:
                 "train/rloo/lr": lr, "train/rloo/grad_norm": grad_norm, "train/rloo/episode": update * args.batch_size,
                 "time/rloo/rollout_seconds": rollout_seconds, "time/rloo/training_seconds": seconds - rollout_seconds,
                 "time/rloo/episodes_per_second": args.batch_size / seconds, "memory/rloo/peak_gb": memory_gb(device),
-            } | mismatch_metrics(args, logprobs, sampled, mask)  # fmt: skip
+            } | mismatch_metrics(args, logprobs, sampled, mask, trusted)  # fmt: skip
             metrics |= text_metrics(texts[order[episodes]], tokens, tokenizer)
             if run.is_main:
                 warn(update, metrics, in_float32)

@@ -6,8 +6,10 @@ from types import SimpleNamespace
 import pandas
 import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
-from test_resume import MAIN, stage_args
+from test_lora import LORA
+from test_resume import MAIN, assert_same_bits, stage_args, stop_again_and_again
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from summarize_from_feedback_details import grpo, ppo_left_padding, rloo
@@ -25,16 +27,18 @@ OURS, FOREIGN = SimpleNamespace(rollout_engine="hf"), SimpleNamespace(rollout_en
 
 
 def test_weights_by_hand():
-    policy, engine = torch.tensor([0.5, 0.25, 0.9]).log(), torch.tensor([0.25, 0.5, 0.3]).log()
-    torch.testing.assert_close(engines.importance_weights(FOREIGN, policy, engine), torch.tensor([2.0, 0.5, 2.0]))
+    policy, engine = torch.tensor([0.45, 0.25, 0.9]).log(), torch.tensor([0.25, 0.5, 0.3]).log()
+    torch.testing.assert_close(engines.importance_weights(FOREIGN, policy, engine), torch.tensor([1.8, 0.5, 2.0]))
     assert engines.importance_weights(OURS, policy, engine).tolist() == [1.0, 1.0, 1.0]
     mask = torch.tensor([[True, True, False]])
     found = engines.mismatch_metrics(FOREIGN, policy[None], engine[None], mask)
     # k3 of a ratio r of policy to engine: r - 1 - log r
-    assert found["engine/kl"] == pytest.approx((2 - 1 - 0.6931472 + 0.5 - 1 + 0.6931472) / 2)
+    assert found["engine/kl"] == pytest.approx((1.8 - 1 - 0.5877867 + 0.5 - 1 + 0.6931472) / 2)
     assert found["engine/largest_difference"] == pytest.approx(0.6931472) and found["engine/truncated"] == 0.0
     assert engines.mismatch_metrics(FOREIGN, policy[None], engine[None], ~mask)["engine/truncated"] == 1.0
     assert engines.mismatch_metrics(OURS, policy[None], engine[None], mask) == {}
+    whole = engines.mismatch_metrics(FOREIGN, policy[None], engine[None], mask, torch.tensor([2.0, 2.0, 1.9, 0.1]))
+    assert whole["engine/truncated"] == 0.5  # of responses
 
 
 def test_weights_make_up_for_the_engine():
@@ -63,8 +67,9 @@ def test_the_copy_is_the_policy_in_bf16(world):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("lora", [{}, LORA], ids=["whole", "lora"])
 @pytest.mark.parametrize("stage", MODULES)
-def test_a_run(world, workdir, stage, monkeypatch):
+def test_a_run(world, workdir, stage, lora, monkeypatch):
     """What is sampled in bf16 is read again in float32; the mismatch is small and logged, the ratio of pass 1 is 1."""
     module, given, found = MODULES[stage], [], []
 
@@ -74,7 +79,7 @@ def test_a_run(world, workdir, stage, monkeypatch):
         return found[-1]
 
     monkeypatch.setattr(module, "importance_weights", remember)
-    MAIN[stage](stage_args(world, stage, "model", rollout_engine="hf_bf16", precision="fp32", run_eval=False))
+    MAIN[stage](stage_args(world, stage, "model", rollout_engine="hf_bf16", run_eval=False, **lora))
     metrics = pandas.read_json("runs/model/metrics.jsonl", lines=True)
     kl, largest = metrics["engine/kl"].dropna(), metrics["engine/largest_difference"].dropna()
     assert len(kl) == 4 and (kl > 0).all() and (kl < 0.01).all() and (largest > 0).all() and (largest < 0.3).all()
@@ -104,6 +109,42 @@ def test_weights_multiply_what_is_gained(world, workdir, stage, monkeypatch):
     MAIN[stage](args)
     start, end = (load_file(Path(folder) / "model.safetensors") for folder in (args.sft_model_path, "model"))
     assert start.keys() == end.keys() and all(torch.equal(start[name], end[name]) for name in start)
+
+
+@pytest.mark.parametrize("stage", MODULES)
+def test_a_run_that_is_stopped_again_and_again(world, workdir, stage, monkeypatch):
+    """What the engine said of the responses is in the checkpoints inside an update."""
+    args = stage_args(world, stage, stage, rollout_engine="hf_bf16", save_freq=0)
+    for folder in ("undisturbed", "stopped"):
+        (workdir / folder).mkdir()
+        monkeypatch.chdir(workdir / folder)
+        if folder == "undisturbed":
+            MAIN[stage](args)
+        else:
+            assert any("-" in name for name in stop_again_and_again(stage, args, monkeypatch))
+    assert_same_bits(workdir / "stopped", workdir / "undisturbed", stage)
+
+
+@pytest.mark.parametrize("stage", MODULES)
+def test_a_stage_refuses(world, workdir, stage, capsys, monkeypatch):
+    for state in (AcceleratorState, PartialState):
+        monkeypatch.setattr(state, "_shared_state", {})
+    with pytest.raises(SystemExit) as stop:
+        MAIN[stage](stage_args(world, stage, "model", precision="bf16", rollout_engine="hf_bf16"))
+    assert stop.value.code == 2 and "--rollout_engine: found 'hf_bf16' with --precision bf16" in capsys.readouterr().err
+    assert not Path("model").exists()
+
+
+def test_a_graph_that_cannot_be_captured(world, monkeypatch, capsys):
+    def read(self, tokens, mask):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(engines.Decoder, "read", read)
+    policy, ids = load_policy("sft_model_path", str(world.sft)).eval(), TokenIds(99, 0, 50)
+    with pytest.raises(SystemExit) as stop:
+        engines.ENGINES["hf_graph"](policy)(torch.full((2, 4), 7), episode_keys(1, [0, 1], "cpu"), ids, 4, 1.0)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.startswith("error: --rollout_engine: found 'hf_graph' and a model that cannot")
 
 
 def test_refused(capsys):

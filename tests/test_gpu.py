@@ -18,10 +18,11 @@ from test_resume import MAIN, stage_args
 from summarize_from_feedback_details.common import packed_rows
 from summarize_from_feedback_details.common.check_inputs import TokenIds
 from summarize_from_feedback_details.common.checkpoints import Checkpoints
+from summarize_from_feedback_details.common.decoding import Decoder
 from summarize_from_feedback_details.common.engines import replay
 from summarize_from_feedback_details.common.noise import episode_keys, gumbel_noise
 from summarize_from_feedback_details.common.policies import load_policy
-from summarize_from_feedback_details.common.sampling import sample_responses
+from summarize_from_feedback_details.common.sampling import LOOK_EVERY, model_inputs, sample, sample_responses
 from summarize_from_feedback_details.common.training import freeze, lent
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
@@ -126,7 +127,7 @@ def test_deepspeed(world, workdir, stage, zero):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_graph_decodes_as_without_it(world, dtype, monkeypatch):
-    """Also where rows leave and it is captured anew; the kernel that reads a whole room may round otherwise."""
+    """Captured once for a batch; the kernel that reads a whole room may round otherwise."""
     model = load_policy("sft_model_path", world.sft, dtype=dtype).cuda().eval()
     queries, keys = torch.randint(5, 50, (64, 40), device="cuda"), episode_keys(1, range(64), "cuda")
     ids = TokenIds(model.config.vocab_size - 1, 7, 50)
@@ -137,7 +138,21 @@ def test_a_graph_decodes_as_without_it(world, dtype, monkeypatch):
     assert same.float().mean() > (0.95 if dtype == torch.float32 else 0.5)
     close = {"rtol": 0, "atol": 1e-4 if dtype == torch.float32 else 0.1}
     torch.testing.assert_close(found[0][1][same], found[1][1][same], **close)
-    assert len(captured) > 10 and len(set(map(id, captured))) > 1
+    assert len(captured) > 10 and len(set(map(id, captured))) == 1
+
+
+def test_sampling_does_not_wait(world, monkeypatch):
+    """Between two looks, by CUDA's own account."""
+    monkeypatch.setitem(LOOK_EVERY, "cuda", 100)
+    model = load_policy("sft_model_path", world.sft).cuda().eval()
+    queries, keys = torch.randint(5, 50, (8, 40), device="cuda"), episode_keys(1, range(8), "cuda")
+    ids = TokenIds(model.config.vocab_size - 1, -1, 50)
+    decoder = Decoder(model, model_inputs(queries, ids.pad), 20)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sample(decoder, keys, ids, 1.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_what_is_offloaded_is_pinned_and_lent(world):

@@ -104,11 +104,13 @@ def undisturbed(world, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("stage", STAGE_NAMES)
-def test_a_signal_between_any_two_micro_steps(world, workdir, undisturbed, stage, monkeypatch):
-    """SIGTERM arrives again and again: each time the run saves and leaves, and goes on where it was."""
-    # no other checkpoints than those of the stops: they must hold the place where each stop was
-    args, asked, sessions = stage_args(world, stage, stage, save_freq=0), [0], 0
+def stop_again_and_again(stage: str, args, monkeypatch) -> set[str]:
+    """SIGTERM at every third question whether to stop: the run saves, leaves, and goes on where it was.
+
+    Returns:
+        names of the checkpoints of all stops.
+    """
+    asked, sessions, found = [0], 0, set()
     real = Checkpoints.stop_asked
 
     def now_and_then(self):
@@ -118,7 +120,6 @@ def test_a_signal_between_any_two_micro_steps(world, workdir, undisturbed, stage
         return real(self)
 
     monkeypatch.setattr(Checkpoints, "stop_asked", now_and_then)
-    inside = set()
     while True:
         sessions += 1
         assert sessions < 40
@@ -128,8 +129,15 @@ def test_a_signal_between_any_two_micro_steps(world, workdir, undisturbed, stage
         except SystemExit as error:
             assert error.code == REQUEUE_ME
             assert json.loads(Path(f"runs/{stage}/summary.json").read_text())["state"] == "interrupted"
-            inside |= {p.name for p in Path(f"runs/{stage}/checkpoints").iterdir()}
+            found |= {p.name for p in Path(f"runs/{stage}/checkpoints").iterdir()}
     assert sessions >= 3
+    return found
+
+
+@pytest.mark.parametrize("stage", STAGE_NAMES)
+def test_a_signal_between_any_two_micro_steps(world, workdir, undisturbed, stage, monkeypatch):
+    # no other checkpoints than those of the stops: they must hold the place where each stop was
+    inside = stop_again_and_again(stage, stage_args(world, stage, stage, save_freq=0), monkeypatch)
     assert stage != "ppo_left_padding" or any("-" in name for name in inside)  # also inside an update
     assert_same_bits(workdir, undisturbed, stage)
 

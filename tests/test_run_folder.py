@@ -26,7 +26,12 @@ from rich.table import Table
 from summarize_from_feedback_details import ppo_left_padding as ppo
 from summarize_from_feedback_details import reward, sft, tldr_dataset, toy_tldr
 from summarize_from_feedback_details.common import checkpoints, console, machine, run_folder
-from summarize_from_feedback_details.common.arguments import RunArgs, command_line, refuse_left_over
+from summarize_from_feedback_details.common.arguments import (
+    RunArgs,
+    command_line,
+    refuse_left_over,
+    refuse_settings_of_accelerate,
+)
 from summarize_from_feedback_details.common.console import Progress, print_table
 from summarize_from_feedback_details.common.files import atomic_folder, refuse_unwritable, write_whole
 from summarize_from_feedback_details.common.run_files import weights_fingerprint
@@ -650,6 +655,18 @@ def test_the_fingerprint_of_weights_sees_every_large_matrix(tmp_path):
             found.add(weights_fingerprint(str(folder)))
     assert len(found) == 8
     assert weights_fingerprint("somebody/model") == "somebody/model"
+
+
+def test_other_errors_of_accelerate_are_not_hidden(monkeypatch):
+    for name, value in (("DYNAMO_BACKEND", "NO"), ("DYNAMO_MODE", "default"), ("GRADIENT_ACCUMULATION_STEPS", "1")):
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    for said in (
+        "CUDA error: no kernel image",
+        "default process group has not been initialized",
+        "1",
+        "retrying 1 of 3",
+    ):
+        refuse_settings_of_accelerate(RuntimeError(said))  # which then goes on
 
 
 @pytest.mark.parametrize(

@@ -217,12 +217,15 @@ def refuse_variable(name: str, expected: str) -> NoReturn:
 
 
 def refuse_settings_of_accelerate(error: Exception) -> None:
-    """Refuse the variable whose value accelerate complains of, where it does: it has many, with values of their own."""
+    """Refuse the variable whose value accelerate cannot read, if that is what an error says: it has many of them."""
+    said = str(error).strip().split("\n")[0]
+    value = re.fullmatch(
+        "'(.*)' is not a valid .*|invalid literal for .*: '(.*)'|invalid truth value (.*)|.* device string: (.*)", said
+    )
+    wrong = next((group for group in value.groups() if group), None) if value else None
     for name in sorted(name for name in os.environ if name.startswith("ACCELERATE_")):
-        value = re.escape(os.environ[name].strip())
-        if value and re.search(rf"(?<!\w){value}(?!\w)", str(error), re.IGNORECASE):
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            refuse_variable(name, f"a value that accelerate knows ({reason}), or `unset {name}`")
+        if wrong and os.environ[name].lower() == wrong.lower():
+            refuse_variable(name, f"a value that accelerate knows ({said[:200]}), or `unset {name}`")
 
 
 def refuse_left_over(several: bool) -> None:

@@ -34,6 +34,7 @@ from safetensors.torch import save_file
 from summarize_from_feedback_details.common.arguments import refuse
 from summarize_from_feedback_details.common.files import follow_umask, sync_folder
 from summarize_from_feedback_details.common.machine import on_gpu
+from summarize_from_feedback_details.common.noise import NOISE
 from summarize_from_feedback_details.common.run_folder import REQUEUE_ME, RunFolder, stop_wanted
 from summarize_from_feedback_details.common.zero import (
     optimizer_steps,
@@ -366,9 +367,13 @@ def _sync(path: Path) -> None:
 
 
 def fingerprint_queries(rows: Any) -> dict[str, str]:
-    """What must not change between a checkpoint and the run that goes on from it: a dataset with `query_token`."""
+    """What must not change between a checkpoint and the run that goes on from it: its queries, and how it samples.
+
+    Args:
+        rows: a dataset with `query_token`.
+    """
     probe = rows[np.linspace(0, len(rows) - 1, 1000).astype(int)]["query_token"]
-    return {"query_dataset": fingerprint([len(rows), *np.concatenate(probe)])}
+    return {"query_dataset": fingerprint([len(rows), *np.concatenate(probe)]), "seed": f"noise {NOISE}"}
 
 
 def fingerprint(numbers: Any) -> str:

@@ -96,7 +96,8 @@ class Decoder:
         room: R, tokens that will be read at most.
         capture: read with fixed shapes at fixed places: the whole room behind the queries, of which what is not written
             yet is masked. On CUDA this is captured once as a graph and replayed for each token, so that Python and
-            launches cost nothing. Models that are not read packed decode as without it.
+            launches cost nothing. No row leaves. Models that are not read packed, or have sliding windows, decode as
+            without it.
 
     Attributes:
         logits: [B, V] that predict the first token.
@@ -111,12 +112,8 @@ class Decoder:
         # transformers asks of each mask whether all of it is True, and a GPU is waited for; not of one in its own shape
         layers = set(map(type, self.cache.layers))
         self.finished = supports_packing(model) and layers == {RoomyLayer}
-        self.rows_can_leave = layers <= ROWS_CAN_LEAVE
         self.capture = capture and self.finished
-        self.fix()
-
-    def fix(self) -> None:
-        """Places that stay the same for the rows there are."""
+        self.rows_can_leave = layers <= ROWS_CAN_LEAVE and not self.capture
         if self.capture:
             self.graph: torch.cuda.CUDAGraph | None = None
             self.tokens = torch.empty_like(self.positions)  # [b, 1]
@@ -130,7 +127,6 @@ class Decoder:
         """Only these rows from now on."""
         self.cache.batch_select_indices(rows)
         self.mask, self.positions = self.mask[rows], self.positions[rows]
-        self.fix()
 
     def __call__(self, drawn: torch.Tensor) -> torch.Tensor:
         """The last tokens [b] -> logits [b, V] that predict the next ones."""

@@ -33,13 +33,19 @@ def cast_copy(policy: torch.nn.Module) -> Callable:
     return partial(sample_responses, copy.deepcopy(policy, cast))
 
 
+@torch.no_grad()
 def replay(
     policy: torch.nn.Module, queries: Tensor, keys: Tensor, ids: TokenIds, response_length: int, temperature: float
 ):
     """`sample_responses`, decoding as a CUDA graph; on a CPU what such a graph would replay."""
-    return sample(
-        Decoder(policy, model_inputs(queries, ids.pad), response_length, capture=True), keys, ids, temperature
-    )
+    decoder = Decoder(policy, model_inputs(queries, ids.pad), response_length, capture=True)
+    try:
+        return sample(decoder, keys, ids, temperature)
+    except RuntimeError as error:
+        if "captur" not in str(error):
+            raise
+        reason = str(error).split("\n")[0]
+        refuse("rollout_engine", f"'hf_graph' and a model that cannot be captured ({reason})", "hf")
 
 
 # another engine, e.g. a vLLM in the same process, is one more function here and its name in the scripts' `Literal`
@@ -81,17 +87,21 @@ def importance_weights(args: Any, logprobs: Tensor, sampled: Tensor) -> Tensor:
     return torch.exp((logprobs - sampled).detach()).clamp(max=LARGEST_WEIGHT)
 
 
-def mismatch_metrics(args: Any, logprobs: Tensor, sampled: Tensor, mask: Tensor) -> dict[str, float]:
+def mismatch_metrics(
+    args: Any, logprobs: Tensor, sampled: Tensor, mask: Tensor, weights: Tensor | None = None
+) -> dict[str, float]:
     """How far an engine is from the policy, over the real tokens; nothing where the policy itself has sampled.
 
     Args:
         logprobs, sampled, mask: [B, R].
+        weights: the importance weights of actions that are not tokens.
     """
     if not is_another(args):
         return {}
     difference = (sampled - logprobs)[mask]
+    weights = importance_weights(args, -difference, torch.zeros_like(difference)) if weights is None else weights
     return {
         "engine/kl": float((torch.expm1(-difference) + difference).mean()),  # k3 of engine to policy, nats per token
         "engine/largest_difference": float(difference.abs().max()),  # nats
-        "engine/truncated": float((torch.exp(-difference) > LARGEST_WEIGHT).float().mean()),  # share of tokens
+        "engine/truncated": float((weights >= LARGEST_WEIGHT).float().mean()),  # share of actions
     }

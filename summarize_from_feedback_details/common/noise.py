@@ -1,6 +1,6 @@
 """Gumbel noise from a counter: that of one token is a function of (seed, episode, position, vocabulary id).
 
-The same on CPU and GPU, for any batch, without a state and without a loop over rows. The mixers are published
+The same words on CPU and GPU, for any batch, without a state and without a loop over rows. The mixers are published
 bijections of whole words: SplitMix64 (Steele, Lea and Flood, 2014) for keys, "lowbias32" (Wellons, Prospecting for Hash
 Functions, 2018) for what is done once per vocabulary id.
 
@@ -9,6 +9,7 @@ Dimensions: B rows, V vocabulary.
 
 import torch
 
+NOISE = "of a counter, 1"  # a run that has begun with other noise is not gone on with
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: steps of a counter that fall apart
 
 

@@ -87,9 +87,13 @@ def _flat(args: dict, prefix: str = "") -> dict[str, Any]:
 
 
 def differences(args: Any, saved: dict, now: dict) -> dict[str, tuple]:
-    """Arguments that change the result (not `may_change`) and are not those of a saved run: name -> (there, now)."""
+    """Arguments that change the result (not `may_change`) and are not those of a saved run: name -> (there, now).
+
+    An argument that the saved run's version did not have yet had its default.
+    """
     free = {f.name for f in fields(args) if f.metadata.get("may_change")}
-    saved, now = _flat(saved), _flat(json.loads(json.dumps(now, default=str)))
+    as_text = lambda given: _flat(json.loads(json.dumps(given, default=str)))
+    saved, now = as_text(asdict(type(args)())) | _flat(saved), as_text(now)
     return {k: (saved.get(k), v) for k, v in now.items() if k not in free and saved.get(k) != v}
 
 
