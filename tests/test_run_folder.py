@@ -12,7 +12,7 @@ import subprocess
 import sys
 import termios
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -682,3 +682,14 @@ def test_settings_that_accelerate_does_not_know(monkeypatch, capsys, name, value
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and said.startswith(f"error: ACCELERATE_{name}: found '{value}' in the environment;")
     assert said.count("\n") == 1 and f"`unset ACCELERATE_{name}`" in said
+
+
+def test_an_argument_that_an_older_version_did_not_have():
+    """It had its default then: a finished run of that version is the same one, and of another value another."""
+    args = ppo.Args(seed=3)
+    saved = json.loads(json.dumps(asdict(args)))
+    del saved["rollout_engine"], saved["ppo"]["whiten_rewards"]
+    assert run_folder.differences(args, saved, asdict(args)) == {}
+    other = replace(args, rollout_engine="hf_graph", ppo=ppo.PpoHParams(whiten_rewards=True))
+    expected = {"rollout_engine": ("hf", "hf_graph"), "ppo.whiten_rewards": (False, True)}
+    assert run_folder.differences(other, saved, asdict(other)) == expected
