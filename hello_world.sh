@@ -120,7 +120,7 @@ if [ "$MODEL" = toy ]; then
     EPISODES=(19200 16000 3200) EVAL=() # rows of SFT, pairs of the reward model, episodes of PPO
     WORLD=(--n_sft 16000 --n_comparisons 16000)
     if [ "$HARD" = 1 ]; then
-        CHAIN=hard_${SIZE}_seed$SEED LENGTHS=(104 128 160 192) WORLD=(--world hard --n_sft 16000 --n_comparisons 32000)
+        CHAIN=hard_${SIZE}_seed$SEED LENGTHS=(104 128 160 192) WORLD[3]=32000 WORLD+=(--world hard)
         case $SIZE in # about 0.09 / width, PPO a thirtieth of it (SWEEP=1 make scaling compares them)
             nano) RATES=(6e-3 6e-3 2e-4) ;;
             tiny) RATES=(2e-3 2e-3 6e-5) ;;

@@ -73,7 +73,7 @@ class World:
         """All scores are 0, but -1 without EOS, and the policy is untrained: any seed learns to end its responses."""
         from summarize_from_feedback_details.common.reward_models import load_reward_model
 
-        folder = Path(self.reward).parent / "flat_reward"
+        folder = self.folder.with_name(f"{self.folder.name}_flat_reward")
         if not folder.exists():
             shutil.copytree(self.reward, folder)
             model = load_reward_model(self.reward)
