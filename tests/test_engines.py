@@ -11,11 +11,13 @@ from safetensors.torch import load_file
 from test_lora import LORA
 from test_resume import MAIN, assert_same_bits, stage_args, stop_again_and_again
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, XGLMConfig
 
 from summarize_from_feedback_details import grpo, ppo_left_padding, rloo
 from summarize_from_feedback_details.common import engines
 from summarize_from_feedback_details.common.check_inputs import TokenIds
 from summarize_from_feedback_details.common.noise import episode_keys
+from summarize_from_feedback_details.common.packed_rows import use_packed_attention
 from summarize_from_feedback_details.common.policies import load_policy
 from summarize_from_feedback_details.common.precision import cast_parameters
 from summarize_from_feedback_details.common.sampling import sample_responses
@@ -135,16 +137,25 @@ def test_a_stage_refuses(world, workdir, stage, capsys, monkeypatch):
     assert not Path("model").exists()
 
 
-def test_a_graph_that_cannot_be_captured(world, monkeypatch, capsys):
+def test_models_that_an_engine_cannot_sample_from(monkeypatch, capsys):
     def read(self, tokens, mask):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     monkeypatch.setattr(engines.Decoder, "read", read)
-    policy, ids = load_policy("sft_model_path", str(world.sft)).eval(), TokenIds(99, 0, 50)
-    with pytest.raises(SystemExit) as stop:
-        engines.ENGINES["hf_graph"](policy)(torch.full((2, 4), 7), episode_keys(1, [0, 1], "cpu"), ids, 4, 1.0)
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.startswith("error: --rollout_engine: found 'hf_graph' and a model that cannot")
+    sizes = {"vocab_size": 64, "num_layers": 1, "attention_heads": 2, "d_model": 16, "ffn_dim": 16}
+    neox = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    models = {  # XGLM adds a float32 table of positions
+        "hf_graph": GPTNeoXConfig(**neox), "hf_bf16": XGLMConfig(**sizes, max_position_embeddings=64)
+    }  # fmt: skip
+    queries = torch.full((2, 4), 7)
+    for name, config in models.items():
+        policy = AutoModelForCausalLM.from_config(config).eval()
+        use_packed_attention(policy)
+        with pytest.raises(SystemExit) as stop:
+            engines.ENGINES[name](policy)(queries, episode_keys(1, [0, 1], "cpu"), TokenIds(63, 0, 50), 4, 1.0)
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and said.count("\n") == 1
+        assert said.startswith(f"error: --rollout_engine: found '{name}' and a model that it cannot sample from (")
 
 
 def test_refused(capsys):

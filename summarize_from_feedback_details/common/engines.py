@@ -9,7 +9,8 @@ Dimensions: B episodes, R response tokens.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -24,13 +25,31 @@ from summarize_from_feedback_details.common.sampling import model_inputs, sample
 LARGEST_WEIGHT = 2.0
 
 
+@contextmanager
+def refuse_model(engine: str, word: str) -> Iterator[None]:
+    """Errors with this word say that a model cannot be sampled from by this engine."""
+    try:
+        yield
+    except RuntimeError as error:
+        if word not in str(error):
+            raise
+        reason = str(error).split("\n")[0]
+        refuse("rollout_engine", f"'{engine}' and a model that it cannot sample from ({reason})", "hf")
+
+
 def cast_copy(policy: torch.nn.Module) -> Callable:
     """The policy in bf16: half of the bytes that decoding reads for each token. Given back after each rollout."""
     cast = {
         id(parameter): torch.nn.Parameter(parameter.detach().bfloat16(), requires_grad=False)
         for parameter in policy.parameters()
     }
-    return partial(sample_responses, copy.deepcopy(policy, cast))
+    twin = copy.deepcopy(policy, cast)
+
+    def sample_from_copy(*given):
+        with refuse_model("hf_bf16", "dtype"):
+            return sample_responses(twin, *given)
+
+    return sample_from_copy
 
 
 @torch.no_grad()
@@ -39,13 +58,8 @@ def replay(
 ):
     """`sample_responses`, decoding as a CUDA graph; on a CPU what such a graph would replay."""
     decoder = Decoder(policy, model_inputs(queries, ids.pad), response_length, capture=True)
-    try:
+    with refuse_model("hf_graph", "captur"):
         return sample(decoder, keys, ids, temperature)
-    except RuntimeError as error:
-        if "captur" not in str(error):
-            raise
-        reason = str(error).split("\n")[0]
-        refuse("rollout_engine", f"'hf_graph' and a model that cannot be captured ({reason})", "hf")
 
 
 # another engine, e.g. a vLLM in the same process, is one more function here and its name in the scripts' `Literal`
