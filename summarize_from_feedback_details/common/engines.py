@@ -88,7 +88,7 @@ def refuse_engine(args: Any, accelerator: Any) -> None:
 def importance_weights(args: Any, logprobs: Tensor, sampled: Tensor) -> Tensor:
     """Truncated importance sampling: min(policy / engine, 2), by which the gain of an action is multiplied.
 
-    Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training"; the bound is theirs.
+    Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training". 2 is a usual bound.
 
     Args:
         logprobs, sampled: of the same actions by the policy and by the engine that drew them, nats, of any shape.
