@@ -264,7 +264,7 @@ def freeze(model: torch.nn.Module, accelerator: Accelerator, offload: bool) -> t
     model.eval().requires_grad_(False)
     if not offload:
         return model.to(accelerator.device)
-    if accelerator.device.type == "cuda":  # pinned memory moves several times as fast
+    if accelerator.device.type == "cuda":  # pinned memory is copied without a detour
         for parameter in model.parameters():
             parameter.data = parameter.data.pin_memory()
     return model
